@@ -1,0 +1,151 @@
+"""From the items of one step to its micro-batches, padded one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import groupby
+from typing import Any, NotRequired, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hf_ema_scaling.data.sampler import Draw
+from hf_ema_scaling.data.stream import UNLABELLED
+
+Example = Mapping[str, Any]
+Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+
+
+class MicroBatch(TypedDict):
+    """One forward and backward pass: rows of one source, padded to their own longest row."""
+
+    source: int
+    """`LABELLED` or `UNLABELLED`."""
+    inputs: dict[str, Tensor]
+    """What the base collator made of the rows; `labels` only for labelled rows."""
+    positions: list[int]
+    """Place of each row in the reference stream."""
+    indices: list[int]
+    """Row number of each row in its data set."""
+    weight: float
+    """1.0; 0.0 for padding that keeps processes in step."""
+    example_weights: NotRequired[Tensor]
+    """float32 `(rows,)`, weight of each row's loss, 0 for a dropped label; absent where every row counts 1."""
+
+
+class TwoSourceDataset(Dataset[tuple[Draw, Example]]):
+    """Labelled and unlabelled data behind one `Draw`-indexed data set.
+
+    Columns in `keep` reach the collator; all others are left behind. `labels` of unlabelled rows never leave here.
+    """
+
+    def __init__(self, labelled: Any, unlabelled: Any | None, *, keep: Collection[str] | None = None) -> None:
+        self.sources = (labelled, unlabelled)
+        self.keep = None if keep is None else frozenset(keep)
+
+    def __len__(self) -> int:
+        return sum(len(source) for source in self.sources if source is not None)
+
+    def __getitem__(self, draw: Draw) -> tuple[Draw, Example]:
+        return draw, self._visible(draw.source, self.sources[draw.source][draw.index])
+
+    def __getitems__(self, draws: Sequence[Draw]) -> list[tuple[Draw, Example]]:
+        """All rows of a step, fetched with one access per source where the data set allows it."""
+        rows: list[tuple[Draw, Example]] = []
+        for kind, group in groupby(draws, key=lambda draw: draw.source):
+            members = list(group)
+            source = self.sources[kind]
+            indices = [draw.index for draw in members]
+            fetched = source.__getitems__(indices) if hasattr(source, "__getitems__") else [source[i] for i in indices]
+            rows.extend((draw, self._visible(kind, row)) for draw, row in zip(members, fetched, strict=True))
+        return rows
+
+    def _visible(self, kind: int, row: Example) -> Example:
+        hidden = ("labels", "label") if kind == UNLABELLED else ()
+        return {
+            name: value
+            for name, value in row.items()
+            if name not in hidden and (self.keep is None or name in self.keep)
+        }
+
+
+class MicroBatchCollator:
+    """Groups the rows of one step into micro-batches and pads each with the base collator.
+
+    Returns `{"micro_batches": [MicroBatch, ...]}`. There is no top-level `labels`, so Trainer counts no items and
+    scales no loss.
+    """
+
+    def __init__(self, collate: Collate) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: Sequence[tuple[Draw, Example]]) -> dict[str, list[MicroBatch]]:
+        micro_batches: list[MicroBatch] = []
+        for _, group in groupby(rows, key=lambda row: row[0].micro_batch):
+            members = list(group)
+            draws = [draw for draw, _ in members]
+            micro_batches.append(
+                MicroBatch(
+                    source=draws[0].source,
+                    inputs=dict(self.collate([dict(example) for _, example in members])),
+                    positions=[draw.position for draw in draws],
+                    indices=[draw.index for draw in draws],
+                    weight=draws[0].weight,
+                )
+            )
+        return {"micro_batches": micro_batches}
+
+
+def pad_labels(ids: Sequence[Sequence[int]]) -> Tensor:
+    """Label rows as an int64 tensor `(rows, longest)`, padded with -100 (at least one column)."""
+    padded = torch.full((len(ids), max([1, *(len(row) for row in ids)])), -100, dtype=torch.long)
+    for row, values in zip(padded, ids, strict=True):
+        row[: len(values)] = torch.as_tensor(values, dtype=torch.long)
+    return padded
+
+
+class CTCCollator:
+    """Pads speech rows: `input_features` `(rows, frames, mels)` or `input_values` `(rows, samples)`, and `labels`.
+
+    Padding is `padding_value`; `attention_mask` marks what is not padding, unless `attention_mask=False` (models with
+    group norm in their feature encoder were trained without one). Labels are padded with -100.
+
+    Args:
+        padding_value: what frames or samples are padded with.
+        attention_mask: whether rows get an attention mask.
+
+    Raises:
+        ValueError: when a row has neither input, or holds values that are not finite.
+    """
+
+    def __init__(self, *, padding_value: float = 0.0, attention_mask: bool = True) -> None:
+        self.padding_value = padding_value
+        self.attention_mask = attention_mask
+
+    @classmethod
+    def from_processor(cls, processor: Any) -> CTCCollator:
+        """The collator that a processor (or feature extractor) asks for."""
+        extractor = getattr(processor, "feature_extractor", processor)
+        return cls(
+            padding_value=float(getattr(extractor, "padding_value", 0.0)),
+            attention_mask=bool(getattr(extractor, "return_attention_mask", True)),
+        )
+
+    def __call__(self, rows: Sequence[Example]) -> dict[str, Tensor]:
+        name = next((key for key in ("input_features", "input_values") if key in rows[0]), None)
+        if name is None:
+            raise ValueError(f"a speech row needs 'input_features' or 'input_values', got {sorted(rows[0])}")
+        inputs = [torch.as_tensor(np.asarray(row[name]), dtype=torch.float32) for row in rows]
+        padded = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True, padding_value=self.padding_value)
+        if not torch.isfinite(padded).all():
+            bad = next(i for i, row in enumerate(inputs) if not torch.isfinite(row).all())
+            raise ValueError(f"row {bad} of the batch holds values in '{name}' that are not finite")
+        batch = {name: padded}
+        if self.attention_mask:
+            lengths = torch.tensor([len(row) for row in inputs])
+            batch["attention_mask"] = (torch.arange(padded.shape[1])[None] < lengths[:, None]).long()
+        if "labels" in rows[0]:
+            batch["labels"] = pad_labels([row["labels"] for row in rows])
+        return batch

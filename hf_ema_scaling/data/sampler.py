@@ -1,0 +1,177 @@
+"""`ScheduledBatchSampler`: one dataloader batch is one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+from hf_ema_scaling.data.stream import LABELLED, UNLABELLED, ReferenceStream
+from hf_ema_scaling.scaling.schedule import StepBorders
+
+
+class Draw(NamedTuple):
+    """One item of one step, as the sampler hands it to the data set."""
+
+    source: int
+    """`LABELLED` or `UNLABELLED`."""
+    index: int
+    """Row in that source."""
+    position: int
+    """Place in the reference stream: the identity that seeds augmentation."""
+    micro_batch: int
+    """Number of the micro-batch on this process."""
+    weight: float
+    """1.0, or 0.0 for padding that only keeps the processes in step."""
+
+
+class SampledStep(NamedTuple):
+    """What one optimizer step covers."""
+
+    start: float
+    """Clock before the step, in reference steps."""
+    end: float
+    """Clock after it."""
+    stage_kappa: float
+    """Batch over reference batch of the stage the step belongs to."""
+    units: float
+    """Units drawn."""
+    items: int
+    """Items drawn."""
+
+    @property
+    def kappa(self) -> float:
+        """Reference steps covered: units / B."""
+        return self.end - self.start
+
+
+class ScheduledBatchSampler(Sampler[list[Draw]]):
+    """Cuts a reference stream into optimizer steps: the whole run as one virtual epoch.
+
+    Yields, for each optimizer step, `world_size` lists in a row, which is how accelerate's `BatchSamplerShard` deals
+    them to processes; `len` is `steps * world_size`. Deterministic and without state, so skipping n batches resumes a
+    run exactly. Deliberately without a `batch_size` attribute: accelerate would take the lists for constant and lose
+    some.
+
+    A micro-batch holds one source and at most `micro_batch_size` items. Every process gets the same number of them;
+    where items do not suffice, a repeated item with weight 0 fills the gap. Items are sorted by length inside a step.
+    With `batch_statistics=True` (BatchNorm) micro-batches never cross a reference-batch border either, so the
+    statistics are those of kappa 1.
+
+    Args:
+        stream: the items of the run in order.
+        borders: clock positions at which steps end.
+        micro_batch_size: items per micro-batch and process, a memory limit only.
+        world_size: number of processes.
+        batch_statistics: keep micro-batches inside reference batches.
+    """
+
+    def __init__(
+        self,
+        stream: ReferenceStream,
+        borders: StepBorders,
+        *,
+        micro_batch_size: int,
+        world_size: int = 1,
+        batch_statistics: bool = False,
+    ) -> None:
+        if micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
+        if world_size < 1:
+            raise ValueError(f"world_size must be at least 1, got {world_size}")
+        self.stream = stream
+        self.micro_batch_size = micro_batch_size
+        self.world_size = world_size
+        self.batch_statistics = batch_statistics
+        positions = stream.position(borders.borders)
+        # In seconds a small step may fall inside one long utterance and draw nothing: it is no step of the run.
+        self._planned = np.flatnonzero(np.diff(positions) > 0)
+        self._stage_kappa = borders.stage_kappa[self._planned]
+        self.borders = borders
+        self.positions: NDArray[np.int64] = np.concatenate([positions[:1], positions[self._planned + 1]])
+        self._passes = stream.labelled_passes(self.positions)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return len(self.positions) - 1
+
+    def __len__(self) -> int:
+        return self.num_steps * self.world_size
+
+    def step(self, number: int) -> SampledStep:
+        """What optimizer step `number` (from 0) covers.
+
+        Raises:
+            IndexError: past the run's last step.
+        """
+        if not 0 <= number < self.num_steps:
+            raise IndexError(f"step {number} of a run of {self.num_steps} steps")
+        first, last = int(self.positions[number]), int(self.positions[number + 1])
+        start, end = float(self.stream.clock(first)), float(self.stream.clock(last))
+        units = float(self.stream.cumulative_units[last] - self.stream.cumulative_units[first])
+        return SampledStep(start, end, float(self._stage_kappa[number]), units, last - first)
+
+    def done(self, steps: int) -> StepBorders:
+        """The borders of the first `steps` optimizer steps, which a resumed run keeps."""
+        return self.borders.prefix(int(self._planned[steps - 1]) + 1 if steps else 0)
+
+    def labelled_passes(self, number: int) -> float:
+        """Passes over the labelled set before step `number`."""
+        return float(self._passes[number])
+
+    def micro_batches(self, number: int) -> list[NDArray[np.int64]]:
+        """Stream positions of each micro-batch of a step, over all processes: process r takes r, r + world_size, ...
+
+        The count is a multiple of `world_size`; an empty array is a place that padding fills.
+        """
+        first, last = int(self.positions[number]), int(self.positions[number + 1])
+        if not self.batch_statistics:
+            groups: list[NDArray[np.int64]] = []
+            for positions in self._by_source(first, last):
+                share = -(-len(positions) // (self.world_size * self.micro_batch_size))
+                groups.extend(np.array_split(positions, share * self.world_size))
+            return groups
+        step = self.step(number)
+        inner = self.stream.position(np.arange(np.floor(step.start) + 1, np.ceil(step.end)))
+        borders = np.unique(np.concatenate([[first], inner[(inner > first) & (inner < last)], [last]]))
+        groups = []
+        for low, high in zip(borders[:-1], borders[1:], strict=True):
+            for positions in self._by_source(int(low), int(high)):
+                groups.extend(np.array_split(positions, -(-len(positions) // self.micro_batch_size)))
+        groups.extend([np.empty(0, dtype=np.int64)] * (-len(groups) % self.world_size))
+        return groups
+
+    def _by_source(self, first: int, last: int) -> Iterator[NDArray[np.int64]]:
+        kinds = self.stream.source[first:last]
+        for kind in (LABELLED, UNLABELLED):
+            positions = first + np.flatnonzero(kinds == kind)
+            if len(positions):
+                yield self.stream.sort_by_length(positions)
+
+    def draws(self, number: int, rank: int) -> list[Draw]:
+        """The items of step `number` on process `rank`."""
+        groups = self.micro_batches(number)
+        drawn: list[Draw] = []
+        padding = groups[0][:1]
+        for micro_batch, positions in enumerate(groups[rank :: self.world_size]):
+            weight = 1.0 if len(positions) else 0.0
+            for position in positions if len(positions) else padding:
+                drawn.append(
+                    Draw(
+                        int(self.stream.source[position]),
+                        int(self.stream.index[position]),
+                        int(position),
+                        micro_batch,
+                        weight,
+                    )
+                )
+        return drawn
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for number in range(self.num_steps):
+            for rank in range(self.world_size):
+                yield self.draws(number, rank)

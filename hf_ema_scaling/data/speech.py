@@ -1,0 +1,385 @@
+"""From audio files to the rows of a CTC model: reading, features, characters, SpecAugment."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import torch
+import torchaudio
+from datasets import Array2D, Audio, Dataset, Features, List, Value
+from torch import Tensor
+from transformers import Speech2TextFeatureExtractor, Wav2Vec2BertProcessor, Wav2Vec2CTCTokenizer
+
+logger = logging.getLogger(__name__)
+
+Waveform = npt.NDArray[np.float32]
+AudioSource = str | Path | bytes | Mapping[str, Any]
+
+PAD, DELIMITER, UNKNOWN = "<pad>", "|", "<unk>"
+FRAME_SECONDS = 0.025  # window of the log-mel extractors of transformers
+
+
+class AudioError(ValueError):
+    """An audio source that cannot be used; the message names it and says why."""
+
+
+@lru_cache(maxsize=8)
+def _resampler(source_rate: int, target_rate: int) -> torchaudio.transforms.Resample:
+    return torchaudio.transforms.Resample(source_rate, target_rate)
+
+
+def resample(waveform: Waveform, source_rate: int, target_rate: int) -> Waveform:
+    """Band-limited resampling of float32 (samples,) by torchaudio's windowed sinc."""
+    if source_rate == target_rate:
+        return waveform
+    resampled: Waveform = _resampler(source_rate, target_rate)(torch.from_numpy(waveform)).numpy()
+    return resampled
+
+
+def read_audio(source: AudioSource, sampling_rate: int = 16_000) -> Waveform:
+    """Read, mix down to mono and resample.
+
+    Args:
+        source: a path; the bytes of a file; or a row of `datasets`: `{"path", "bytes"}` (`Audio(decode=False)`) or
+            `{"array", "sampling_rate"}`, whose array is (samples,) or (channels, samples), float in [-1, 1] or int16.
+        sampling_rate: of the result, in hertz.
+
+    Returns:
+        float32 (samples,).
+
+    Raises:
+        AudioError: when the source is missing, unreadable, of an unknown kind, empty, or not finite.
+    """
+    name, samples, rate = _decoded(source)
+    if samples.size == 0:
+        raise AudioError(f"{name}: no samples")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{name}: {int((~np.isfinite(samples)).sum())} samples are NaN or infinite")
+    if rate <= 0:
+        raise AudioError(f"{name}: a sampling rate of {rate} Hz")
+    return resample(np.ascontiguousarray(samples, dtype=np.float32), rate, sampling_rate)
+
+
+def _decoded(source: AudioSource) -> tuple[str, npt.NDArray[Any], int]:
+    """Name for messages, mono samples, rate."""
+    if isinstance(source, Mapping):
+        if source.get("array") is not None:
+            return _decoded_array(source)
+        path, content = source.get("path"), source.get("bytes")
+        if content is not None:
+            return _decoded_file(str(path or f"{len(content)} bytes"), io.BytesIO(content))
+        if path is None:
+            raise AudioError(f"audio row with keys {sorted(source)} holds no 'array', 'bytes' or 'path'")
+        source = path
+    if isinstance(source, bytes):
+        return _decoded_file(f"{len(source)} bytes", io.BytesIO(source))
+    if isinstance(source, str | Path):
+        if not Path(source).is_file():
+            raise AudioError(f"{source}: no such file")
+        return _decoded_file(str(source), str(source))
+    raise AudioError(f"audio of type {type(source).__name__}: give a path, bytes, or a row of an audio column")
+
+
+def _decoded_array(source: Mapping[str, Any]) -> tuple[str, npt.NDArray[Any], int]:
+    name = str(source.get("path") or "audio array")
+    if source.get("sampling_rate") is None:
+        raise AudioError(f"{name}: an 'array' needs its 'sampling_rate'")
+    array = np.asarray(source["array"])
+    if array.dtype == np.int16:
+        array = array.astype(np.float32) / 32768
+    elif array.dtype.kind != "f":
+        raise AudioError(f"{name}: samples of type {array.dtype}; give floats in [-1, 1] or int16")
+    if array.ndim == 2 and array.shape[0] <= max(array.shape[1], 1):
+        array = array.mean(0)
+    if array.ndim != 1:
+        raise AudioError(f"{name}: an array of shape {array.shape}; give (samples,) or (channels, samples)")
+    return name, array, int(source["sampling_rate"])
+
+
+def _decoded_file(name: str, file: str | io.BytesIO) -> tuple[str, npt.NDArray[Any], int]:
+    try:
+        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise AudioError(f"{name}: not readable as audio ({error})") from error
+    return name, samples.mean(axis=1), int(rate)
+
+
+def build_character_processor(
+    texts: Iterable[str], *, sampling_rate: int = 16_000, num_mel_bins: int = 80
+) -> Wav2Vec2BertProcessor:
+    """A processor for a CTC model trained from scratch on log-mel features and characters.
+
+    Features are Kaldi log-mel filter banks, every 10 ms, each bin with mean 0 and variance 1 over the utterance
+    (`Speech2TextFeatureExtractor`). Ids are 0 `<pad>`, which is also the CTC blank, 1 `|` between words, 2 `<unk>`,
+    then the characters in code point order. `Wav2Vec2BertProcessor` is the processor class of transformers that pairs
+    `input_features` with this tokenizer; `AutoProcessor.from_pretrained` reads it back from its own folder.
+
+    Args:
+        texts: texts whose characters make the vocabulary, or an alphabet as one string. Case counts.
+        sampling_rate: in hertz.
+        num_mel_bins: features per frame.
+
+    Raises:
+        ValueError: when there are no characters.
+    """
+    characters = sorted({character for text in texts for character in text if not character.isspace()} - {DELIMITER})
+    if not characters:
+        raise ValueError("no characters to make a vocabulary of: give training texts, or an alphabet")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "vocab.json"
+        file.write_text(json.dumps({token: i for i, token in enumerate([PAD, DELIMITER, UNKNOWN, *characters])}))
+        tokenizer = Wav2Vec2CTCTokenizer(
+            str(file), bos_token=None, eos_token=None, unk_token=UNKNOWN, pad_token=PAD, word_delimiter_token=DELIMITER
+        )
+    extractor = Speech2TextFeatureExtractor(
+        feature_size=num_mel_bins, num_mel_bins=num_mel_bins, sampling_rate=sampling_rate
+    )
+    return Wav2Vec2BertProcessor(feature_extractor=extractor, tokenizer=tokenizer)
+
+
+@contextmanager
+def quiet_unless_terminal() -> Iterator[None]:
+    """No progress bars of `datasets` where nobody would see them move."""
+    silence = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    if silence:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if silence:
+            datasets.enable_progress_bars()
+
+
+def prepare_ctc(
+    dataset: Dataset,
+    processor: Any,
+    *,
+    audio_column: str = "audio",
+    text_column: str | None = "text",
+    num_proc: int | None = None,
+    min_seconds: float = 0.0,
+    max_seconds: float = float("inf"),
+) -> Dataset:
+    """The rows a CTC model trains on; every column that is not named here is left behind.
+
+    Rows are dropped, counted and logged when their audio is shorter than `min_seconds` ("too_short") or longer than
+    `max_seconds` ("too_long"), too short for one frame or digitally silent, which normalisation turns into NaN
+    ("no_features"), or when their text is blank ("empty_text").
+
+    Args:
+        dataset: audio as in `read_audio`, or an `Audio` column, which is read without `torchcodec`.
+        processor: a processor, or with `text_column=None` a feature extractor.
+        audio_column: name of the audio column.
+        text_column: name of the transcript column; None for unlabelled data, whose rows then hold no `labels`.
+        num_proc: processes, as in `Dataset.map`.
+        min_seconds: shortest audio kept.
+        max_seconds: longest audio kept.
+
+    Returns:
+        A data set in numpy format: `input_features` float32 (frames, bins) or `input_values` float32 (samples,),
+        whichever the extractor makes; `labels` int64 (tokens,); `duration` in seconds.
+
+    Raises:
+        ValueError: when a column is missing, a text has characters that the vocabulary lacks or holds a special
+            token, or no row is left.
+        AudioError: when audio cannot be read.
+    """
+    extractor = getattr(processor, "feature_extractor", processor)
+    for column in filter(None, (audio_column, text_column)):
+        if column not in dataset.column_names:
+            raise ValueError(f"no column '{column}' in the data set: it has {', '.join(dataset.column_names)}")
+    if not len(dataset):
+        raise ValueError("the data set has no rows")
+    columns = [audio_column] if text_column is None else [audio_column, text_column]
+    dataset = dataset.select_columns(columns)
+    if isinstance(dataset.features[audio_column], Audio):
+        dataset = dataset.cast_column(audio_column, Audio(decode=False))
+    if text_column is not None:
+        _check_characters(dataset[text_column], processor.tokenizer)
+    name, labelled = extractor.model_input_names[0], text_column is not None
+    bins = _bins(extractor) if name == "input_features" else None
+    # Array2D is read several times as fast as a list of lists, and rows keep their shape.
+    inputs = List(Value("float32")) if bins is None else Array2D((None, bins), "float32")
+    features = {name: inputs, "duration": Value("float32"), "dropped": Value("string")}
+    if labelled:
+        features["labels"] = List(Value("int64"))
+    with quiet_unless_terminal():
+        # Through numpy: an int16 array becomes an array without becoming a Python list first.
+        prepared = dataset.with_format("numpy").map(
+            _prepare_row,
+            fn_kwargs={
+                "processor": processor,
+                "audio_column": audio_column,
+                "text_column": text_column,
+                "seconds": (min_seconds, max_seconds),
+                "missing": np.zeros(0 if bins is None else (0, bins), dtype=np.float32),
+            },
+            remove_columns=columns,
+            features=Features(features),
+            num_proc=num_proc,
+            desc="preparing speech",
+        )
+    reasons = [str(reason) for reason in prepared["dropped"]]
+    prepared = prepared.remove_columns("dropped").with_format("numpy")
+    dropped = Counter(reason for reason in reasons if reason)
+    if not dropped:
+        return prepared
+    summary = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+    if dropped.total() == len(reasons):
+        raise ValueError(f"all {len(reasons)} rows were dropped: {summary}")
+    logger.warning("dropped %d of %d rows: %s", dropped.total(), len(reasons), summary)
+    return prepared.select([row for row, reason in enumerate(reasons) if not reason])
+
+
+def _bins(extractor: Any) -> int:
+    """Width of a row of features, measured: extractors that stack frames give more than their `feature_size`."""
+    noise = np.random.default_rng(0).standard_normal(extractor.sampling_rate).astype(np.float32)
+    features = extractor(noise, sampling_rate=extractor.sampling_rate)["input_features"]
+    return int(np.asarray(features[0]).shape[-1])
+
+
+def _check_characters(texts: Iterable[str], tokenizer: Any) -> None:
+    texts = list(texts)
+    missing = {
+        character
+        for character in {character for text in texts for character in text}
+        if tokenizer.unk_token_id in tokenizer(character, add_special_tokens=False).input_ids
+    }
+    if missing:
+        rows = [row for row, text in enumerate(texts) if not missing.isdisjoint(text)]
+        raise ValueError(
+            f"{len(missing)} characters are not in the vocabulary: {' '.join(map(repr, sorted(missing)[:40]))} (in "
+            f"{len(rows)} of {len(texts)} texts, first in row {rows[0]}): normalise the texts (case, digits, "
+            "punctuation), or build the processor from them"
+        )
+
+
+def _labels(text: str, tokenizer: Any) -> list[int]:
+    ids: list[int] = tokenizer(" ".join(text.split()), add_special_tokens=False).input_ids
+    special = set(ids) & set(tokenizer.all_special_ids)
+    if special:
+        tokens = tokenizer.convert_ids_to_tokens(sorted(special))
+        raise ValueError(f"text {text!r} holds {tokens}, which are special tokens and no CTC target: take them out")
+    return ids
+
+
+def _features(waveform: Waveform, extractor: Any, name: str) -> Waveform | None:
+    """Features of one utterance without padding; None when there is no frame, or it cannot be normalised."""
+    if name == "input_features" and len(waveform) < extractor.sampling_rate * FRAME_SECONDS:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        made = extractor(waveform, sampling_rate=extractor.sampling_rate)
+    features = np.asarray(made[name][0], dtype=np.float32)
+    mask = made.get("attention_mask")
+    if mask is not None:
+        features = features[: int(np.asarray(mask[0]).sum())]
+    return features if len(features) and np.isfinite(features).all() else None
+
+
+def _prepare_row(
+    row: Mapping[str, Any],
+    processor: Any,
+    audio_column: str,
+    text_column: str | None,
+    seconds: tuple[float, float],
+    missing: Waveform,
+) -> dict[str, Any]:
+    extractor = getattr(processor, "feature_extractor", processor)
+    name = extractor.model_input_names[0]
+    waveform = read_audio(row[audio_column], extractor.sampling_rate)
+    duration = len(waveform) / extractor.sampling_rate
+    prepared: dict[str, Any] = {name: missing, "duration": duration, "dropped": ""}
+    if text_column is not None:
+        prepared["labels"] = _labels(str(row[text_column]), processor.tokenizer)
+    if duration < seconds[0]:
+        prepared["dropped"] = "too_short"
+    elif duration > seconds[1]:
+        prepared["dropped"] = "too_long"
+    elif text_column is not None and not prepared["labels"]:
+        prepared["dropped"] = "empty_text"
+    elif (features := _features(waveform, extractor, name)) is None:
+        prepared["dropped"] = "no_features"
+    else:
+        prepared[name] = features
+    return prepared
+
+
+class SpecAugment:
+    """Masks bands of bins and spans of frames with zeros (SpecAugment, arXiv 1904.08779, without time warping).
+
+    Zero is the mean of features that were normalised per utterance, as `build_character_processor` makes them. What a
+    row becomes depends on its seed, content and length, not on its neighbours, the padding, the device or the global
+    random state, which is left as it was.
+
+    Args:
+        num_freq_masks: masks over bins.
+        freq_width: each is narrower than this many bins.
+        num_time_masks: masks over frames.
+        time_width: each is shorter than this many frames,
+        time_share: and than this share of the utterance.
+
+    Raises:
+        ValueError: when a number is negative, or `time_share` is not in [0, 1].
+    """
+
+    def __init__(
+        self,
+        num_freq_masks: int = 2,
+        freq_width: int = 15,
+        num_time_masks: int = 2,
+        time_width: int = 20,
+        time_share: float = 0.2,
+    ) -> None:
+        counts = (num_freq_masks, freq_width, num_time_masks, time_width)
+        if min(counts) < 0 or not 0.0 <= time_share <= 1.0:
+            raise ValueError(f"masks {counts} must not be negative, and time_share {time_share} must be in [0, 1]")
+        self.num_freq_masks = num_freq_masks
+        self.freq_width = freq_width
+        self.num_time_masks = num_time_masks
+        self.time_width = time_width
+        self.time_share = time_share
+
+    def __call__(self, features: Tensor, lengths: Tensor | Sequence[int], seeds: Sequence[int]) -> Tensor:
+        """A masked copy of `features` (rows, frames, bins); padding behind `lengths` is not touched.
+
+        Raises:
+            ValueError: when there is not one length and one seed per row.
+        """
+        rows, frames, bins = features.shape
+        sizes = [int(length) for length in lengths]
+        if len(sizes) != rows or len(seeds) != rows or max(sizes, default=0) > frames:
+            raise ValueError(
+                f"features {tuple(features.shape)} need {rows} lengths of at most {frames} and {rows} seeds, got "
+                f"{sizes} and {len(seeds)} seeds"
+            )
+        masked = torch.zeros(rows, frames, bins, dtype=torch.bool)
+        # torchaudio draws from the global CPU generator, so each row seeds it and the fork puts it back.
+        with torch.random.fork_rng(devices=[]):
+            for row, (size, seed) in enumerate(zip(sizes, seeds, strict=True)):
+                torch.default_generator.manual_seed(seed)
+                masked[row, :size] = self._mask(size, bins)
+        return features.masked_fill(masked.to(features.device), 0.0)
+
+    def _mask(self, frames: int, bins: int) -> Tensor:
+        """True (frames, bins) where one utterance is masked."""
+        kept = torch.ones(1, frames, bins)
+        time_width = min(self.time_width, int(frames * self.time_share))
+        for _ in range(self.num_time_masks):
+            kept = torchaudio.functional.mask_along_axis(kept, time_width, 0.0, axis=1)
+        for _ in range(self.num_freq_masks):
+            kept = torchaudio.functional.mask_along_axis(kept, min(self.freq_width, bins), 0.0, axis=2)
+        return kept[0] == 0

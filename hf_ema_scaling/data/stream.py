@@ -1,0 +1,227 @@
+"""The order in which a run sees its data: one stream of items, the same at every batch size.
+
+The stream is a pure function of the data's sizes, the seed and the recipe at the reference batch. Batch sizes,
+processes and micro-batches only cut it (`sampler.py`), so runs at different kappa see the same items in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+LABELLED = 0
+UNLABELLED = 1
+
+# Share of a reference step below which a difference of clock positions is rounding, not data.
+CLOCK_DUST = 1e-9
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """The sizes of one data set, as the stream needs them.
+
+    Args:
+        units: float64 `(items,)`: what each item counts for - 1.0 in samples, its duration in seconds, its tokens.
+        lengths: float64 `(items,)` or `None`: what padding depends on (frames, seconds, tokens). Used to put items of
+            similar length together; `None` keeps the random order.
+    """
+
+    units: NDArray[np.float64]
+    lengths: NDArray[np.float64] | None = None
+
+    def __post_init__(self) -> None:
+        if self.units.ndim != 1 or len(self.units) == 0:
+            raise ValueError(f"a data source needs at least one item, got sizes of shape {self.units.shape}")
+        bad = np.flatnonzero(~(np.isfinite(self.units) & (self.units > 0)))
+        if len(bad):
+            raise ValueError(
+                f"item {bad[0]} has size {self.units[bad[0]]}; every item needs a finite size above 0 "
+                f"({len(bad)} of {len(self.units)} do not): drop those items from the data set"
+            )
+        if self.lengths is not None and len(self.lengths) != len(self.units):
+            raise ValueError(f"{len(self.lengths)} lengths for {len(self.units)} items")
+
+    @classmethod
+    def of_samples(cls, items: int, lengths: NDArray[np.float64] | None = None) -> DataSource:
+        """`items` items that count one unit each."""
+        return cls(np.ones(items, dtype=np.float64), lengths)
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+
+class ReferenceStream:
+    """Every item a run draws, in order, laid out as reference batches.
+
+    Before `pl_start` all units are labelled. From there on labelled and unlabelled items are interleaved so that
+    after any number of items the ratio is off by at most one item of either source. Passes over a source are seeded
+    permutations; batches may straddle passes; nothing is dropped.
+
+    With `bucket_window > 0` each pass is cut into windows of that many reference batches, sorted by length inside a
+    window, cut into reference batches and those shuffled: a reference batch then holds items of similar length. The
+    windows do not know kappa.
+
+    Args:
+        labelled: sizes of the labelled set.
+        reference_batch_size: B in units, over both sources.
+        reference_steps: length of the run in reference steps.
+        unlabelled: sizes of the unlabelled set, or `None`.
+        pl_start: reference step at which unlabelled items begin (needs `unlabelled`).
+        unlabelled_ratio: unlabelled units per labelled unit from `pl_start` on.
+        seed: seed of the permutations.
+        bucket_window: reference batches per bucketing window; 0 for none.
+
+    Memory is 13 bytes for each item drawn in the run.
+
+    Raises:
+        ValueError: for sizes, ratios or starts that cannot be laid out, naming the value.
+    """
+
+    def __init__(
+        self,
+        labelled: DataSource,
+        *,
+        reference_batch_size: float,
+        reference_steps: float,
+        unlabelled: DataSource | None = None,
+        pl_start: float = 0.0,
+        unlabelled_ratio: float = 1.0,
+        seed: int = 0,
+        bucket_window: int = 0,
+    ) -> None:
+        if not (np.isfinite(reference_batch_size) and reference_batch_size > 0):
+            raise ValueError(f"reference_batch_size must be above 0, got {reference_batch_size}")
+        if not (np.isfinite(reference_steps) and reference_steps > 0):
+            raise ValueError(f"the run needs a length above 0 reference steps, got {reference_steps}")
+        if bucket_window < 0:
+            raise ValueError(f"bucket_window counts reference batches, got {bucket_window}")
+        if unlabelled is not None:
+            if not (np.isfinite(unlabelled_ratio) and unlabelled_ratio > 0):
+                raise ValueError(f"unlabelled_ratio must be above 0, got {unlabelled_ratio}")
+            if not 0 <= pl_start < reference_steps:
+                raise ValueError(
+                    f"pl_start={pl_start} lies outside the run of {reference_steps} reference steps: no unlabelled "
+                    "item would ever be drawn"
+                )
+        self.reference_batch_size = float(reference_batch_size)
+        self.reference_steps = float(reference_steps)
+        self.labelled_items = len(labelled)
+        self.pl_start = float(pl_start) if unlabelled is not None else None
+        total = self.reference_steps * self.reference_batch_size
+        dust = CLOCK_DUST * self.reference_batch_size
+        supervised = total if unlabelled is None else pl_start * self.reference_batch_size
+        batch = self.reference_batch_size
+        passes = _Passes(labelled, LABELLED, seed, bucket_window)
+        first = passes.take(supervised - dust, batch)
+        source = np.zeros(len(first), dtype=np.int8)
+        index = first
+        units = labelled.units[first]
+        if unlabelled is not None:
+            remaining = total - units.sum()
+            share = np.array([1.0, unlabelled_ratio]) / (1.0 + unlabelled_ratio)
+            # One item more than the target of each source: the interleaving may run ahead by one.
+            extra = max(labelled.units.max(), unlabelled.units.max())
+            drawn = [
+                passes.take(remaining * share[0] + extra, batch * share[0]),
+                _Passes(unlabelled, UNLABELLED, seed, bucket_window).take(
+                    remaining * share[1] + extra, batch * share[1]
+                ),
+            ]
+            sizes = [labelled.units[drawn[0]], unlabelled.units[drawn[1]]]
+            # Merging by "units drawn so far over share" always draws from the source that is furthest behind.
+            keys = np.concatenate([(np.cumsum(s) - s) / w for s, w in zip(sizes, share, strict=True)])
+            order = np.argsort(keys, kind="stable")
+            kinds = np.repeat(np.array([LABELLED, UNLABELLED], dtype=np.int8), [len(d) for d in drawn])
+            source = np.concatenate([source, kinds[order]])
+            index = np.concatenate([index, np.concatenate(drawn)[order]])
+            units = np.concatenate([units, np.concatenate(sizes)[order]])
+        cumulative = np.concatenate([[0.0], np.cumsum(units)])
+        end = int(np.searchsorted(cumulative, total - dust, side="left"))
+        self.source: NDArray[np.int8] = source[:end]
+        self.index: NDArray[np.int32] = index[:end]
+        self.cumulative_units: NDArray[np.float64] = cumulative[: end + 1]
+        self._lengths = (labelled.lengths, None if unlabelled is None else unlabelled.lengths)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def examples_per_reference_batch(self) -> float:
+        """n_ref: examples in a reference batch, averaged over the run - the constant the loss is divided by."""
+        return len(self) / (self.cumulative_units[-1] / self.reference_batch_size)
+
+    def position(self, clock: float | NDArray[np.float64]) -> NDArray[np.int64]:
+        """Items drawn when the clock reaches `clock` reference steps: never more than one item past the target."""
+        target = (np.asarray(clock, dtype=np.float64) - CLOCK_DUST) * self.reference_batch_size
+        return np.minimum(np.searchsorted(self.cumulative_units, target, side="left"), len(self))
+
+    def clock(self, position: int | NDArray[np.int64]) -> NDArray[np.float64]:
+        """The clock, in reference steps, after `position` items."""
+        return self.cumulative_units[position] / self.reference_batch_size
+
+    def sort_by_length(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`positions` of one source ordered by item length (stream order where lengths are unknown or equal)."""
+        if len(positions) == 0:
+            return positions
+        lengths = self._lengths[int(self.source[positions[0]])]
+        if lengths is None:
+            return positions
+        return positions[np.argsort(lengths[self.index[positions]], kind="stable")]
+
+    def labelled_passes(self, position: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Passes over the labelled set that the first `position` items make up."""
+        drawn = np.concatenate([[0], np.cumsum(self.source == LABELLED)])
+        return drawn[position] / self.labelled_items
+
+
+class _Passes:
+    """Consecutive seeded passes over one source; `take` continues where the last one stopped."""
+
+    def __init__(self, source: DataSource, kind: int, seed: int, bucket_window: int) -> None:
+        self.source = source
+        self.kind = kind
+        self.seed = seed
+        self.bucket_window = bucket_window
+        self.passes = 0
+        self.rest: NDArray[np.int32] = np.empty(0, dtype=np.int32)
+
+    def take(self, units: float, batch: float) -> NDArray[np.int32]:
+        """The next items, until they make up at least `units`; passes begun here are bucketed by `batch` units."""
+        taken: list[NDArray[np.int32]] = []
+        missing = units
+        while missing > 0:
+            if len(self.rest) == 0:
+                self.rest = self._next_pass(batch)
+            sums = np.cumsum(self.source.units[self.rest])
+            count = min(int(np.searchsorted(sums, missing, side="left")) + 1, len(self.rest))
+            taken.append(self.rest[:count])
+            missing -= sums[count - 1]
+            self.rest = self.rest[count:]
+        return np.concatenate(taken) if taken else np.empty(0, dtype=np.int32)
+
+    def _next_pass(self, batch: float) -> NDArray[np.int32]:
+        rng = np.random.default_rng([self.seed, self.kind, self.passes])
+        self.passes += 1
+        order = rng.permutation(len(self.source)).astype(np.int32)
+        if self.bucket_window == 0 or self.source.lengths is None:
+            return order
+        window_of = np.floor(_before(self.source.units[order]) / (batch * self.bucket_window) + CLOCK_DUST)
+        parts: list[NDArray[np.int32]] = []
+        for window in np.split(order, np.flatnonzero(np.diff(window_of)) + 1):
+            window = window[np.argsort(self.source.lengths[window], kind="stable")]
+            batch_of = np.floor(_before(self.source.units[window]) / batch + CLOCK_DUST)
+            batches = np.split(window, np.flatnonzero(np.diff(batch_of)) + 1)
+            # An unfilled last batch stays last: in the middle it would shift every later batch off its border.
+            filled = self.source.units[batches[-1]].sum() >= batch * (1 - CLOCK_DUST)
+            shuffled = rng.permutation(len(batches) if filled else len(batches) - 1)
+            parts.extend(batches[i] for i in shuffled)
+            if not filled:
+                parts.append(batches[-1])
+        return np.concatenate(parts)
+
+
+def _before(units: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Units in front of each item."""
+    return np.cumsum(units) - units

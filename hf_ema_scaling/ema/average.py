@@ -1,0 +1,459 @@
+"""`WeightAverage`: the fp32 shadow of a module, updated in place, swapped in and out, saved and restored by name."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_ema_scaling.ema import kernels
+from hf_ema_scaling.scaling.momentum import ema_weight
+
+BufferPolicy = Literal["average", "copy"]
+
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
+# Models that currently hold an average in place of their own weights, whichever average put it there.
+_SWAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def canonical_name(name: str) -> str:
+    """Returns a parameter or buffer name without the segments that DDP, FSDP and `torch.compile` insert.
+
+    Args:
+        name: A dotted name such as `module._orig_mod.encoder.weight`.
+
+    Returns:
+        The name the unwrapped model uses, here `encoder.weight`.
+    """
+    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the model inside DDP, DataParallel, FSDP or `torch.compile` wrappers, however deeply they nest."""
+    while True:
+        children = list(model.named_children())
+        if len(children) != 1 or children[0][0] not in _WRAPPERS:
+            return model
+        model = children[0][1]
+
+
+class _Slot(NamedTuple):
+    """One place in a module tree where a tensor is registered."""
+
+    name: str
+    owner: nn.Module
+    leaf: str
+    tensor: Tensor
+    is_param: bool
+    persistent: bool
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One distinct tensor of a model with all its places; `key` is the name of its shadow."""
+
+    key: str
+    slots: list[_Slot]
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.slots[0].tensor
+
+    @property
+    def is_param(self) -> bool:
+        return any(slot.is_param for slot in self.slots)
+
+    @property
+    def persistent(self) -> bool:
+        return any(slot.persistent for slot in self.slots)
+
+
+@dataclass(slots=True)
+class _Binding:
+    """A model's tensors paired with the shadow's, as flat lists, and what must stay true for the pairing to hold."""
+
+    modules: list[tuple[nn.Module, tuple[Tensor | None, ...], int]]
+    sources: list[Tensor]
+    traits: list[tuple[torch.device, torch.dtype, bool]]
+    lerps: list[tuple[list[Tensor], list[Tensor]]] = field(default_factory=list)
+    copies: list[tuple[list[Tensor], list[Tensor]]] = field(default_factory=list)
+
+    def holds_for(self, model: nn.Module) -> bool:
+        if model is not self.modules[0][0]:
+            return False
+        for module, held, children in self.modules:
+            now = (*module._parameters.values(), *module._buffers.values())
+            if len(now) != len(held) or len(module._modules) != children:
+                return False
+            if any(a is not b for a, b in zip(now, held, strict=True)):
+                return False
+        return self.traits == [_trait(tensor) for tensor in self.sources]
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights, kept as a dictionary of tensors and never as a module copy.
+
+    The average starts as a copy of the model. Floating-point tensors are kept in float32 (float64 stays float64)
+    whatever dtype the model has, because an average in half precision stops moving. Tensors are matched by
+    `canonical_name`, so order and wrappers do not matter, and a tied weight is averaged once.
+
+    Per update: trainable parameters move by `s + (1 - rho**kappa) * (p - s)`; frozen parameters
+    (`requires_grad=False` at that moment), integer and boolean buffers, and non-persistent buffers are copied bit
+    for bit (the latter are functions of the configuration and are not saved, so averaging them could not survive a
+    resume); persistent floating buffers follow `buffers`.
+
+    DTensor parameters (FSDP2) are shadowed by DTensors of the same placement and updated on their local shards
+    without communication; sharded models are outside this class's own tests.
+
+    Args:
+        model: The student, wrapped or not.
+        buffers: `"average"` moves persistent floating buffers like parameters, `"copy"` copies them.
+
+    Attributes:
+        num_updates: Updates done since construction or since the state that was loaded.
+        storage_version: Grows when shadow tensors had to be reallocated, so that whoever shares them can notice.
+
+    Source: "How to Scale Your EMA", arXiv 2307.13813, eq. 1 and definition 1.2 (rho -> rho**kappa).
+    """
+
+    def __init__(self, model: nn.Module, *, buffers: BufferPolicy = "average") -> None:
+        if buffers not in ("average", "copy"):
+            raise ValueError(f"buffers must be 'average' or 'copy', got {buffers!r}.")
+        self.buffers: BufferPolicy = buffers
+        self.num_updates = 0
+        self.storage_version = 0
+        self._shadow: dict[str, Tensor] = {}
+        self._key_of: dict[str, str] = {}
+        self._params: set[str] = set()
+        self._persistent: set[str] = set()
+        self._binding: _Binding | None = None
+        _refuse_swapped(model, "build an average from")
+        for entry in _entries(model):
+            self._add(entry)
+        if not self._params:
+            raise ValueError(f"{type(model).__name__} has no parameters to average.")
+        self._bind(model)
+
+    def update(self, model: nn.Module, momentum: float, kappa: float = 1.0) -> None:
+        """Moves the average by `momentum ** kappa` towards the model.
+
+        Args:
+            model: The student after its optimizer step.
+            momentum: rho of one reference step, in [0, 1].
+            kappa: Reference steps that this optimizer step covers (need not be whole).
+
+        Raises:
+            ValueError: Names or shapes do not match, or the momentum is out of range.
+            RuntimeError: The model holds swapped-in weights.
+        """
+        self.blend(model, ema_weight(momentum, kappa))
+
+    @torch.no_grad()
+    def blend(self, model: nn.Module, weight: float) -> None:
+        """Does one update with a given weight: `shadow += weight * (student - shadow)`.
+
+        Args:
+            model: The student after its optimizer step.
+            weight: `1 - rho**kappa`, in [0, 1].
+
+        Raises:
+            ValueError: Names or shapes do not match, or the weight is out of range.
+            RuntimeError: The model holds swapped-in weights.
+        """
+        _refuse_swapped(model, "update the average from")
+        binding = self._bind(model)
+        for shadow, source in binding.lerps:
+            kernels.lerp_(shadow, source, weight)
+        for shadow, source in binding.copies:
+            kernels.copy_(shadow, source)
+        self.num_updates += 1
+
+    @torch.no_grad()
+    def rebind(self, model: nn.Module) -> None:
+        """Pairs the average with this model's tensors without moving it.
+
+        The shadow follows the model to its device, and non-persistent buffers are taken from the model.
+
+        Raises:
+            ValueError: Names or shapes do not match.
+        """
+        self._bind(model)
+        for entry in self._match(model):
+            if not entry.persistent:
+                local_shard(self._shadow[entry.key]).copy_(local_shard(entry.tensor))
+
+    def same_parameters(self, model: nn.Module) -> bool:
+        """Says whether the model's parameters are the very objects the average was last bound to."""
+        if self._binding is None:
+            return False
+        mine = {id(tensor) for tensor in self._binding.sources if isinstance(tensor, nn.Parameter)}
+        return mine == {id(parameter) for parameter in model.parameters()}
+
+    @contextmanager
+    def swapped(self, model: nn.Module) -> Iterator[None]:
+        """Lets the model hold the average inside a `with` block; its own bits return on exit and on any exception.
+
+        Values are copied in place and cast to the model's dtype, so parameter objects, compiled graphs and sharding
+        stay as they are. Costs one copy of the model in its own dtype while the block runs. Non-persistent buffers
+        are left alone.
+
+        Raises:
+            RuntimeError: The model already holds swapped-in weights.
+            ValueError: Names or shapes do not match.
+        """
+        _refuse_swapped(model, "swap weights in")
+        entries = [entry for entry in self._match(model) if entry.persistent]
+        inner = unwrap(model)
+        with torch.no_grad():
+            own = [local_shard(entry.tensor).clone() for entry in entries]
+        _SWAPPED.add(inner)
+        try:
+            self._write(entries)
+            yield
+        finally:
+            with torch.no_grad():
+                for entry, value in zip(entries, own, strict=True):
+                    for slot in entry.slots:
+                        # Looked up again: a buffer may have been replaced by another object (e.g. by `.to()`).
+                        local_shard(getattr(slot.owner, slot.leaf)).copy_(value)
+            _SWAPPED.discard(inner)
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Writes the average into the model for good, cast to the model's dtype.
+
+        Raises:
+            RuntimeError: The model holds swapped-in weights.
+            ValueError: Names or shapes do not match.
+        """
+        _refuse_swapped(model, "write the average into")
+        self._write([entry for entry in self._match(model) if entry.persistent])
+
+    @torch.no_grad()
+    def share_with(self, module: nn.Module) -> None:
+        """Makes the shadow's tensors the parameters and buffers of `module`, without a copy.
+
+        Args:
+            module: A module of the same names and shapes that belongs to nobody else. Its parameters become
+                frozen ones over the shadow's storage; tied weights become one object.
+
+        Raises:
+            ValueError: Names or shapes do not match.
+        """
+        shared_as: dict[str, Tensor] = {}
+        # Models built without initialisation are not tied yet: here they become so.
+        for entry in self._match(module, tied=False):
+            shadow = self._shadow[entry.key]
+            shared = shared_as.get(entry.key)
+            if shared is None:
+                shared = nn.Parameter(shadow, requires_grad=False) if entry.is_param else shadow
+                shared_as[entry.key] = shared
+            for slot in entry.slots:
+                # setattr and not the dictionary: recurrent layers keep a second list of their weights.
+                setattr(slot.owner, slot.leaf, shared)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first shadow tensor."""
+        return next(iter(self._shadow.values())).device
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the persistent shadow tensors themselves by canonical name, tied weights once."""
+        return {key: self._shadow[key] for key in self._shadow if key in self._persistent}
+
+    def resolve(self, name: str) -> str | None:
+        """Returns the name in `tensors()` for any name of the same tensor (wrapped, tied), or None if unknown."""
+        return self._key_of.get(canonical_name(name))
+
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Returns the average in the form of `model.state_dict()`: canonical keys, tied names included, no copies.
+
+        DTensor shadows are gathered, which every process must take part in.
+
+        Raises:
+            ValueError: The model's state has a tensor that the average does not have.
+        """
+        state: dict[str, Tensor] = {}
+        for name, value in model.state_dict().items():
+            if not isinstance(value, Tensor):
+                continue
+            key = self.resolve(name)
+            if key is None:
+                raise ValueError(f"The average has no tensor for {name!r} of the model's state_dict.")
+            shadow = self._shadow[key]
+            state[canonical_name(name)] = shadow.full_tensor() if isinstance(shadow, DTensor) else shadow
+        return state
+
+    @torch.no_grad()
+    def load(self, mapping: Mapping[str, Tensor]) -> None:
+        """Restores the persistent tensors bit for bit, in place.
+
+        Args:
+            mapping: Tensors by name, with the names, shapes and dtypes of `tensors()`. Tied names may be given.
+
+        Raises:
+            ValueError: A tensor is missing, unexpected, or of another shape or dtype; then nothing was changed.
+        """
+        wanted = self.tensors()
+        found = {self.resolve(name) or name: tensor for name, tensor in mapping.items()}
+        _check_names(set(wanted), set(found), "saved average")
+        for key, tensor in found.items():
+            _check_shape(key, wanted[key], tensor)
+            if tensor.dtype != wanted[key].dtype:
+                raise ValueError(f"{key!r} is {tensor.dtype} in the saved average, expected {wanted[key].dtype}.")
+        for key, tensor in found.items():
+            wanted[key].copy_(tensor)
+
+    @torch.no_grad()
+    def distance(self, model: nn.Module) -> float:
+        """Returns `||student - average|| / ||student||` over floating-point parameters, one host synchronisation.
+
+        Norms per tensor are taken in the shadow's dtype (float32 or float64) and combined in float64.
+
+        Raises:
+            RuntimeError: The model holds swapped-in weights.
+            ValueError: Names or shapes do not match.
+        """
+        _refuse_swapped(model, "measure the distance to")
+        entries = [entry for entry in self._match(model) if entry.key in self._params]
+        return kernels.relative_distance([self._shadow[e.key] for e in entries], [e.tensor.detach() for e in entries])
+
+    @torch.no_grad()
+    def fingerprint(self) -> tuple[int, ...]:
+        """Returns one integer per floating-point parameter, the sum of its bit patterns; any moved bit shows."""
+        return kernels.bit_sums([local_shard(self._shadow[key]) for key in self._shadow if key in self._params])
+
+    @torch.no_grad()
+    def equals(self, model: nn.Module) -> bool:
+        """Says whether every floating-point parameter of the model, cast to the shadow's dtype, is the average."""
+        entries = [entry for entry in self._match(model) if entry.key in self._params]
+        pairs = [(local_shard(self._shadow[e.key]), local_shard(e.tensor)) for e in entries]
+        return all(torch.equal(shadow, source.to(shadow.device, shadow.dtype)) for shadow, source in pairs)
+
+    def _add(self, entry: _Entry) -> None:
+        source = entry.tensor.detach()
+        self._shadow[entry.key] = source.to(_shadow_dtype(source.dtype), copy=True)
+        for slot in entry.slots:
+            self._key_of[slot.name] = entry.key
+        if entry.is_param and source.is_floating_point():
+            self._params.add(entry.key)
+        if entry.persistent:
+            self._persistent.add(entry.key)
+
+    def _match(self, model: nn.Module, *, tied: bool = True) -> list[_Entry]:
+        """Pairs every tensor of the model with its shadow by name; checks names, shapes and, if `tied`, tying."""
+        entries = _entries(model)
+        names = {slot.name for entry in entries for slot in entry.slots if entry.persistent}
+        _check_names({n for n, key in self._key_of.items() if key in self._persistent}, names, type(model).__name__)
+        seen: set[str] = set()
+        matched = []
+        for entry in entries:
+            keys = {self._key_of[slot.name] for slot in entry.slots if slot.name in self._key_of}
+            if not keys:  # a non-persistent buffer the student registered later
+                continue
+            key = keys.pop()
+            if keys or (tied and key in seen):
+                raise ValueError(f"Tied weights changed since the average was built: {entry.key!r}.")
+            seen.add(key)
+            if entry.persistent:
+                _check_shape(key, self._shadow[key], entry.tensor)
+            matched.append(_Entry(key, entry.slots))
+        return matched
+
+    def _bind(self, model: nn.Module) -> _Binding:
+        if self._binding is not None and self._binding.holds_for(model):
+            return self._binding
+        for entry in _entries(model):
+            if not entry.persistent and not any(slot.name in self._key_of for slot in entry.slots):
+                self._add(entry)
+                self.storage_version += 1
+        entries = self._match(model)
+        lerps: dict[tuple[object, ...], list[_Entry]] = {}
+        copies: dict[tuple[object, ...], list[_Entry]] = {}
+        for entry in entries:
+            source, shadow = entry.tensor, self._shadow[entry.key]
+            if isinstance(shadow, DTensor) and not isinstance(source, DTensor):
+                raise RuntimeError(f"{entry.key!r} is unsharded: call reshard() on the FSDP modules before updating.")
+            if shadow.device != source.device or shadow.shape != source.shape:
+                # Only non-persistent buffers may change shape (`_match`), e.g. position tables grown on demand.
+                kept = shadow if shadow.shape == source.shape else source.detach()
+                self._shadow[entry.key] = shadow = kept.to(source.device, shadow.dtype, copy=True)
+                self.storage_version += 1
+            if source.requires_grad and not source.is_floating_point():
+                raise TypeError(f"Cannot average {entry.key!r}: a trainable parameter of dtype {source.dtype}.")
+            moves = source.requires_grad if entry.is_param else entry.persistent and self.buffers == "average"
+            groups = lerps if moves and source.is_floating_point() else copies
+            groups.setdefault((source.device, shadow.dtype, source.dtype), []).append(entry)
+        binding = _Binding(
+            modules=[(m, (*m._parameters.values(), *m._buffers.values()), len(m._modules)) for m in model.modules()],
+            sources=[entry.tensor for entry in entries],
+            traits=[_trait(entry.tensor) for entry in entries],
+        )
+        for groups, lists in ((lerps, binding.lerps), (copies, binding.copies)):
+            for group in groups.values():
+                shadows = [local_shard(self._shadow[entry.key]) for entry in group]
+                lists.append((shadows, [local_shard(entry.tensor) for entry in group]))
+        self._binding = binding
+        return binding
+
+    @torch.no_grad()
+    def _write(self, entries: list[_Entry]) -> None:
+        kernels.copy_([local_shard(e.tensor) for e in entries], [local_shard(self._shadow[e.key]) for e in entries])
+
+
+def _entries(model: nn.Module) -> list[_Entry]:
+    """Lists the distinct tensors of a model in registration order, each with every place it is registered at."""
+    by_tensor: dict[int, _Entry] = {}
+    owner_of: dict[str, int] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        hidden = module._non_persistent_buffers_set
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            name = canonical_name(f"{prefix}.{leaf}" if prefix else leaf)
+            if owner_of.setdefault(name, id(tensor)) != id(tensor):
+                raise ValueError(f"Two tensors of the model share the name {name!r} once wrappers are removed.")
+            slot = _Slot(name, module, leaf, tensor, leaf in module._parameters, leaf not in hidden)
+            by_tensor.setdefault(id(tensor), _Entry(name, [])).slots.append(slot)
+    return list(by_tensor.values())
+
+
+def _shadow_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
+
+
+def _trait(tensor: Tensor) -> tuple[torch.device, torch.dtype, bool]:
+    return tensor.device, tensor.dtype, tensor.requires_grad
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """Returns this process's part of a DTensor, detached and over the same storage; any other tensor as it is."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
+
+
+def _refuse_swapped(model: nn.Module, action: str) -> None:
+    if unwrap(model) in _SWAPPED:
+        raise RuntimeError(f"Cannot {action} this model now: it holds swapped-in weights; leave `swapped` first.")
+
+
+def _check_names(wanted: set[str], found: set[str], where: str) -> None:
+    missing, unexpected = sorted(wanted - found), sorted(found - wanted)
+    if missing or unexpected:
+        raise ValueError(
+            f"Names do not match the average. Missing in {where}: {_few(missing)}; unexpected: {_few(unexpected)}."
+        )
+
+
+def _check_shape(key: str, wanted: Tensor, found: Tensor) -> None:
+    if wanted.shape != found.shape:
+        raise ValueError(f"{key!r} has shape {tuple(found.shape)}, the average has {tuple(wanted.shape)}.")
+
+
+def _few(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{', '.join(names[:limit])}{more}" if names else "none"

@@ -1,0 +1,14 @@
+"""One labeler per model family: teacher output in, training target out."""
+
+from hf_ema_scaling.labels.base import Labeler, PseudoLabel
+from hf_ema_scaling.labels.ctc import CTCLabeler, blank_id, ctc_frame_lengths, greedy_ctc, min_ctc_frames
+
+__all__ = [
+    "CTCLabeler",
+    "Labeler",
+    "PseudoLabel",
+    "blank_id",
+    "ctc_frame_lengths",
+    "greedy_ctc",
+    "min_ctc_frames",
+]

@@ -1,0 +1,200 @@
+"""Greedy CTC labels: best path, cut to length, repeats merged, then blanks dropped (Graves et al. 2006, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ema_scaling.labels.base import PseudoLabel
+
+MODEL_INPUTS = ("input_values", "input_features", "attention_mask")
+LENGTH_METHODS = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside `DistributedDataParallel` and `torch.compile` wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and not any(hasattr(model, method) for method in LENGTH_METHODS):
+            inner = getattr(model, "module", None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def ctc_frame_lengths(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Number of valid output frames of each row.
+
+    Args:
+        model: a CTC model of transformers, possibly wrapped.
+        batch: `input_values` (rows, samples) or `input_features` (rows, frames, bins), padded on the right, and an
+            optional `attention_mask` (rows, samples or frames) of ones and zeros. Without a mask every row is full.
+
+    Returns:
+        int64 tensor (rows,), on the device of the inputs.
+
+    Raises:
+        ValueError: when the batch holds neither input.
+        TypeError: when the model does not say how it shortens its input.
+    """
+    inputs = next((batch[name] for name in ("input_values", "input_features") if name in batch), None)
+    if inputs is None:
+        raise ValueError(f"a CTC batch needs 'input_values' or 'input_features', got {sorted(batch)}")
+    model = unwrapped(model)
+    method = next((getattr(model, name) for name in LENGTH_METHODS if hasattr(model, name)), None)
+    if method is None:
+        raise TypeError(
+            f"{type(model).__name__} does not tell how many CTC frames it makes of its input: give it one of the "
+            f"methods {', '.join(LENGTH_METHODS)}, mapping input lengths to output lengths"
+        )
+    mask = batch.get("attention_mask")
+    if mask is None:
+        lengths = torch.full((inputs.shape[0],), inputs.shape[1], dtype=torch.long, device=inputs.device)
+    else:
+        lengths = mask.long().sum(-1)
+    return method(lengths).long().clamp(min=0)
+
+
+def blank_id(config: Any) -> int:
+    """The blank of a CTC head of transformers, which is `config.pad_token_id`.
+
+    Raises:
+        ValueError: when the config has none.
+    """
+    blank = getattr(config, "pad_token_id", None)
+    if blank is None:
+        raise ValueError(
+            f"{type(config).__name__}.pad_token_id is None, so the CTC blank is unknown: set it to the blank's id "
+            "(tokenizer.pad_token_id)"
+        )
+    return int(blank)
+
+
+def min_ctc_frames(ids: Sequence[int]) -> int:
+    """Frames that CTC needs for a label: one per token, and a blank between equal neighbours."""
+    return len(ids) + sum(left == right for left, right in pairwise(ids))
+
+
+def _check_shapes(logits: Tensor, frame_lengths: Tensor) -> None:
+    if logits.ndim != 3 or frame_lengths.shape != logits.shape[:1]:
+        raise ValueError(
+            f"expected logits (rows, frames, vocabulary) and one length per row, got {tuple(logits.shape)} and "
+            f"{tuple(frame_lengths.shape)}"
+        )
+
+
+def _collapse(best: Tensor, frame_lengths: Tensor, dropped: Tensor) -> list[list[int]]:
+    """Cut `best` (rows, frames) to length, merge repeats, then remove the ids in `dropped`; all on the CPU."""
+    longest = int(frame_lengths.max()) if len(frame_lengths) else 0
+    if longest > best.shape[1]:
+        raise ValueError(f"a row claims {longest} frames, but the logits have {best.shape[1]}")
+    keep = torch.arange(best.shape[1])[None] < frame_lengths[:, None]
+    keep[:, 1:] &= best[:, 1:] != best[:, :-1]
+    keep &= ~torch.isin(best, dropped)
+    flat = best[keep].tolist()
+    rows, start = [], 0
+    for count in keep.sum(1).tolist():
+        rows.append(flat[start : start + count])
+        start += count
+    return rows
+
+
+def greedy_ctc(logits: Tensor, frame_lengths: Tensor, blank: int) -> list[list[int]]:
+    """Label of the best path of each row.
+
+    Args:
+        logits: (rows, frames, vocabulary), any float dtype.
+        frame_lengths: (rows,), valid frames of each row; what lies behind is never looked at.
+        blank: id of the blank.
+
+    Returns:
+        One list of ids per row, without blanks. `[1, 2, 3, 0, 3, 4]` with blank 0 gives `[1, 2, 3, 3, 4]`.
+
+    Raises:
+        ValueError: when the shapes do not fit, or a length exceeds the number of frames.
+    """
+    _check_shapes(logits, frame_lengths)
+    return _collapse(logits.argmax(-1).cpu(), frame_lengths.cpu(), torch.tensor([blank]))
+
+
+class CTCLabeler:
+    """Greedy CTC labels with a confidence.
+
+    The confidence of a row is the geometric mean over its valid frames of the highest class probability, blank
+    included: `exp(mean_t log max_c p(c | t))`. It is the probability of the best path, per frame, so it does not
+    shrink with length. A row without frames has confidence 0.
+
+    Reasons: "empty" when no token is left, "too_long" when CTC needs more frames than the target has.
+
+    Args:
+        blank_id: id of the blank.
+        special_ids: ids that are never a target (bos, eos, unk); removed after repeats are merged.
+    """
+
+    def __init__(self, blank_id: int, special_ids: Collection[int] = ()) -> None:
+        self.blank_id = blank_id
+        self.special_ids = frozenset(special_ids) - {blank_id}
+        self._dropped = torch.tensor([blank_id, *sorted(self.special_ids)])
+
+    def label(self, teacher: Callable[..., Any], batch: Mapping[str, Tensor]) -> list[PseudoLabel]:
+        """Run the teacher on the inputs of `batch`, and on nothing else in it, and label each row.
+
+        Models whose feature encoder uses group norm (`feat_extract_norm="group"`) see the padding of their neighbours:
+        give them rows of one length.
+
+        Args:
+            teacher: a CTC model in eval mode, possibly wrapped.
+            batch: as in `ctc_frame_lengths`; other keys are ignored.
+
+        Raises:
+            RuntimeError: when the teacher is in train mode.
+            ValueError: when valid logits are NaN.
+        """
+        if getattr(teacher, "training", False):
+            raise RuntimeError("the teacher is in train mode, so its labels are random: call teacher.eval() first")
+        with torch.no_grad():
+            logits = teacher(**{name: batch[name] for name in MODEL_INPUTS if name in batch}).logits
+        return self.from_logits(logits, ctc_frame_lengths(teacher, batch))
+
+    def from_logits(
+        self, logits: Tensor, frame_lengths: Tensor, target_frames: Tensor | None = None
+    ) -> list[PseudoLabel]:
+        """Label each row of `logits` (rows, frames, vocabulary).
+
+        Args:
+            logits: any float dtype; the softmax is taken in float32.
+            frame_lengths: (rows,), valid frames of each row.
+            target_frames: (rows,), frames of the model that will be trained on the labels, where it shortens its
+                input more than the teacher does; the teacher's own when None. Only it can make a label too long: a
+                best path always fits the frames it came from.
+
+        Raises:
+            ValueError: when valid logits are NaN, or the shapes do not fit.
+        """
+        _check_shapes(logits, frame_lengths)
+        lengths = frame_lengths.cpu()
+        frames = logits.shape[1]
+        scores = logits.float()
+        log_best = (scores.amax(-1) - scores.logsumexp(-1)).cpu()
+        valid = torch.arange(frames)[None] < lengths[:, None]
+        log_best = log_best.masked_fill(~valid, 0.0)
+        broken = torch.isnan(log_best).any(1).nonzero().flatten().tolist()
+        if broken:
+            raise ValueError(f"the teacher's logits are NaN in rows {broken} of the batch: it has diverged")
+        confidence = (log_best.double().sum(1) / lengths.clamp(min=1)).exp().masked_fill(lengths == 0, 0.0)
+        rows = _collapse(logits.argmax(-1).cpu(), lengths, self._dropped)
+        available = lengths if target_frames is None else target_frames.cpu()
+        return [
+            PseudoLabel(tuple(ids), min(score, 1.0), self._reason(ids, room))
+            for ids, score, room in zip(rows, confidence.tolist(), available.tolist(), strict=True)
+        ]
+
+    @staticmethod
+    def _reason(ids: Sequence[int], frames: int) -> str | None:
+        if not ids:
+            return "empty"
+        return "too_long" if min_ctc_frames(ids) > frames else None

@@ -1,0 +1,116 @@
+"""Word and character error rate as `evaluate` metrics that need no download."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+import jiwer
+import numpy as np
+from transformers import EvalPrediction
+
+
+def _checked(references: Sequence[str], predictions: Sequence[str]) -> tuple[list[str], list[str]]:
+    if len(references) != len(predictions):
+        raise ValueError(f"{len(references)} references, but {len(predictions)} predictions: give one for each")
+    if not len(references):
+        raise ValueError("no references: an error rate needs at least one")
+    empty = [row for row, text in enumerate(references) if not text.strip()]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} of {len(references)} references are empty (rows {empty[:10]}): an error rate divides by "
+            "their length, so drop these rows from the evaluation set"
+        )
+    return list(references), list(predictions)
+
+
+def word_error_rate(references: Sequence[str], predictions: Sequence[str]) -> float:
+    """Word substitutions, deletions and insertions of all rows over the words of all references.
+
+    Raises:
+        ValueError: when there are no references, one of them is empty, or the numbers of rows differ.
+    """
+    return float(jiwer.wer(*_checked(references, predictions)))
+
+
+def character_error_rate(references: Sequence[str], predictions: Sequence[str]) -> float:
+    """As `word_error_rate`, counted in characters, spaces included."""
+    return float(jiwer.cer(*_checked(references, predictions)))
+
+
+class _TextErrorRate(evaluate.Metric):
+    """Strings in, one rate out; the description lives here instead of on a hub."""
+
+    description: str
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.description,
+            citation="",
+            inputs_description="references and predictions: one string each per row",
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
+        )
+
+
+class WordErrorRate(_TextErrorRate):
+    """`word_error_rate` as an `evaluate.Metric`: `compute(references=, predictions=)` gives `{"wer": float}`."""
+
+    description = "Word error rate: word edits over reference words, of the whole set."
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        return {"wer": word_error_rate(references, predictions)}
+
+
+class CharacterErrorRate(_TextErrorRate):
+    """`character_error_rate` as an `evaluate.Metric`: `compute(...)` gives `{"cer": float}`."""
+
+    description = "Character error rate: character edits over reference characters, of the whole set."
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        return {"cer": character_error_rate(references, predictions)}
+
+
+class CTCMetrics:
+    """WER and CER of collapsed label ids, for `Trainer(compute_metrics=CTCMetrics(tokenizer, blank_id).compute)`.
+
+    Predictions and references are decoded alike, without merging repeats: these are label ids, in which a doubled
+    letter is two tokens.
+
+    Args:
+        tokenizer: decodes the ids.
+        blank_id: id of the CTC blank, removed from both sides.
+    """
+
+    def __init__(self, tokenizer: Any, blank_id: int) -> None:
+        self.tokenizer = tokenizer
+        self.blank_id = blank_id
+
+    def compute(self, eval_prediction: EvalPrediction) -> dict[str, float]:
+        """`{"wer": ..., "cer": ...}` of `predictions` and `label_ids`, int arrays (rows, length) padded with -100.
+
+        Raises:
+            ValueError: when the predictions are not label ids (frame logits, say), or a reference is empty.
+        """
+        references = self._decode(eval_prediction.label_ids, "label_ids")
+        predictions = self._decode(eval_prediction.predictions, "predictions")
+        return {
+            "wer": word_error_rate(references, predictions),
+            "cer": character_error_rate(references, predictions),
+        }
+
+    def _decode(self, rows: Any, name: str) -> list[str]:
+        ids = np.asarray(rows)
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(
+                f"{name} must be label ids (rows, length), already collapsed and padded with -100, got {ids.dtype} of "
+                f"shape {ids.shape}"
+            )
+        kept = (ids != -100) & (ids != self.blank_id)
+        return [
+            self.tokenizer.decode(row[keep].tolist(), group_tokens=False)
+            for row, keep in zip(ids, kept, strict=True)
+        ]

@@ -1,0 +1,40 @@
+"""Arithmetic of batch-size scaling: momentum, optimizer rules, batch schedules, and the plan of a run."""
+
+from .momentum import (
+    ema_weight,
+    half_life_from_momentum,
+    log_momentum,
+    momentum_from_epoch_weight,
+    momentum_from_half_life,
+    scale_momentum,
+    weight_from_log_momentum,
+)
+from .optimizers import AdamRule, AdamWRule, OptimizerValues, ScalingRule, SGDRule, scaling_rule
+from .plan import Recipe, ScalingPlan, StepValues
+from .schedule import BatchSchedule, ReferenceClock, ResolvedStage, Segment, Stage, StepBorders, step_borders
+
+__all__ = [
+    "AdamRule",
+    "AdamWRule",
+    "BatchSchedule",
+    "OptimizerValues",
+    "Recipe",
+    "ReferenceClock",
+    "ResolvedStage",
+    "SGDRule",
+    "ScalingPlan",
+    "ScalingRule",
+    "Segment",
+    "Stage",
+    "StepBorders",
+    "StepValues",
+    "ema_weight",
+    "half_life_from_momentum",
+    "log_momentum",
+    "momentum_from_epoch_weight",
+    "momentum_from_half_life",
+    "scale_momentum",
+    "scaling_rule",
+    "step_borders",
+    "weight_from_log_momentum",
+]

@@ -1,0 +1,1 @@
+"""Trainers and the callback: the two doors."""

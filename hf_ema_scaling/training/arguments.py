@@ -1,0 +1,223 @@
+"""The arguments of a run: every value is the recipe's, at the reference batch; one word selects the batch of this run."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_ema_scaling.scaling import (
+    BatchSchedule,
+    half_life_from_momentum,
+    momentum_from_epoch_weight,
+    momentum_from_half_life,
+)
+
+BATCH_UNITS = ("samples", "seconds")
+WEIGHT_SETS = ("both", "ema", "student")
+METRIC_DRIVEN_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
+
+
+@dataclass
+class EMATrainingArguments(TrainingArguments):
+    """`TrainingArguments` whose step-valued arguments count **reference steps** (one is `reference_batch_size` units).
+
+    `learning_rate`, betas, weight decay, `warmup_steps`, `max_steps`, `eval_steps`, `save_steps`, `logging_steps` are
+    those of the recipe at the reference batch and are never changed. At most one of `kappa`, `batch_size`,
+    `batch_schedule` selects the batch of this run; without any, the run is the recipe itself.
+    `per_device_train_batch_size` is a memory limit on micro-batches and nothing else.
+
+    Raises:
+        ValueError: for contradictory or unsupported settings, with the offending value and the way out.
+    """
+
+    reference_batch_size: float | None = field(
+        default=None, metadata={"help": "Batch, in units over all processes, at which the recipe was tuned. Required."}
+    )
+    batch_unit: str = field(default="samples", metadata={"help": "What batches count: samples or seconds (of audio)."})
+    duration_column: str = field(
+        default="duration", metadata={"help": "Column with the length of an item in seconds, for batch_unit=seconds."}
+    )
+    kappa: float | None = field(
+        default=None, metadata={"help": "Batch of this run over the reference batch, after small_batch_until."}
+    )
+    batch_size: float | None = field(
+        default=None, metadata={"help": "Batch of this run in units, over all processes, from the first step on."}
+    )
+    batch_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Batch of this run by stages, as JSON or a path to it: [{"batch_size": 64, "until": 5000}, '
+            '{"batch_size": 512}]; ends in reference steps, until_epochs or until_fraction.'
+        },
+    )
+    small_batch_until: float | None = field(
+        default=None,
+        metadata={"help": "With kappa: reference steps for which the batch stays the reference batch."},
+    )
+    scaling_rule: str = field(
+        default="auto", metadata={"help": "auto: the rule of the optimizer; none: leave it unscaled (an ablation)."}
+    )
+    ema_momentum: float | None = field(
+        default=None, metadata={"help": "Momentum rho of the average per reference step. Default 0.999."}
+    )
+    ema_half_life: float | None = field(
+        default=None, metadata={"help": "Half-life of the average in units, instead of ema_momentum."}
+    )
+    ema_epoch_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the average that one pass over the labelled set leaves, instead of ema_momentum."},
+    )
+    ema_start: float = field(
+        default=0.0, metadata={"help": "Reference step before which the average is the student itself."}
+    )
+    ema_buffers: str = field(
+        default="average", metadata={"help": "Float buffers (BatchNorm statistics): average or copy."}
+    )
+    scale_ema: bool = field(
+        default=True, metadata={"help": "Scale the momentum with the batch; False is the ablation."}
+    )
+    evaluate_weights: str = field(
+        default="both", metadata={"help": "Weights to evaluate: both (eval_* and eval_ema_*), ema or student."}
+    )
+    bucket_window: int = field(
+        default=0, metadata={"help": "Reference batches per length-bucketing window; 0 for none."}
+    )
+    max_example_loss: float | None = field(
+        default=50.0, metadata={"help": "Cap on one example's loss (nats per target token); None for no cap."}
+    )
+    augment_start: float = field(
+        default=0.0, metadata={"help": "Reference step at which augmentation of the student's input begins."}
+    )
+    on_nonfinite: str = field(
+        default="raise", metadata={"help": "A gradient that is not finite: raise, or skip the step."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reference_batch_size is None or not self.reference_batch_size > 0:
+            raise ValueError(
+                "reference_batch_size (the batch, over all processes, at which the recipe was tuned) is required and "
+                f"must be above 0, got {self.reference_batch_size}"
+            )
+        _one_of("batch_unit", self.batch_unit, BATCH_UNITS)
+        _one_of("evaluate_weights", self.evaluate_weights, WEIGHT_SETS)
+        _one_of("ema_buffers", self.ema_buffers, ("average", "copy"))
+        _one_of("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
+        if self.batch_unit == "samples" and self.reference_batch_size != int(self.reference_batch_size):
+            raise ValueError(f"reference_batch_size counts samples, got {self.reference_batch_size}")
+        _at_most_one(self, ("kappa", "batch_size", "batch_schedule"))
+        _at_most_one(self, ("ema_momentum", "ema_half_life", "ema_epoch_weight"))
+        if self.small_batch_until is not None and self.kappa is None:
+            raise ValueError("small_batch_until goes with kappa; use batch_schedule for other schedules")
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: one dataloader batch is one optimizer "
+                "step here. Choose the batch by kappa, batch_size or batch_schedule and the memory by "
+                "per_device_train_batch_size"
+            )
+        if self.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size would change the batch: lower per_device_train_batch_size instead")
+        if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) in METRIC_DRIVEN_SCHEDULERS:
+            raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type} follows metrics, not data seen: choose another")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor is not supported: the trainers own the loss")
+        if self.max_example_loss is not None and not self.max_example_loss > 0:
+            raise ValueError(f"max_example_loss must be above 0 or None, got {self.max_example_loss}")
+
+    def schedule(self, *, small_batch_until: float = 0.0) -> BatchSchedule:
+        """The batch schedule of this run.
+
+        Args:
+            small_batch_until: default of the argument of that name: `pl_start` where there is one.
+        """
+        assert self.reference_batch_size is not None
+        if self.batch_schedule is not None:
+            text = self.batch_schedule
+            if isinstance(text, str) and not text.lstrip().startswith("["):
+                text = Path(text).read_text(encoding="utf-8")
+            return BatchSchedule.from_json(text)
+        if self.batch_size is not None:
+            return BatchSchedule.constant(self.batch_size)
+        until = small_batch_until if self.small_batch_until is None else self.small_batch_until
+        kappa = 1.0 if self.kappa is None else self.kappa
+        if kappa == 1.0:
+            return BatchSchedule.constant(self.reference_batch_size)
+        return BatchSchedule.two_stage(self.reference_batch_size, kappa, until)
+
+    def momentum(self, steps_per_epoch: float) -> float:
+        """rho per reference step, from whichever argument states it.
+
+        Args:
+            steps_per_epoch: reference steps in one pass over the labelled set, for `ema_epoch_weight`.
+        """
+        assert self.reference_batch_size is not None
+        if self.ema_half_life is not None:
+            return momentum_from_half_life(self.ema_half_life, self.reference_batch_size)
+        if self.ema_epoch_weight is not None:
+            return momentum_from_epoch_weight(self.ema_epoch_weight, steps_per_epoch)
+        return 0.999 if self.ema_momentum is None else self.ema_momentum
+
+    def half_life(self, steps_per_epoch: float) -> float:
+        """Half-life of the average in units."""
+        assert self.reference_batch_size is not None
+        return half_life_from_momentum(self.momentum(steps_per_epoch), self.reference_batch_size)
+
+    def reference_steps(self, steps_per_epoch: float) -> int:
+        """Length of the run in reference steps: `max_steps`, or `num_train_epochs` passes over the labelled set."""
+        return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * steps_per_epoch)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `TrainingArguments.to_dict`; every value can be written as JSON."""
+        values = super().to_dict()
+        if values.get("batch_schedule") is not None and not isinstance(values["batch_schedule"], str):
+            values["batch_schedule"] = json.dumps(values["batch_schedule"])
+        return values
+
+
+@dataclass
+class PseudoLabelArguments:
+    """When, how much and which pseudo-labels enter the loss; starts and lengths in reference steps.
+
+    Args:
+        pl_start: reference step at which unlabelled items begin.
+        unlabeled_ratio: unlabelled units per labelled unit from then on.
+        unlabeled_weight: lambda, weight of a pseudo-labelled example's loss.
+        min_confidence: pseudo-labels less confident than this are dropped (reason `confidence`).
+    """
+
+    pl_start: float = field(default=0.0, metadata={"help": "Reference step at which unlabelled items begin."})
+    unlabeled_ratio: float = field(
+        default=1.0, metadata={"help": "Unlabelled units per labelled unit from pl_start on."}
+    )
+    unlabeled_weight: float = field(
+        default=1.0, metadata={"help": "Weight (lambda) of a pseudo-labelled example's loss."}
+    )
+    min_confidence: float = field(
+        default=0.0, metadata={"help": "Drop pseudo-labels whose confidence is below this, in [0, 1]."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.pl_start >= 0:
+            raise ValueError(f"pl_start must be at least 0, got {self.pl_start}")
+        if not self.unlabeled_ratio > 0:
+            raise ValueError(f"unlabeled_ratio must be above 0, got {self.unlabeled_ratio}")
+        if not self.unlabeled_weight >= 0:
+            raise ValueError(f"unlabeled_weight must be at least 0, got {self.unlabeled_weight}")
+        if not 0 <= self.min_confidence <= 1:
+            raise ValueError(f"min_confidence must lie in [0, 1], got {self.min_confidence}")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _at_most_one(arguments: object, names: tuple[str, ...]) -> None:
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if len(given) > 1:
+        raise ValueError(f"give at most one of {', '.join(names)}, got {given}")

@@ -1,0 +1,121 @@
+"""Start-up self-checks: bad targets, a dead average, and a gradient that depends on how a batch is split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hf_ema_scaling.ema import WeightAverage, check_moved
+from hf_ema_scaling.labels.ctc import ctc_frame_lengths
+
+# Relative size of an update of the average that float32 shows beyond doubt in at least one weight.
+VISIBLE = 1e-6
+
+
+class LivenessWatch:
+    """After three updates that moved weights, the average must have moved and must differ from the student.
+
+    Updates too small for float32 to show (the first steps of a long warm-up) do not count.
+
+    Args:
+        average: the average as it is before the first update.
+    """
+
+    UPDATES = 3
+
+    def __init__(self, average: WeightAverage) -> None:
+        self.initial = average.fingerprint()
+        self.seen = 0
+
+    def after_update(self, model: nn.Module, average: WeightAverage, weight: float) -> bool:
+        """Look at one update; True when the watch is over.
+
+        Args:
+            model: the student.
+            average: its average.
+            weight: weight of the student in the update just made.
+
+        Raises:
+            DeadTeacherError: the average did not move, or equals the student.
+        """
+        if weight * average.distance(model) < VISIBLE and not average.equals(model):
+            return False
+        self.seen += 1
+        if self.seen < self.UPDATES:
+            return False
+        check_moved(model, average, self.initial)
+        return True
+
+
+def ctc_target_frames(labels: Tensor) -> Tensor:
+    """Frames that CTC needs for each row of labels (padded with -100): tokens plus adjacent repeats; int64 `(rows,)`."""
+    tokens = labels >= 0
+    repeats = (labels[:, 1:] == labels[:, :-1]) & tokens[:, 1:]
+    return tokens.sum(-1) + repeats.sum(-1)
+
+
+def check_ctc_targets(model: nn.Module, inputs: Mapping[str, Tensor], indices: list[int]) -> None:
+    """Refuses labelled rows that CTC cannot learn: no tokens, or more than the model has frames for.
+
+    Args:
+        model: a CTC model, wrapped or not.
+        inputs: collated rows with `labels`.
+        indices: their row numbers in the labelled data set, for the message.
+
+    Raises:
+        ValueError: naming the first such row.
+    """
+    needed = ctc_target_frames(inputs["labels"])
+    frames = ctc_frame_lengths(model, inputs).to(needed.device)
+    bad = ((needed == 0) | (needed > frames)).nonzero().flatten().tolist()
+    if bad:
+        row = bad[0]
+        problem = (
+            "has no label tokens"
+            if needed[row] == 0
+            else f"needs {int(needed[row])} frames for its labels, but the model makes {int(frames[row])} of its audio"
+        )
+        raise ValueError(
+            f"labelled row {indices[row]} {problem}: drop such rows before training, or use a model with less "
+            "subsampling"
+        )
+
+
+def gradient_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    """||first - second|| / ||first|| over all parameters, in float64."""
+    difference = sum(float((first[name].double() - second[name].double()).square().sum()) for name in first)
+    size = sum(float(value.double().square().sum()) for value in first.values())
+    return (difference / size) ** 0.5 if size > 0 else float(difference > 0)
+
+
+def has_batch_statistics(model: nn.Module) -> bool:
+    """Whether the model normalises by statistics of the batch (BatchNorm in train mode)."""
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
+
+
+class frozen_statistics:  # noqa: N801 - a context manager, used like a function
+    """Inside the block BatchNorm neither uses nor updates batch statistics."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parts = [
+            part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training
+        ]
+
+    def __enter__(self) -> None:
+        for part in self.parts:
+            part.eval()
+
+    def __exit__(self, *error: object) -> None:
+        for part in self.parts:
+            part.train()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the gradients by parameter name; zeros where there is none."""
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }

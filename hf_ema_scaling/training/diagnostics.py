@@ -1,0 +1,68 @@
+"""What is counted between two logs: pseudo-labels by outcome, and how often gradients were clipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from hf_ema_scaling.labels.base import PseudoLabel
+
+REASONS = ("empty", "too_long", "confidence")
+
+
+class LabelStatistics:
+    """Counts pseudo-labels since the last log; the same on resume because the counters are part of a checkpoint."""
+
+    FIELDS = ("rows", "kept", "tokens", "confidence", *(f"dropped_{reason}" for reason in REASONS))
+
+    def __init__(self) -> None:
+        self.counts = dict.fromkeys(self.FIELDS, 0.0)
+
+    def add(self, labels: Iterable[PseudoLabel]) -> None:
+        """Count the labels of one micro-batch.
+
+        Raises:
+            KeyError: for a reason code that is not in `REASONS`.
+        """
+        for label in labels:
+            self.counts["rows"] += 1
+            self.counts["confidence"] += label.confidence
+            if label.reason is None:
+                self.counts["kept"] += 1
+                self.counts["tokens"] += len(label.ids)
+            else:
+                self.counts[f"dropped_{label.reason}"] += 1
+
+    def logs(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Shares and means over all processes since the last call, and a fresh start.
+
+        Args:
+            total: sums a float64 vector over the processes.
+
+        Returns:
+            `pseudo/kept`, `pseudo/confidence`, `pseudo/tokens` (per kept label) and `pseudo/dropped_<reason>`; nothing
+            when no row was labelled.
+        """
+        values = total(torch.tensor([self.counts[name] for name in self.FIELDS], dtype=torch.float64)).tolist()
+        counts = dict(zip(self.FIELDS, values, strict=True))
+        self.counts = dict.fromkeys(self.FIELDS, 0.0)
+        rows = counts["rows"]
+        if rows == 0:
+            return {}
+        shares = {f"pseudo/dropped_{reason}": counts[f"dropped_{reason}"] / rows for reason in REASONS}
+        return {
+            "pseudo/kept": counts["kept"] / rows,
+            "pseudo/confidence": counts["confidence"] / rows,
+            "pseudo/tokens": counts["tokens"] / max(counts["kept"], 1.0),
+            **shares,
+        }
+
+    def state_dict(self) -> dict[str, float]:
+        """The counters."""
+        return dict(self.counts)
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restore the counters."""
+        self.counts = {name: float(state.get(name, 0.0)) for name in self.FIELDS}

@@ -1,0 +1,87 @@
+"""When things happen: log, evaluate and save on the reference clock, and the average's one update per step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from hf_ema_scaling.scaling import ReferenceClock
+
+if TYPE_CHECKING:
+    from hf_ema_scaling.training.mixin import EMATrainerMixin
+
+
+class ReferenceFlow(DefaultFlowCallback):
+    """Trainer's default flow with intervals in reference steps.
+
+    An event fires at the first optimizer step whose clock reaches or crosses a multiple of its interval. Intervals
+    below 1 are shares of the run. The `epoch` strategies fire after each pass over the labelled set.
+    """
+
+    def __init__(self, trainer: EMATrainerMixin) -> None:
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Raise the flags whose multiple the step just finished crossed."""
+        step = self.trainer.sampler.step(state.global_step - 1)
+
+        def crosses(every: float | None) -> bool:
+            if not every:
+                return False
+            interval = every * self.trainer.plan.recipe.max_steps if every < 1 else every
+            return ReferenceClock.crosses(step.start, step.end, interval)
+
+        before, after = (self.trainer.sampler.labelled_passes(state.global_step - i) for i in (1, 0))
+        last = state.global_step >= state.max_steps
+        epoch = ReferenceClock.crosses(before, after, 1.0) or last
+        due = {IntervalStrategy.STEPS: step.end, IntervalStrategy.EPOCH: after}
+
+        if (state.global_step == 1 and args.logging_first_step) or _fires(
+            args.logging_strategy, crosses(args.logging_steps), epoch
+        ):
+            control.should_log = True
+        if (
+            _fires(args.eval_strategy, crosses(args.eval_steps) or last, epoch)
+            and due[args.eval_strategy] >= args.eval_delay
+        ):
+            control.should_evaluate = True
+        if _fires(args.save_strategy, crosses(args.save_steps) or last, epoch):
+            control.should_save = True
+        if last:
+            control.should_training_stop = True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Nothing: the end of the virtual epoch is the end of the run."""
+        return control
+
+
+def _fires(strategy: IntervalStrategy | SaveStrategy, step: bool, epoch: bool) -> bool:
+    """Whether an event with this strategy is due."""
+    return (strategy == "steps" and step) or (strategy == "epoch" and epoch)
+
+
+class AverageUpdate(TrainerCallback):
+    """Moves the trainer's average once per real optimizer step."""
+
+    def __init__(self, trainer: EMATrainerMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make sure that there is an average, and take up the log where the checkpoint left it."""
+        self.trainer.begin_training()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """One update with the weights after the step."""
+        self.trainer.update_average()

@@ -1,0 +1,164 @@
+"""From arguments and data sets to the run: its plan, its stream of items, and the sampler that cuts it into steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_ema_scaling.data.sampler import ScheduledBatchSampler
+from hf_ema_scaling.data.stream import DataSource, ReferenceStream
+from hf_ema_scaling.scaling import Recipe, ScalingPlan, StepBorders
+from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
+from hf_ema_scaling.training.scheduler import lr_multiplier
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """Everything about a run that is known before its first step."""
+
+    plan: ScalingPlan
+    sampler: ScheduledBatchSampler
+    identity: dict[str, Any]
+    """What a resumed run must share with its checkpoint for data order and clock to continue."""
+
+    @property
+    def stream(self) -> ReferenceStream:
+        """The items of the run in order."""
+        return self.sampler.stream
+
+
+def lay_out(
+    args: EMATrainingArguments,
+    labelled: Any,
+    *,
+    optimizer: str,
+    unlabelled: Any | None = None,
+    pseudo: PseudoLabelArguments | None = None,
+    world_size: int = 1,
+    batch_statistics: bool = False,
+    done: StepBorders | None = None,
+) -> RunLayout:
+    """Lay out a run.
+
+    Args:
+        args: the run's arguments.
+        labelled: map-style labelled data set.
+        optimizer: name of the optimizer's family, for the scaling rule.
+        unlabelled: map-style unlabelled data set, with `pseudo`.
+        pseudo: when unlabelled items begin, and how many.
+        world_size: number of processes.
+        batch_statistics: whether the model has BatchNorm.
+        done: steps already run, when resuming.
+
+    Raises:
+        ValueError: for schedules, sizes or starts that do not fit, with the offending value.
+    """
+    batch = args.reference_batch_size
+    assert batch is not None
+    first = data_source(labelled, args, "train_dataset")
+    second = None if unlabelled is None else data_source(unlabelled, args, "unlabeled_dataset")
+    steps_per_epoch = float(first.units.sum()) / batch
+    pl_start = None if pseudo is None else float(pseudo.pl_start)
+    ratio = 0.0 if pseudo is None else pseudo.unlabeled_ratio
+    # A pass over the labelled set takes (1 + ratio) times the clock once unlabelled items share the batches.
+    supervised = steps_per_epoch * args.num_train_epochs
+    by_epochs = supervised + ratio * max(0.0, supervised - (pl_start or 0.0))
+    reference_steps = args.max_steps if args.max_steps > 0 else int(np.ceil(by_epochs))
+    seed = args.seed if args.data_seed is None else args.data_seed
+    recipe = Recipe(
+        reference_batch_size=batch,
+        unit=cast(Literal["samples", "seconds", "tokens"], args.batch_unit),
+        max_steps=reference_steps,
+        learning_rate=args.learning_rate,
+        ema_momentum=args.momentum(steps_per_epoch),
+        optimizer=optimizer,
+        weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        max_grad_norm=args.max_grad_norm or None,
+        ema_start=args.ema_start,
+        pl_start=pl_start,
+        steps_per_epoch=steps_per_epoch if pseudo is None else None,
+    )
+    plan = ScalingPlan(
+        recipe,
+        args.schedule(small_batch_until=pl_start or 0.0),
+        lr_multiplier=lr_multiplier(
+            str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            warmup_steps=args.get_warmup_steps(reference_steps),
+            reference_steps=reference_steps,
+            specific=cast("dict[str, Any] | None", args.lr_scheduler_kwargs),
+        ),
+        scaling_rule=None if args.scaling_rule == "auto" else args.scaling_rule,
+        scale_ema=args.scale_ema,
+        done=done,
+    )
+    stream = ReferenceStream(
+        first,
+        reference_batch_size=batch,
+        reference_steps=reference_steps,
+        unlabelled=second,
+        pl_start=pl_start or 0.0,
+        unlabelled_ratio=ratio or 1.0,
+        seed=seed,
+        bucket_window=args.bucket_window,
+    )
+    sampler = ScheduledBatchSampler(
+        stream,
+        plan.step_borders,
+        micro_batch_size=args.per_device_train_batch_size,
+        world_size=world_size,
+        batch_statistics=batch_statistics,
+    )
+    identity = {
+        "reference_batch_size": batch,
+        "batch_unit": args.batch_unit,
+        "seed": seed,
+        "bucket_window": args.bucket_window,
+        "pl_start": pl_start,
+        "unlabeled_ratio": ratio,
+        "labelled_items": len(first),
+        "unlabelled_items": 0 if second is None else len(second),
+    }
+    return RunLayout(plan, sampler, identity)
+
+
+def data_source(dataset: Any, args: EMATrainingArguments, name: str) -> DataSource:
+    """The sizes of a map-style data set.
+
+    Units are samples or the durations in `args.duration_column`; lengths for bucketing come from that column or from
+    `args.length_column_name`, where the data set has one of them.
+
+    Raises:
+        TypeError: for data without a length.
+        ValueError: for an empty data set, a missing column, or sizes that are not above 0.
+    """
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(f"{name} must be a map-style data set with a length, got {type(dataset).__name__}")
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty")
+    columns: list[str] = list(getattr(dataset, "column_names", None) or [])
+    durations = _column(dataset, args.duration_column) if args.duration_column in columns else None
+    if args.batch_unit == "seconds":
+        if durations is None:
+            raise ValueError(
+                f"batch_unit=seconds needs the column '{args.duration_column}' (seconds of audio) in {name}; it has "
+                f"{columns}: add it, or name another by duration_column"
+            )
+        return DataSource(durations, durations)
+    lengths = durations
+    if lengths is None and args.length_column_name in columns:
+        lengths = _column(dataset, args.length_column_name)
+    if args.bucket_window and lengths is None:
+        raise ValueError(
+            f"bucket_window={args.bucket_window} needs lengths: {name} has neither '{args.duration_column}' nor "
+            f"'{args.length_column_name}' among its columns {columns}"
+        )
+    return DataSource.of_samples(len(dataset), lengths)
+
+
+def _column(dataset: Any, name: str) -> NDArray[np.float64]:
+    return np.asarray(dataset[name][:], dtype=np.float64)

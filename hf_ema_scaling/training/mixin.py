@@ -1,0 +1,441 @@
+"""What a Trainer needs to run on the reference clock and to own an average; only this file overrides its internals."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_callback import DefaultFlowCallback
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.utils import logging
+
+from hf_ema_scaling.data.collator import CTCCollator, MicroBatch, MicroBatchCollator, TwoSourceDataset, pad_labels
+from hf_ema_scaling.data.sampler import SampledStep, ScheduledBatchSampler
+from hf_ema_scaling.data.stream import LABELLED
+from hf_ema_scaling.ema import WeightAverage, load_average, save_average
+from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths, greedy_ctc
+from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan, StepBorders, scaling_rule, weight_from_log_momentum
+from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
+from hf_ema_scaling.training.checks import LivenessWatch, check_ctc_targets, frozen_statistics, has_batch_statistics
+from hf_ema_scaling.training.flow import AverageUpdate, ReferenceFlow
+from hf_ema_scaling.training.layout import RunLayout, lay_out
+from hf_ema_scaling.training.losses import ExampleLoss, cap_losses, is_ctc, loss_for
+from hf_ema_scaling.training.run_state import RunState, optimizer_family, read_run_state
+from hf_ema_scaling.training.scheduler import PlanScheduler, reference_values
+
+logger = logging.get_logger(__name__)
+
+Augmentation = Callable[[Tensor, Tensor, list[int]], Tensor]
+"""`(features (rows, frames, bins), lengths (rows,), seed of each row) -> features`."""
+
+SEEDS_PER_RUN = 2**40
+
+
+class EMATrainerMixin(Trainer):
+    """Trainer on the reference clock, with an average of its weights.
+
+    Args:
+        example_loss: loss per example, for heads that the library does not know.
+        augmentation: changes the student's `input_features`; each row by a seed of its own.
+        **kwargs: as for `Trainer`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: for what is not supported, with the reason and the way out.
+    """
+
+    args: EMATrainingArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: EMATrainingArguments | None = None,
+        *,
+        example_loss: ExampleLoss | None = None,
+        augmentation: Augmentation | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, EMATrainingArguments):
+            raise TypeError(f"args must be EMATrainingArguments, got {type(args).__name__}")
+        super().__init__(model=model, args=args, **kwargs)
+        self._refuse_unsupported()
+        self.example_loss = example_loss or loss_for(self.model)
+        self.augmentation = augmentation
+        self.average: WeightAverage | None = None
+        self.ctc = is_ctc(self.model)
+        if self.ctc and kwargs.get("data_collator") is None and self.processing_class is not None:
+            self.data_collator = CTCCollator.from_processor(self.processing_class)
+        self.batch_statistics = has_batch_statistics(self.model)
+        self._optimizer_family = optimizer_family(args.optim, self.optimizer)
+        if args.scaling_rule == "auto":
+            scaling_rule(self._optimizer_family)
+        self._reference: list[OptimizerValues] | None = None
+        self._resumed: RunState | None = None
+        self._watch: LivenessWatch | None = None
+        self._skipped = False
+        self._clipped = 0
+        self._logged_before = 0
+        self._last_step: SampledStep | None = None
+        self.pop_callback(DefaultFlowCallback)
+        self.callback_handler.callbacks[:0] = [ReferenceFlow(self), AverageUpdate(self)]
+        self.layout: RunLayout | None = self._lay_out(None) if self.train_dataset is not None else None
+
+    # ---- What the run consists of
+
+    def unlabelled_data(self) -> tuple[Any | None, PseudoLabelArguments | None]:
+        """The unlabelled data set and its arguments; none here."""
+        return None, None
+
+    @property
+    def plan(self) -> ScalingPlan:
+        """The values of every step."""
+        return self._laid_out().plan
+
+    @property
+    def sampler(self) -> ScheduledBatchSampler:
+        """What every step draws."""
+        return self._laid_out().sampler
+
+    def _laid_out(self) -> RunLayout:
+        if self.layout is None:
+            raise ValueError("there is no run without a train_dataset")
+        return self.layout
+
+    def _lay_out(self, done: StepBorders | None) -> RunLayout:
+        unlabelled, pseudo = self.unlabelled_data()
+        return lay_out(
+            self.args,
+            self.train_dataset,
+            optimizer=self._optimizer_family,
+            unlabelled=unlabelled,
+            pseudo=pseudo,
+            world_size=self.accelerator.num_processes,
+            batch_statistics=self.batch_statistics,
+            done=done,
+        )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`. On resume the steps done stay as they were; another kappa changes only what follows."""
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise ValueError(f"there is no checkpoint to resume from in {self.args.output_dir}")
+        self._resumed = None if checkpoint is None else read_run_state(checkpoint)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One batch per optimizer step and process: a list of micro-batches, left on the CPU."""
+        if self.train_dataset is None:
+            raise ValueError("training needs a train_dataset")
+        self.layout = self._lay_out(None if self._resumed is None else self._resumed.done)
+        if self._resumed is not None:
+            self._resumed.check_identity(self.layout.identity)
+        unlabelled, _ = self.unlabelled_data()
+        keep = None
+        if self.args.remove_unused_columns:
+            self._set_signature_columns_if_needed()
+            keep = self._signature_columns
+        dataset: Dataset[Any] = TwoSourceDataset(self.train_dataset, unlabelled, keep=keep)
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(
+            dataset,
+            batch_sampler=self.sampler,
+            collate_fn=MicroBatchCollator(self.data_collator),
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare_data_loader(loader, device_placement=False)
+
+    def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
+        """Trainer's counts, with the number of optimizer steps in the place of the recipe's reference steps."""
+        run = copy.copy(args)
+        run.max_steps = len(dataloader)
+        values = list(super().set_initial_training_values(run, dataloader))
+        values[3] = len(self.sampler.stream)  # num_train_samples
+        return tuple(values)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """As Trainer; notes the values of each param group as those of the reference batch."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created or self._reference is None:
+            self._reference = [reference_values(group) for group in optimizer.param_groups]
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any | None = None) -> Any:
+        """The plan's values in the place of a learning-rate scheduler."""
+        assert self._reference is not None
+        before = self.lr_scheduler
+        self.lr_scheduler = PlanScheduler(self.plan, optimizer or self.optimizer, self._reference)
+        if isinstance(before, PlanScheduler) and self.optimizer.state:
+            self.lr_scheduler.load_state_dict(before.state_dict())
+        return self.lr_scheduler
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not estimated: a batch is a list of micro-batches."""
+        return 0
+
+    # ---- One step
+
+    def begin_training(self) -> None:
+        """At the start of `train()`: the average, the counters of the log, the liveness watch."""
+        self._last_step = None
+        if self._resumed is None:
+            self._ensure_average()
+            self.load_counters({})
+        else:
+            self._tr_loss += self._resumed.loss
+            self._globalstep_last_logged = self._resumed.last_logged
+            self.load_counters(self._resumed.counters)
+        self._logged_before = self._globalstep_last_logged
+        assert self.average is not None
+        self._watch = LivenessWatch(self.average) if self.average.num_updates < LivenessWatch.UPDATES else None
+
+    def _ensure_average(self) -> None:
+        if self.average is not None and not self.average.same_parameters(self.model):
+            logger.warning("The model's parameters are other objects than before: the average is rebuilt from them.")
+            self.average = None
+        if self.average is None:
+            self.average = WeightAverage(self.model, buffers=self.args.ema_buffers)  # type: ignore[arg-type]
+
+    def label_micro_batches(self, micro_batches: list[MicroBatch], step: SampledStep) -> list[MicroBatch]:
+        """Gives unlabelled micro-batches their targets; nothing to do here."""
+        return micro_batches
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One optimizer step's forward and backward passes, micro-batch by micro-batch.
+
+        The loss is the sum of the example losses over `n_ref * kappa`, a constant of the plan, so its gradient does
+        not depend on micro-batches, processes or dropped labels.
+        """
+        step = self._last_step = self.sampler.step(self.state.global_step)
+        self.lr_scheduler.begin(step)
+        micro_batches: list[MicroBatch] = inputs["micro_batches"]
+        if self.ctc:
+            for micro_batch in micro_batches:
+                if micro_batch["source"] == LABELLED:
+                    check_ctc_targets(self.model, micro_batch["inputs"], micro_batch["indices"])
+        micro_batches = self.label_micro_batches(micro_batches, step)
+        model.train()
+        # Processes average their gradients, so each multiplies its share by their number.
+        scale = self.accelerator.num_processes / (self.sampler.stream.examples_per_reference_batch * step.kappa)
+        total = torch.zeros((), device=self.args.device)
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            last = number == len(micro_batches)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                loss = self._micro_batch_loss(model, micro_batch, step) * scale
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _micro_batch_loss(self, model: nn.Module, micro_batch: MicroBatch, step: SampledStep) -> Tensor:
+        """Sum of the weighted example losses of a micro-batch; zero, but part of the graph, where nothing is kept."""
+        padding = micro_batch["weight"] == 0
+        inputs = self._prepare_inputs(dict(micro_batch["inputs"]))
+        labels = inputs.pop("labels")
+        weights = micro_batch.get("example_weights")
+        rows = None if weights is None else torch.nonzero(weights).flatten().to(labels.device)
+        if self.augmentation is not None and step.start >= self.args.augment_start:
+            inputs = self._augmented(inputs, micro_batch["positions"])
+        frozen = frozen_statistics(model) if padding and self.batch_statistics else contextlib.nullcontext()
+        with self.compute_loss_context_manager(), frozen:
+            logits = model(**inputs).logits
+            if padding or (rows is not None and len(rows) == 0):
+                return logits.float().sum() * 0.0
+            if rows is not None:
+                logits, labels = logits[rows], labels[rows]
+                inputs = {name: value[rows] for name, value in inputs.items()}
+            losses = cap_losses(self.example_loss(self.model, inputs, logits, labels), self.args.max_example_loss)
+            return losses.sum() if rows is None else (losses * weights.to(losses)[rows]).sum()
+
+    def _augmented(self, inputs: dict[str, Any], positions: list[int]) -> dict[str, Any]:
+        features = inputs.get("input_features")
+        if features is None:
+            raise ValueError("augmentation changes 'input_features', which this model's inputs do not have")
+        mask = inputs.get("attention_mask")
+        lengths = torch.full((len(features),), features.shape[1]) if mask is None else mask.sum(-1)
+        seeds = [self.args.seed * SEEDS_PER_RUN + position for position in positions]
+        assert self.augmentation is not None
+        return {**inputs, "input_features": self.augmentation(features, lengths, seeds)}
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        assert self._last_step is not None
+        maximum = self.plan.max_grad_norm(self._last_step.kappa)
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), math.inf if maximum is None else maximum)
+        if maximum is not None and float(norm) > maximum:
+            self._clipped += 1
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._skipped = not math.isfinite(float(norm))
+        # A gradient scaler meets such gradients in the normal course of things and skips the step itself.
+        if self._skipped and getattr(self.accelerator, "scaler", None) is None:
+            if self.args.on_nonfinite == "raise":
+                raise FloatingPointError(
+                    f"the gradient norm is {float(norm)} at optimizer step {self.state.global_step} (reference step "
+                    f"{self._last_step.start if self._last_step else 0:.1f}); weights and average are those of the "
+                    "step before. Look for corrupt inputs or too high a learning rate, or set on_nonfinite='skip'"
+                )
+            model.zero_grad(set_to_none=True)
+        return norm
+
+    def update_average(self) -> None:
+        """Move the average by what the step just taken drew; a skipped step moves nothing."""
+        assert self.average is not None and self._last_step is not None
+        if self._skipped or self.accelerator.optimizer_step_was_skipped:
+            return
+        step = self._last_step
+        weight = weight_from_log_momentum(self.plan.log_momentum(step.start, step.end))
+        self.average.blend(self.model, weight)
+        if self._watch is not None and weight < 1 and self._watch.after_update(self.model, self.average, weight):
+            self._watch = None
+
+    # ---- Evaluate
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss as in training, predictions and labels.
+
+        Predictions of a CTC model are its greedy labels, int64 `(rows, tokens)` padded with -100, unless
+        `preprocess_logits_for_metrics` asks for the logits.
+        """
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels", None)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits
+            loss = None if labels is None else self.example_loss(self.model, inputs, logits, labels).mean()
+        if prediction_loss_only:
+            return loss, None, None
+        if self.ctc and self.preprocess_logits_for_metrics is None:
+            frames = ctc_frame_lengths(self.model, inputs)
+            predicted = greedy_ctc(logits, frames, blank_id(self.model.config))
+            return loss, pad_labels(predicted).to(logits.device), labels
+        return loss, logits.detach(), labels
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Once per weight set: `<prefix>_*` for the student, `<prefix>_ema_*` (`eval_ema_<set>_*`) for the average."""
+        passed = (dataloader, description, prediction_loss_only, ignore_keys)
+        which = self.args.evaluate_weights
+        if self.average is None or which == "student":
+            return super().evaluation_loop(*passed, metric_key_prefix)
+        student = super().evaluation_loop(*passed, metric_key_prefix) if which == "both" else None
+        split, _, rest = metric_key_prefix.partition("_")
+        with self.average.swapped(self.model):
+            output = super().evaluation_loop(*passed, f"{split}_ema" + (f"_{rest}" if rest else ""))
+        if student is None:
+            return output
+        return student._replace(metrics={**student.metrics, **output.metrics})
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the reference clock to every log of a run, and the state of scaling to the training logs."""
+        if self.is_in_train and self._last_step is not None:
+            logs["clock/reference_step"] = self._last_step.end
+            if "loss" in logs:
+                logs.update(self.training_logs())
+        super().log(logs, start_time)
+
+    def training_logs(self) -> dict[str, float]:
+        """What a training log says beside loss, gradient norm and learning rate; called on every process."""
+        assert self.average is not None and self._last_step is not None
+        step, since = self._last_step, max(1, self.state.global_step - self._logged_before)
+        self._logged_before = self.state.global_step
+        clipped, self._clipped = self._clipped, 0
+        return {
+            "ema/momentum": math.exp(self.plan.log_momentum(step.start, step.end)),
+            "ema/kappa": step.kappa,
+            "ema/distance": self.average.distance(self.model),
+            "batch/units": step.units,
+            "clip/rate": clipped / since,
+        }
+
+    # ---- Save, resume, best model
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The student at the root of `output_dir`, the average in `ema/`; both before any push."""
+        super().save_model(output_dir, _internal_call=True)
+        if self.average is not None:
+            folder = Path(output_dir if output_dir is not None else self.args.output_dir) / "ema"
+            state = self._run_state().to_dict()
+            if self.args.should_save:
+                save_average(
+                    folder, self.model, self.average, state=state, processing_class=self.processing_class
+                )
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def counters(self) -> dict[str, Any]:
+        """What is counted between logs, for the checkpoint; JSON values."""
+        return {"clipped": self._clipped}
+
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        """Restore `counters()`; an empty dictionary starts them anew."""
+        self._clipped = int(counters.get("clipped", 0))
+
+    def _run_state(self) -> RunState:
+        done = self.state.global_step
+        running = self.is_in_train and hasattr(self, "_tr_loss")
+        loss = float(self.accelerator.gather(self._tr_loss.reshape(1)).mean()) if running else 0.0
+        return RunState(
+            global_step=done,
+            clock=float(self.sampler.stream.clock(int(self.sampler.positions[done]))),
+            borders=self.sampler.done(done).to_json(),
+            identity=self._laid_out().identity,
+            momentum=self.plan.recipe.ema_momentum,
+            loss=loss if math.isfinite(loss) else 0.0,
+            last_logged=self._globalstep_last_logged if running else done,
+            counters=self.counters(),
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not (Path(checkpoint) / "optimizer.pt").is_file():
+            raise ValueError(f"{checkpoint} holds no optimizer state (save_only_model?) and cannot be resumed")
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._ensure_average()
+            assert self.average is not None
+            load_average(Path(checkpoint) / "ema", self.model, self.average)
+
+    def _load_best_model(self) -> None:
+        """The best checkpoint's pair of weights: its average in `average`, and in the model what the metric named."""
+        super()._load_best_model()
+        if self.average is None or self.state.best_model_checkpoint is None:
+            return
+        load_average(Path(self.state.best_model_checkpoint) / "ema", self.model, self.average)
+        metric = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if metric.startswith("ema_"):
+            self.average.copy_to(self.model)
+
+    # ---- Refusals
+
+    def _refuse_unsupported(self) -> None:
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func is not used here: pass example_loss, which returns one loss per row")
+        if self.lr_scheduler is not None:
+            raise ValueError("a scheduler cannot be passed: choose lr_scheduler_type, which runs on the reference clock")
+        if self.args.n_gpu > 1:
+            raise NotImplementedError("DataParallel is not supported: start one process per GPU (accelerate launch)")
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers:
+            raise NotImplementedError("sharded training (DeepSpeed, FSDP) is not supported yet: use DDP")
+        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            raise NotImplementedError("streaming data sets are not supported yet: use a map-style data set")

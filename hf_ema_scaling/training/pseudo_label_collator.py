@@ -1,0 +1,155 @@
+"""`PseudoLabelCollator`: pseudo-labels from the average of an `EMACallback`, inside the stock `Trainer`'s data loader."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from hf_ema_scaling.labels import Labeler
+from hf_ema_scaling.training.callback import EMACallback
+
+Example = Mapping[str, Any]
+Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+
+LABELS = "labels"
+DROPPED_IN_A_ROW = 1000
+"""So many dropped pseudo-labels without one that is kept are an error: the teacher labels nothing."""
+
+
+def _has_no_labels(example: Example) -> bool:
+    return example.get(LABELS) is None
+
+
+class PseudoLabelCollator:
+    """Lets the average of an `EMACallback` label the unlabelled examples of each batch of the stock `Trainer`.
+
+    ```python
+    average = EMACallback(momentum=0.999, reference_batch_size=64)
+    collator = PseudoLabelCollator(average, CTCLabeler(blank_id=0), pad, stand_ins=labelled)
+    Trainer(model, args, data_collator=collator, train_dataset=mixed, callbacks=[average])
+    ```
+
+    Examples with labels stay. The others are collated once without labels for the teacher (clean input, eval mode,
+    float32 whatever the student's autocast) and, where the label is kept, once more with it for the student; all
+    keep their order. Dropped examples leave the batch, so a batch may be smaller than the loader's, and the mean of
+    the stock loss is over what is left; kappa still counts what the loader drew.
+
+    An empty batch would stop the stock loop. If nothing is left, one of `stand_ins` takes the place of the batch,
+    chosen by the number of the step, so that a resumed run chooses the same; without stand-ins this raises.
+
+    The loader collates one batch ahead, so labels come from the average of one step (one accumulation window) before
+    the step that trains on them. The data loader must run in the training process (`dataloader_num_workers=0`): a
+    worker would label with the weights it was started with.
+
+    Trainer evaluates through the same collator; evaluation examples need labels of their own.
+
+    Args:
+        callback: The callback that the Trainer also has in its `callbacks`.
+        labeler: Makes the labels, for example a `CTCLabeler`.
+        collate: Collates examples with labels into the student's batch; augmentation belongs here.
+        teacher_collate: Collates examples without `labels` into the teacher's batch; None for `collate`, which then
+            must do without labels.
+        is_unlabeled: Says which examples the teacher labels; None for those whose `labels` are missing or None. Labels
+            of such an example are removed before anything sees them. What it looks at must reach the collator:
+            `remove_unused_columns=True` drops columns that the model's forward does not take.
+        pl_start: In reference steps of the callback's clock; until then unlabelled examples leave the batch.
+        stand_ins: Labelled examples, one of which replaces a batch of which nothing is left.
+
+    Attributes:
+        counts: Pseudo-labels so far on this process: "kept", each reason of the labeler, "before_start" for examples
+            before `pl_start`, and "stand_in" for replaced batches. Starts at zero on resume.
+
+    Raises:
+        ValueError: `pl_start` is negative or not finite.
+    """
+
+    def __init__(
+        self,
+        callback: EMACallback,
+        labeler: Labeler,
+        collate: Collate,
+        *,
+        teacher_collate: Collate | None = None,
+        is_unlabeled: Callable[[Example], bool] = _has_no_labels,
+        pl_start: float = 0,
+        stand_ins: Sequence[Example] | None = None,
+    ) -> None:
+        if not (math.isfinite(pl_start) and pl_start >= 0):
+            raise ValueError(f"pl_start must be a number of reference steps of at least 0, got {pl_start!r}")
+        self.callback = callback
+        self.labeler = labeler
+        self.collate = collate
+        self.teacher_collate = collate if teacher_collate is None else teacher_collate
+        self.is_unlabeled = is_unlabeled
+        self.pl_start = float(pl_start)
+        self.stand_ins = stand_ins
+        self.counts: Counter[str] = Counter()
+        self._dropped_in_a_row = 0
+
+    def __call__(self, examples: Sequence[Example]) -> Mapping[str, Any]:
+        """Collate one batch.
+
+        Args:
+            examples: Rows of the data set.
+
+        Returns:
+            What `collate` makes of the labelled rows and the rows whose pseudo-label is kept.
+
+        Raises:
+            RuntimeError: Called in a loader worker, before training, or nothing is left and there are no stand-ins.
+            ValueError: The labeler did not return one label per row.
+        """
+        if get_worker_info() is not None:
+            raise RuntimeError(
+                "PseudoLabelCollator runs in a data loader worker, which has the teacher of the moment it was "
+                "started; set dataloader_num_workers=0."
+            )
+        unlabelled = [i for i, example in enumerate(examples) if self.is_unlabeled(example)]
+        targets = self._label([examples[i] for i in unlabelled]) if unlabelled else []
+        by_row = dict(zip(unlabelled, targets, strict=True))
+        kept: list[dict[str, Any]] = []
+        for i, example in enumerate(examples):
+            if i not in by_row:
+                kept.append(dict(example))
+            elif (target := by_row[i]) is not None:
+                kept.append({**example, LABELS: target})
+        return self.collate(kept or [self._stand_in(len(examples))])
+
+    def _label(self, examples: list[Example]) -> list[list[int] | None]:
+        """Label ids of each example, None where there are none to train on."""
+        if self.callback.clock < self.pl_start:
+            self.counts["before_start"] += len(examples)
+            return [None] * len(examples)
+        teacher = self.callback.teacher
+        rows = [{key: value for key, value in example.items() if key != LABELS} for example in examples]
+        batch = {
+            key: value.to(teacher.device) if isinstance(value, Tensor) else value
+            for key, value in self.teacher_collate(rows).items()
+        }
+        found = self.labeler.label(teacher, batch)
+        if len(found) != len(rows):
+            raise ValueError(f"{type(self.labeler).__name__} returned {len(found)} labels for {len(rows)} rows")
+        for label in found:
+            self.counts[label.reason or "kept"] += 1
+            self._dropped_in_a_row = 0 if label.kept else self._dropped_in_a_row + 1
+        if self._dropped_in_a_row >= DROPPED_IN_A_ROW:
+            raise RuntimeError(
+                f"the last {self._dropped_in_a_row} pseudo-labels were all dropped ({dict(self.counts)}): the teacher "
+                "labels nothing. Start from a better model, raise pl_start, or loosen the labeler."
+            )
+        return [list(label.ids) if label.kept else None for label in found]
+
+    def _stand_in(self, drawn: int) -> dict[str, Any]:
+        if not self.stand_ins:
+            raise RuntimeError(
+                f"nothing is left of a batch of {drawn} examples: it has no labelled example and every pseudo-label "
+                f"was dropped ({dict(self.counts)}), and Trainer cannot take an empty batch. Pass stand_ins= with "
+                "labelled examples, or put a labelled example into every batch."
+            )
+        self.counts["stand_in"] += 1
+        return dict(self.stand_ins[self.callback.global_step % len(self.stand_ins)])

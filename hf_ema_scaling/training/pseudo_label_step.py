@@ -1,0 +1,56 @@
+"""The semi-supervised part of a step: the teacher labels, unusable labels are dropped with a reason, targets are padded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hf_ema_scaling.data.collator import MicroBatch, pad_labels
+from hf_ema_scaling.ema import EMATeacher
+from hf_ema_scaling.labels.base import Labeler, PseudoLabel
+
+
+def label_rows(
+    labeler: Labeler, teacher: EMATeacher, inputs: Mapping[str, Tensor], *, min_confidence: float
+) -> list[PseudoLabel]:
+    """Labels the rows of a micro-batch; kept labels below `min_confidence` are dropped with reason `confidence`.
+
+    Args:
+        labeler: turns teacher output into labels.
+        teacher: the EMA teacher.
+        inputs: clean, padded inputs on the teacher's device.
+        min_confidence: in [0, 1].
+    """
+    labels = labeler.label(teacher, inputs)
+    return [
+        dataclasses.replace(label, reason="confidence") if label.kept and label.confidence < min_confidence else label
+        for label in labels
+    ]
+
+
+def with_targets(micro_batch: MicroBatch, labels: list[PseudoLabel], weight: float) -> MicroBatch:
+    """The micro-batch with `labels` as targets; dropped rows stay, so that batch statistics do not depend on labels.
+
+    Args:
+        micro_batch: unlabelled rows.
+        labels: one per row.
+        weight: lambda, the weight of a kept row.
+    """
+    kept = torch.tensor([label.kept for label in labels])
+    targets = pad_labels([label.ids if label.kept else () for label in labels])
+    result = micro_batch.copy()
+    result["inputs"] = {**micro_batch["inputs"], "labels": targets}
+    result["example_weights"] = kept.float() * weight
+    return result
+
+
+def without_targets(micro_batch: MicroBatch) -> MicroBatch:
+    """A padding micro-batch, which needs no labels because nothing of it enters the loss."""
+    rows = len(micro_batch["positions"])
+    result = micro_batch.copy()
+    result["inputs"] = {**micro_batch["inputs"], "labels": pad_labels([()] * rows)}
+    result["example_weights"] = torch.zeros(rows)
+    return result

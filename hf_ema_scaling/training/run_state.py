@@ -1,0 +1,95 @@
+"""What a checkpoint says about its run, beside the average: the steps done, the data's identity, the log's counters."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_ema_scaling.ema import AverageStateError
+from hf_ema_scaling.ema.storage import STATE_NAME
+from hf_ema_scaling.scaling import StepBorders
+
+
+@dataclass
+class RunState:
+    """The state of a run that the weights, the optimizer and Trainer's own files do not hold; JSON values only.
+
+    Args:
+        global_step: optimizer steps done.
+        clock: reference steps done.
+        borders: the steps done, as `StepBorders.to_json`; a resumed run keeps them.
+        identity: `RunLayout.identity`.
+        momentum: rho per reference step, for whoever reads the file.
+        loss: sum of the losses since the last log.
+        last_logged: optimizer step of the last log.
+        counters: what is counted between logs.
+    """
+
+    global_step: int
+    clock: float
+    borders: list[dict[str, float]]
+    identity: dict[str, Any]
+    momentum: float
+    loss: float = 0.0
+    last_logged: int = 0
+    counters: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a dictionary for JSON."""
+        return asdict(self)
+
+    @property
+    def done(self) -> StepBorders:
+        """The steps done."""
+        return StepBorders.from_json(self.borders)
+
+    def check_identity(self, identity: dict[str, Any]) -> None:
+        """Refuses to continue with other data or another reference recipe.
+
+        Raises:
+            ValueError: naming every value that differs.
+        """
+        changed = {
+            key: (self.identity.get(key), value) for key, value in identity.items() if self.identity.get(key) != value
+        }
+        if changed:
+            listed = ", ".join(f"{key}: {old} then, {new} now" for key, (old, new) in changed.items())
+            raise ValueError(
+                f"the checkpoint belongs to a run with other data or another reference recipe ({listed}). kappa, "
+                "batch_size, batch_schedule and the number of processes may change on resume; these may not"
+            )
+
+
+def read_run_state(checkpoint: str | Path) -> RunState:
+    """The run state in a checkpoint of the trainers.
+
+    Raises:
+        AverageStateError: when the checkpoint has none, or it cannot be read.
+    """
+    path = Path(checkpoint) / "ema" / STATE_NAME
+    try:
+        return RunState(**json.loads(path.read_text(encoding="utf-8"))["state"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AverageStateError(
+            f"{checkpoint} cannot be resumed: {path.name} in its 'ema' folder is missing or damaged ({error}). Only "
+            "checkpoints written by this library's trainers can be resumed; start from the weights of others instead"
+        ) from error
+
+
+OPTIMIZER_FAMILIES: dict[type[torch.optim.Optimizer], str] = {
+    torch.optim.AdamW: "adamw",
+    torch.optim.Adam: "adam",
+    torch.optim.SGD: "sgd",
+}
+
+
+def optimizer_family(name: str, optimizer: Any | None) -> str:
+    """Name for the scaling rule: of the optimizer given to the trainer, else of `args.optim`."""
+    if optimizer is None:
+        return str(getattr(name, "value", name))
+    kind = type(getattr(optimizer, "optimizer", optimizer))
+    return OPTIMIZER_FAMILIES.get(kind, kind.__name__)

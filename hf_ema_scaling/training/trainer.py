@@ -1,0 +1,122 @@
+"""The trainers: `EMATrainer` owns an average, `PseudoLabelTrainer` also learns from the labels that it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_ema_scaling.data.collator import MicroBatch, TwoSourceDataset
+from hf_ema_scaling.data.sampler import Draw, SampledStep
+from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
+from hf_ema_scaling.ema import EMATeacher, check_liveness
+from hf_ema_scaling.labels import CTCLabeler, Labeler, blank_id
+from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
+from hf_ema_scaling.training.diagnostics import LabelStatistics
+from hf_ema_scaling.training.mixin import EMATrainerMixin
+from hf_ema_scaling.training.pseudo_label_step import label_rows, with_targets, without_targets
+
+
+class EMATrainer(EMATrainerMixin):
+    """`Trainer` whose recipe is stated at a reference batch and whose weights are averaged by the EMA Scaling Rule.
+
+    Evaluates, saves, resumes and logs student and average; see `EMATrainingArguments`. "How to Scale Your EMA",
+    arXiv 2307.13813.
+    """
+
+
+class PseudoLabelTrainer(EMATrainerMixin):
+    """`EMATrainer` that from `pl_start` on also trains on unlabelled data, labelled on the fly by the average.
+
+    Args:
+        model: the student.
+        args: the recipe at the reference batch, and the batch of this run.
+        unlabeled_dataset: map-style data without labels; a `labels` column in it is never read.
+        pseudo_label_args: when, how much and which pseudo-labels enter the loss.
+        labeler: turns teacher output into labels; for CTC models it is known.
+        teacher_factory: builds the teacher's module where a transformers config does not suffice.
+        **kwargs: as for `EMATrainer`; `train_dataset` is the labelled set.
+
+    Raises:
+        ValueError: without unlabelled data, or for a head whose labeler must be given.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: EMATrainingArguments | None = None,
+        *,
+        unlabeled_dataset: Any | None = None,
+        pseudo_label_args: PseudoLabelArguments | None = None,
+        labeler: Labeler | None = None,
+        teacher_factory: Callable[[], nn.Module] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if unlabeled_dataset is None:
+            raise ValueError("PseudoLabelTrainer needs an unlabeled_dataset; without one use EMATrainer")
+        self.unlabeled_dataset = unlabeled_dataset
+        self.pseudo_label_args = pseudo_label_args or PseudoLabelArguments()
+        self.teacher_factory = teacher_factory
+        self.teacher: EMATeacher | None = None
+        self.label_statistics = LabelStatistics()
+        super().__init__(model, args, **kwargs)
+        if labeler is None and not self.ctc:
+            raise ValueError(f"no labeler is known for {type(self.model).__name__}: pass labeler=")
+        self.labeler: Labeler = labeler or self._ctc_labeler()
+
+    def _ctc_labeler(self) -> CTCLabeler:
+        config = self.model.config
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        special = set(getattr(tokenizer, "all_special_ids", None) or []) - {config.pad_token_id}
+        return CTCLabeler(blank_id(config), special_ids=sorted(special))
+
+    def unlabelled_data(self) -> tuple[Any, PseudoLabelArguments]:
+        """The unlabelled data set and its arguments."""
+        return self.unlabeled_dataset, self.pseudo_label_args
+
+    def begin_training(self) -> None:
+        """Also builds the teacher over the average's storage and tests that it follows the student."""
+        super().begin_training()
+        assert self.average is not None
+        self.teacher = EMATeacher(self.model, self.average, factory=self.teacher_factory)
+        dataset = TwoSourceDataset(self.train_dataset, self.unlabeled_dataset, keep=self._signature_columns)
+        _, row = dataset[Draw(UNLABELLED, 0, 0, 0, 1.0)]
+        check_liveness(self.model, self.average, self.teacher, self._prepare_inputs(self.data_collator([dict(row)])))
+
+    def label_micro_batches(self, micro_batches: list[MicroBatch], step: SampledStep) -> list[MicroBatch]:
+        """Labels the unlabelled micro-batches by the teacher, on clean inputs."""
+        return [
+            micro_batch if micro_batch["source"] == LABELLED else self._labelled(micro_batch)
+            for micro_batch in micro_batches
+        ]
+
+    def _labelled(self, micro_batch: MicroBatch) -> MicroBatch:
+        if micro_batch["weight"] == 0:
+            return without_targets(micro_batch)
+        assert self.teacher is not None
+        inputs: dict[str, Tensor] = self._prepare_inputs(dict(micro_batch["inputs"]))
+        with self.accelerator.autocast():
+            labels = label_rows(
+                self.labeler, self.teacher, inputs, min_confidence=self.pseudo_label_args.min_confidence
+            )
+        self.label_statistics.add(labels)
+        return with_targets(micro_batch, labels, self.pseudo_label_args.unlabeled_weight)
+
+    def training_logs(self) -> dict[str, float]:
+        """Also the shares of pseudo-labels kept and dropped since the last log."""
+
+        def total(values: Tensor) -> Tensor:
+            return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
+
+        return {**super().training_logs(), **self.label_statistics.logs(total)}
+
+    def counters(self) -> dict[str, Any]:
+        """Also the counts of pseudo-labels."""
+        return {**super().counters(), "labels": self.label_statistics.state_dict()}
+
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        """Restore `counters()`."""
+        super().load_counters(counters)
+        self.label_statistics.load_state_dict(counters.get("labels", {}))

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from hf_ema_scaling.labels import CTCLabeler, blank_id, ctc_frame_lengths, greedy_ctc, min_ctc_frames
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+WAVE = {
+    **SIZES,
+    "vocab_size": 12,
+    "pad_token_id": 0,
+    "conv_dim": (8, 8, 8),
+    "conv_kernel": (10, 3, 2),
+    "conv_stride": (5, 2, 2),
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True,
+}
+
+
+def wave(name: str, **changes: Any) -> tuple[Callable[[], Any], str]:
+    config = getattr(transformers, f"{name}Config")
+    model = getattr(transformers, f"{name}ForCTC")
+    return lambda: model(config(**{**WAVE, **changes})).eval(), "input_values"
+
+
+def encoder(name: str, **changes: Any) -> tuple[Callable[[], Any], str]:
+    encoder_config = getattr(transformers, f"{name}EncoderConfig")
+    config, model = getattr(transformers, f"{name}CTCConfig"), getattr(transformers, f"{name}ForCTC")
+    parts = {**SIZES, "num_mel_bins": 16, **changes}
+    return (
+        lambda: model(config(vocab_size=12, pad_token_id=0, encoder_config=encoder_config(**parts))).eval(),
+        "input_features",
+    )
+
+
+def wav2vec2_bert() -> Any:
+    parts = {**SIZES, "vocab_size": 12, "pad_token_id": 0, "feature_projection_input_dim": 16, "add_adapter": True}
+    config = transformers.Wav2Vec2BertConfig(**parts, output_hidden_size=16, conv_depthwise_kernel_size=3)
+    return transformers.Wav2Vec2BertForCTC(config).eval()
+
+
+MODELS: dict[str, tuple[Callable[[], Any], str]] = {
+    "wav2vec2": wave("Wav2Vec2"),
+    "wav2vec2-adapter": wave("Wav2Vec2", add_adapter=True, num_adapter_layers=1, output_hidden_size=16),
+    "wav2vec2-conformer": wave("Wav2Vec2Conformer", conv_depthwise_kernel_size=3),
+    "wav2vec2-bert": (wav2vec2_bert, "input_features"),
+    "hubert": wave("Hubert"),
+    "wavlm": wave("WavLM"),
+    "data2vec-audio": wave("Data2VecAudio", conv_pos_kernel_size=3),
+    "unispeech": wave("UniSpeech"),
+    "unispeech-sat": wave("UniSpeechSat"),
+    "sew": wave("SEW", squeeze_factor=2),
+    "sew-d": wave("SEWD", squeeze_factor=2),
+    "parakeet": encoder("Parakeet", subsampling_conv_channels=4, conv_kernel_size=3),
+    "lasr": encoder("Lasr", subsampling_conv_channels=4, conv_kernel_size=3),
+    "granite-speech5": encoder("GraniteSpeech5", vocab_size=12, num_mel_bins=4, num_hidden_layers=2, conv_kernel_size=3),
+}
+
+
+def utterances(name: str, sizes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    if name == "input_values":
+        return [torch.randn(size * 16 + size % 7, generator=generator) for size in sizes]
+    return [torch.randn(size, 16, generator=generator) for size in sizes]
+
+
+def padded(name: str, rows: list[Tensor]) -> dict[str, Tensor]:
+    lengths = torch.tensor([len(row) for row in rows])
+    inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return {name: inputs, "attention_mask": (torch.arange(inputs.shape[1])[None] < lengths[:, None]).long()}
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_frame_lengths_are_those_of_each_utterance_alone(architecture: str) -> None:
+    build, name = MODELS[architecture]
+    model = build()
+    rows = utterances(name, (61, 40, 53, 37))
+    with torch.no_grad():
+        alone = [model(**{name: row[None]}).logits.shape[1] for row in rows]
+        batched = model(**padded(name, rows)).logits.shape[1]
+    lengths = ctc_frame_lengths(model, padded(name, rows))
+    assert lengths.dtype == torch.int64
+    assert lengths.tolist() == alone
+    assert max(alone) == batched
+    assert [int(ctc_frame_lengths(model, {name: row[None]})) for row in rows] == alone
+
+
+@pytest.mark.parametrize("architecture", ["wav2vec2", "parakeet"])
+def test_a_padded_batch_is_labelled_like_its_rows_alone(architecture: str) -> None:
+    build, name = MODELS[architecture]
+    model = build()
+    labeler = CTCLabeler(blank_id(model.config))
+    rows = utterances(name, (61, 40, 53, 37))
+    together = labeler.label(model, padded(name, rows))
+    for row, label in zip(rows, together, strict=True):
+        (alone,) = labeler.label(model, {name: row[None]})
+        assert (alone.ids, alone.reason) == (label.ids, label.reason)
+        assert alone.confidence == pytest.approx(label.confidence, abs=1e-5)
+    assert len({label.ids for label in together}) > 1
+
+
+def test_wrappers_are_looked_through() -> None:
+    model = MODELS["parakeet"][0]()
+    batch = padded("input_features", utterances("input_features", (61, 40)))
+    expected = ctc_frame_lengths(model, batch).tolist()
+    for wrapped in (
+        SimpleNamespace(module=model),
+        SimpleNamespace(_orig_mod=model),
+        SimpleNamespace(_orig_mod=SimpleNamespace(module=model)),
+    ):
+        assert ctc_frame_lengths(wrapped, batch).tolist() == expected
+
+
+def test_unknown_models_and_batches_are_refused() -> None:
+    batch = {"input_values": torch.zeros(1, 10)}
+    with pytest.raises(TypeError, match="Linear does not tell how many CTC frames"):
+        ctc_frame_lengths(torch.nn.Linear(1, 1), batch)
+    with pytest.raises(ValueError, match=r"needs 'input_values' or 'input_features', got \['labels'\]"):
+        ctc_frame_lengths(MODELS["parakeet"][0](), {"labels": torch.zeros(1, 1)})
+
+
+def test_blank_is_the_pad_token_and_must_be_set() -> None:
+    assert blank_id(transformers.Wav2Vec2Config(pad_token_id=7)) == 7
+    with pytest.raises(ValueError, match="pad_token_id is None"):
+        blank_id(transformers.Wav2Vec2Config(pad_token_id=None))
+
+
+def slow_ctc(row: Tensor, length: int, blank: int) -> list[int]:
+    path: list[int] = []
+    for frame in row.tolist()[:length]:
+        path.append(max(range(len(frame)), key=frame.__getitem__))
+    merged = [token for t, token in enumerate(path) if t == 0 or token != path[t - 1]]
+    return [token for token in merged if token != blank]
+
+
+def one_hot(path: list[int], vocabulary: int = 6) -> Tensor:
+    return torch.nn.functional.one_hot(torch.tensor([path]), vocabulary).float() * 9
+
+
+@pytest.mark.parametrize("blank", [0, 3])
+def test_greedy_equals_a_loop_over_frames(blank: int) -> None:
+    generator = torch.Generator().manual_seed(blank)
+    logits = torch.randn(40, 50, 4, generator=generator)  # a small vocabulary, so that repeats and blanks are common
+    lengths = torch.randint(0, 51, (40,), generator=generator)
+    expected = [slow_ctc(row, int(length), blank) for row, length in zip(logits, lengths, strict=True)]
+    assert greedy_ctc(logits, lengths, blank) == expected
+    alone = [greedy_ctc(logits[i : i + 1], lengths[i : i + 1], blank)[0] for i in range(40)]
+    assert alone == expected
+    assert [list(label.ids) for label in CTCLabeler(blank).from_logits(logits, lengths)] == expected
+
+
+def test_repeats_are_merged_before_blanks_are_dropped() -> None:
+    assert greedy_ctc(one_hot([1, 2, 3, 0, 3, 4]), torch.tensor([6]), 0) == [[1, 2, 3, 3, 4]]
+    assert greedy_ctc(one_hot([1, 1, 2, 2, 0, 2]), torch.tensor([6]), 0) == [[1, 2, 2]]
+    assert greedy_ctc(one_hot([1, 2, 3, 4, 4, 4]), torch.tensor([2]), 0) == [[1, 2]]
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="claims 7 frames, but the logits have 6"):
+        greedy_ctc(one_hot([1] * 6), torch.tensor([7]), 0)
+    with pytest.raises(ValueError, match="one length per row"):
+        greedy_ctc(one_hot([1] * 6), torch.tensor([6, 6]), 0)
+
+
+@pytest.mark.parametrize(("ids", "frames"), [([], 0), ([5], 1), ([1, 2, 3, 3, 4], 6), ([2, 2, 2], 5)])
+def test_min_ctc_frames(ids: list[int], frames: int) -> None:
+    assert min_ctc_frames(ids) == frames
+
+
+def test_special_ids_are_removed_after_merging() -> None:
+    (label,) = CTCLabeler(0, special_ids=[5]).from_logits(one_hot([1, 5, 1, 5, 5, 2]), torch.tensor([6]))
+    assert label.ids == (1, 1, 2)
+    (label,) = CTCLabeler(0, special_ids=[5]).from_logits(one_hot([5, 5, 0, 5]), torch.tensor([4]))
+    assert (label.ids, label.reason, label.kept) == ((), "empty", False)
+
+
+def test_a_label_longer_than_the_students_frames_is_dropped() -> None:
+    labeler, logits, frames = CTCLabeler(0), one_hot([2, 0, 2, 3]), torch.tensor([4])
+    assert labeler.from_logits(logits, frames)[0].reason is None
+    assert labeler.from_logits(logits, frames, target_frames=torch.tensor([4]))[0].reason is None
+    assert labeler.from_logits(logits, frames, target_frames=torch.tensor([3]))[0].reason == "too_long"
+
+
+def test_confidence_is_the_geometric_mean_of_the_best_probabilities_of_valid_frames() -> None:
+    probabilities = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.98, 0.01, 0.01]]])
+    first, none = CTCLabeler(0).from_logits(probabilities.log().repeat(2, 1, 1), torch.tensor([2, 0]))
+    assert first.confidence == pytest.approx(math.sqrt(0.5 * 0.8), rel=1e-6)
+    assert (none.confidence, none.reason) == (0.0, "empty")
+
+
+def test_nan_matters_in_valid_frames_only() -> None:
+    logits = one_hot([1, 2, 3]).repeat(2, 1, 1)
+    logits[1, 2, 4] = math.nan
+    assert CTCLabeler(0).from_logits(logits, torch.tensor([3, 2]))[1].ids == (1, 2)
+    with pytest.raises(ValueError, match=r"NaN in rows \[1\]"):
+        CTCLabeler(0).from_logits(logits, torch.tensor([3, 3]))
+
+
+def test_a_teacher_in_train_mode_is_refused() -> None:
+    model = MODELS["parakeet"][0]().train()
+    with pytest.raises(RuntimeError, match="train mode"):
+        CTCLabeler(0).label(model, {"input_features": torch.zeros(1, 40, 16)})
+
+
+def test_the_teacher_never_sees_labels() -> None:
+    seen: list[set[str]] = []
+
+    class Spy(torch.nn.Module):
+        def _get_subsampling_output_length(self, lengths: Tensor) -> Tensor:
+            return lengths
+
+        def forward(self, **inputs: Tensor) -> Any:
+            seen.append(set(inputs))
+            return SimpleNamespace(logits=one_hot([1, 2, 3]))
+
+    batch = {"input_features": torch.zeros(1, 3, 2), "labels": torch.ones(1, 1), "hidden_reference": torch.ones(1)}
+    assert CTCLabeler(0).label(Spy().eval(), batch)[0].ids == (1, 2, 3)
+    assert seen == [{"input_features"}]

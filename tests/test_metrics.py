@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import EvalPrediction, Wav2Vec2CTCTokenizer
+
+from hf_ema_scaling.metrics import (
+    CharacterErrorRate,
+    CTCMetrics,
+    WordErrorRate,
+    character_error_rate,
+    word_error_rate,
+)
+
+REFERENCES = ["open the door", "stop", "one two"]
+PREDICTIONS = ["open a door now", "", "one two"]  # a substitution, an insertion, a deletion; 6 words
+
+
+def test_rates_are_of_the_whole_set() -> None:
+    assert word_error_rate(REFERENCES, PREDICTIONS) == 3 / 6
+    # "the" -> "a" costs 3, " now" 4, "stop" 4; 13 + 4 + 7 characters
+    assert character_error_rate(REFERENCES, PREDICTIONS) == 11 / 24
+
+
+def test_evaluate_metrics_agree_and_need_no_network(tmp_path: Path) -> None:
+    wer, cer = WordErrorRate(cache_dir=str(tmp_path)), CharacterErrorRate(cache_dir=str(tmp_path))
+    assert wer.compute(references=REFERENCES, predictions=PREDICTIONS) == {"wer": 0.5}
+    cer.add_batch(references=REFERENCES[:2], predictions=PREDICTIONS[:2])
+    cer.add_batch(references=REFERENCES[2:], predictions=PREDICTIONS[2:])
+    assert cer.compute() == {"cer": 11 / 24}
+
+
+@pytest.mark.parametrize("rate", [word_error_rate, character_error_rate])
+def test_what_has_no_rate_is_refused(rate: object) -> None:
+    assert callable(rate)
+    with pytest.raises(ValueError, match=r"1 of 2 references are empty \(rows \[1\]\)"):
+        rate(["a", " "], ["a", "b"])
+    with pytest.raises(ValueError, match="no references"):
+        rate([], [])
+    with pytest.raises(ValueError, match="2 references, but 1 predictions"):
+        rate(["a", "b"], ["a"])
+
+
+def test_label_ids_are_decoded_without_merging_doubled_letters(tmp_path: Path) -> None:
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "|", "<unk>", "e", "h", "l", "o"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    tokenizer = Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), bos_token=None, eos_token=None)
+    hello, helo = [4, 3, 5, 5, 6], [4, 3, 5, 6, -100]
+    metrics = CTCMetrics(tokenizer, blank_id=0)
+    labels = np.array([[*hello, 1, *hello], [*hello, *[-100] * 6]])
+    right = np.array([[*hello, 1, *hello, 0], [*hello, *[-100] * 7]])
+    assert metrics.compute(EvalPrediction(predictions=right, label_ids=labels)) == {"wer": 0.0, "cer": 0.0}
+    wrong = metrics.compute(EvalPrediction(predictions=np.array([helo, hello]), label_ids=np.array([hello, hello])))
+    assert wrong == {"wer": 0.5, "cer": 0.1}
+    with pytest.raises(ValueError, match="predictions must be label ids"):
+        metrics.compute(EvalPrediction(predictions=np.zeros((2, 5, 7), dtype=np.float32), label_ids=labels))
