@@ -1,1 +1,65 @@
-"""Tune once at a small reference batch; run at any batch; teach with the average of the weights."""
+"""Tune once at a small reference batch; run at any batch; teach with the average of the weights.
+
+The EMA Scaling Rule ("How to Scale Your EMA", arXiv 2307.13813) for Hugging Face `Trainer`. Names are loaded when they
+are first used, so importing the package is cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BatchSchedule": "scaling",
+    "ReferenceClock": "scaling",
+    "ScalingPlan": "scaling",
+    "half_life_from_momentum": "scaling",
+    "momentum_from_half_life": "scaling",
+    "scale_momentum": "scaling",
+    "EMATeacher": "ema",
+    "WeightAverage": "ema",
+    "CTCLabeler": "labels",
+    "Labeler": "labels",
+    "PseudoLabel": "labels",
+    "ScheduledBatchSampler": "data",
+    "EMACallback": "training",
+    "EMATrainer": "training",
+    "EMATrainingArguments": "training",
+    "PseudoLabelArguments": "training",
+    "PseudoLabelCollator": "training",
+    "PseudoLabelTrainer": "training",
+}
+
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from hf_ema_scaling.data import ScheduledBatchSampler as ScheduledBatchSampler
+    from hf_ema_scaling.ema import EMATeacher as EMATeacher
+    from hf_ema_scaling.ema import WeightAverage as WeightAverage
+    from hf_ema_scaling.labels import CTCLabeler as CTCLabeler
+    from hf_ema_scaling.labels import Labeler as Labeler
+    from hf_ema_scaling.labels import PseudoLabel as PseudoLabel
+    from hf_ema_scaling.scaling import BatchSchedule as BatchSchedule
+    from hf_ema_scaling.scaling import ReferenceClock as ReferenceClock
+    from hf_ema_scaling.scaling import ScalingPlan as ScalingPlan
+    from hf_ema_scaling.scaling import half_life_from_momentum as half_life_from_momentum
+    from hf_ema_scaling.scaling import momentum_from_half_life as momentum_from_half_life
+    from hf_ema_scaling.scaling import scale_momentum as scale_momentum
+    from hf_ema_scaling.training import EMACallback as EMACallback
+    from hf_ema_scaling.training import EMATrainer as EMATrainer
+    from hf_ema_scaling.training import EMATrainingArguments as EMATrainingArguments
+    from hf_ema_scaling.training import PseudoLabelArguments as PseudoLabelArguments
+    from hf_ema_scaling.training import PseudoLabelCollator as PseudoLabelCollator
+    from hf_ema_scaling.training import PseudoLabelTrainer as PseudoLabelTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

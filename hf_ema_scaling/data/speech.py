@@ -24,6 +24,8 @@ from datasets import Array2D, Audio, Dataset, Features, List, Value
 from torch import Tensor
 from transformers import Speech2TextFeatureExtractor, Wav2Vec2BertProcessor, Wav2Vec2CTCTokenizer
 
+from hf_ema_scaling.labels.ctc import non_target_ids
+
 logger = logging.getLogger(__name__)
 
 Waveform = npt.NDArray[np.float32]
@@ -55,7 +57,7 @@ def read_audio(source: AudioSource, sampling_rate: int = 16_000) -> Waveform:
 
     Args:
         source: a path; the bytes of a file; or a row of `datasets`: `{"path", "bytes"}` (`Audio(decode=False)`) or
-            `{"array", "sampling_rate"}`, whose array is (samples,) or (channels, samples), float in [-1, 1] or int16.
+            `{"array", "sampling_rate"}`, whose array is (samples,) or (channels, samples), float in [-1, 1] or 16-bit integers.
         sampling_rate: of the result, in hertz.
 
     Returns:
@@ -99,10 +101,11 @@ def _decoded_array(source: Mapping[str, Any]) -> tuple[str, npt.NDArray[Any], in
     if source.get("sampling_rate") is None:
         raise AudioError(f"{name}: an 'array' needs its 'sampling_rate'")
     array = np.asarray(source["array"])
-    if array.dtype == np.int16:
+    # int64 is what a list of ints is, and what the numpy format of `datasets` makes of an int16 column.
+    if array.dtype in (np.int16, np.int64) and array.size and -32768 <= array.min() and array.max() <= 32767:
         array = array.astype(np.float32) / 32768
     elif array.dtype.kind != "f":
-        raise AudioError(f"{name}: samples of type {array.dtype}; give floats in [-1, 1] or int16")
+        raise AudioError(f"{name}: samples of type {array.dtype}; give floats in [-1, 1] or 16-bit integers")
     if array.ndim == 2 and array.shape[0] <= max(array.shape[1], 1):
         array = array.mean(0)
     if array.ndim != 1:
@@ -218,7 +221,7 @@ def prepare_ctc(
     if labelled:
         features["labels"] = List(Value("int64"))
     with quiet_unless_terminal():
-        # Through numpy: an int16 array becomes an array without becoming a Python list first.
+        # Through numpy: samples become an array without becoming a Python list first.
         prepared = dataset.with_format("numpy").map(
             _prepare_row,
             fn_kwargs={
@@ -270,7 +273,7 @@ def _check_characters(texts: Iterable[str], tokenizer: Any) -> None:
 
 def _labels(text: str, tokenizer: Any) -> list[int]:
     ids: list[int] = tokenizer(" ".join(text.split()), add_special_tokens=False).input_ids
-    special = set(ids) & set(tokenizer.all_special_ids)
+    special = non_target_ids(tokenizer).intersection(ids)
     if special:
         tokens = tokenizer.convert_ids_to_tokens(sorted(special))
         raise ValueError(f"text {text!r} holds {tokens}, which are special tokens and no CTC target: take them out")
@@ -305,12 +308,12 @@ def _prepare_row(
     prepared: dict[str, Any] = {name: missing, "duration": duration, "dropped": ""}
     if text_column is not None:
         prepared["labels"] = _labels(str(row[text_column]), processor.tokenizer)
-    if duration < seconds[0]:
+    if text_column is not None and not prepared["labels"]:
+        prepared["dropped"] = "empty_text"
+    elif duration < seconds[0]:
         prepared["dropped"] = "too_short"
     elif duration > seconds[1]:
         prepared["dropped"] = "too_long"
-    elif text_column is not None and not prepared["labels"]:
-        prepared["dropped"] = "empty_text"
     elif (features := _features(waveform, extractor, name)) is None:
         prepared["dropped"] = "no_features"
     else:

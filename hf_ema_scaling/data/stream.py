@@ -60,8 +60,8 @@ class ReferenceStream:
     permutations; batches may straddle passes; nothing is dropped.
 
     With `bucket_window > 0` each pass is cut into windows of that many reference batches, sorted by length inside a
-    window, cut into reference batches and those shuffled: a reference batch then holds items of similar length. The
-    windows do not know kappa.
+    window, cut into reference batches and those shuffled: a reference batch then holds items of similar length from
+    each source (in seconds, batches are off their borders by an utterance or two). The windows do not know kappa.
 
     Args:
         labelled: sizes of the labelled set.
@@ -73,7 +73,7 @@ class ReferenceStream:
         seed: seed of the permutations.
         bucket_window: reference batches per bucketing window; 0 for none.
 
-    Memory is 13 bytes for each item drawn in the run.
+    It holds 13 bytes for each item drawn in the run.
 
     Raises:
         ValueError: for sizes, ratios or starts that cannot be laid out, naming the value.
@@ -188,12 +188,15 @@ class _Passes:
         self.rest: NDArray[np.int32] = np.empty(0, dtype=np.int32)
 
     def take(self, units: float, batch: float) -> NDArray[np.int32]:
-        """The next items, until they make up at least `units`; passes begun here are bucketed by `batch` units."""
+        """The next items, until they make up at least `units`; passes begun here are bucketed by `batch` units.
+
+        The first item taken is taken for the first of a reference batch.
+        """
         taken: list[NDArray[np.int32]] = []
         missing = units
         while missing > 0:
             if len(self.rest) == 0:
-                self.rest = self._next_pass(batch)
+                self.rest = self._next_pass(batch, begun=(units - missing) % batch)
             sums = np.cumsum(self.source.units[self.rest])
             count = min(int(np.searchsorted(sums, missing, side="left")) + 1, len(self.rest))
             taken.append(self.rest[:count])
@@ -201,27 +204,31 @@ class _Passes:
             self.rest = self.rest[count:]
         return np.concatenate(taken) if taken else np.empty(0, dtype=np.int32)
 
-    def _next_pass(self, batch: float) -> NDArray[np.int32]:
+    def _next_pass(self, batch: float, begun: float) -> NDArray[np.int32]:
+        """The items of one pass, which begins when `begun` units of a reference batch are drawn already."""
         rng = np.random.default_rng([self.seed, self.kind, self.passes])
         self.passes += 1
         order = rng.permutation(len(self.source)).astype(np.int32)
         if self.bucket_window == 0 or self.source.lengths is None:
             return order
-        window_of = np.floor(_before(self.source.units[order]) / (batch * self.bucket_window) + CLOCK_DUST)
         parts: list[NDArray[np.int32]] = []
-        for window in np.split(order, np.flatnonzero(np.diff(window_of)) + 1):
+        windows = self._cut(order, batch * self.bucket_window, begun)
+        for number, window in enumerate(windows):
             window = window[np.argsort(self.source.lengths[window], kind="stable")]
-            batch_of = np.floor(_before(self.source.units[window]) / batch + CLOCK_DUST)
-            batches = np.split(window, np.flatnonzero(np.diff(batch_of)) + 1)
-            # An unfilled last batch stays last: in the middle it would shift every later batch off its border.
-            filled = self.source.units[batches[-1]].sum() >= batch * (1 - CLOCK_DUST)
-            shuffled = rng.permutation(len(batches) if filled else len(batches) - 1)
-            parts.extend(batches[i] for i in shuffled)
-            if not filled:
-                parts.append(batches[-1])
+            batches = self._cut(window, batch, 0.0 if number else begun)
+            # What the pass before left of its last batch stays first, and this pass's own unfilled last batch stays
+            # last: elsewhere they would shift every other batch off its border.
+            first = 1 if number == 0 and begun > CLOCK_DUST * batch else 0
+            unfilled = self.source.units[batches[-1]].sum() < batch * (1 - CLOCK_DUST)
+            last = len(batches) - 1 if number == len(windows) - 1 and unfilled else len(batches)
+            last = max(first, last)
+            parts.extend(batches[:first])
+            parts.extend(batches[i] for i in first + rng.permutation(last - first))
+            parts.extend(batches[last:])
         return np.concatenate(parts)
 
-
-def _before(units: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Units in front of each item."""
-    return np.cumsum(units) - units
+    def _cut(self, items: NDArray[np.int32], size: float, begun: float) -> list[NDArray[np.int32]]:
+        """`items` in pieces of `size` units, the first one shorter by the `begun` units it already has."""
+        units = self.source.units[items]
+        piece_of = np.floor((begun + np.cumsum(units) - units) / size + CLOCK_DUST)
+        return np.split(items, np.flatnonzero(np.diff(piece_of)) + 1)

@@ -183,9 +183,10 @@ def _read_weights(
     if not isinstance(model, PreTrainedModel):
         missing = sorted(set(expected) - set(stored))
         raise _damaged(folder, f"{SAFE_WEIGHTS_NAME} lacks {', '.join(missing[:5]) or 'nothing, but has other names'}")
+    from_pretrained: Any = type(model).from_pretrained
     try:
         with torch.random.fork_rng(devices=[]):
-            loaded, info = type(model).from_pretrained(
+            loaded, info = from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -1,7 +1,14 @@
 """One labeler per model family: teacher output in, training target out."""
 
 from hf_ema_scaling.labels.base import Labeler, PseudoLabel
-from hf_ema_scaling.labels.ctc import CTCLabeler, blank_id, ctc_frame_lengths, greedy_ctc, min_ctc_frames
+from hf_ema_scaling.labels.ctc import (
+    CTCLabeler,
+    blank_id,
+    ctc_frame_lengths,
+    greedy_ctc,
+    min_ctc_frames,
+    non_target_ids,
+)
 
 __all__ = [
     "CTCLabeler",
@@ -11,4 +18,5 @@ __all__ = [
     "ctc_frame_lengths",
     "greedy_ctc",
     "min_ctc_frames",
+    "non_target_ids",
 ]

@@ -74,6 +74,15 @@ def blank_id(config: Any) -> int:
     return int(blank)
 
 
+def non_target_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids that are never a CTC target: pad (the blank), bos, eos and unk of the tokenizer, as far as it has them.
+
+    Not `all_special_ids`: for `Wav2Vec2CTCTokenizer` that holds the word delimiter, without which words run together.
+    """
+    ids = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "unk"))
+    return frozenset(int(i) for i in ids if i is not None)
+
+
 def min_ctc_frames(ids: Sequence[int]) -> int:
     """Frames that CTC needs for a label: one per token, and a blank between equal neighbours."""
     return len(ids) + sum(left == right for left, right in pairwise(ids))
@@ -132,7 +141,7 @@ class CTCLabeler:
 
     Args:
         blank_id: id of the blank.
-        special_ids: ids that are never a target (bos, eos, unk); removed after repeats are merged.
+        special_ids: ids that are never a target (bos, eos, unk: see `non_target_ids`); removed after repeats are merged.
     """
 
     def __init__(self, blank_id: int, special_ids: Collection[int] = ()) -> None:

@@ -15,21 +15,13 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_ema_scaling.ema import (
-    AverageStateError,
-    EMATeacher,
-    WeightAverage,
-    check_moved,
-    load_average,
-    save_average,
-)
+from hf_ema_scaling.ema import AverageStateError, EMATeacher, WeightAverage, load_average, save_average
 from hf_ema_scaling.ema.average import BufferPolicy, local_shard
 from hf_ema_scaling.scaling import ReferenceClock, ema_weight, momentum_from_half_life, scale_momentum
+from hf_ema_scaling.training.checks import LivenessWatch
 
 EMA_FOLDER = "ema"
 """Folder of the average inside a checkpoint."""
-LIVENESS_UPDATES = 3
-"""Real updates after which the average must have moved."""
 _DUST = 1e-9
 
 
@@ -96,12 +88,12 @@ class EMACallback(TrainerCallback):
         if (momentum is None) == (half_life is None):
             raise ValueError(f"give exactly one of momentum and half_life, got {momentum!r} and {half_life!r}")
         self._clock = ReferenceClock(reference_batch_size)
-        given = f"momentum={momentum!r}" if half_life is None else f"half_life={half_life!r} samples"
+        given = f"{momentum=!r}" if half_life is None else f"{half_life=!r} samples"
         if half_life is not None:
             momentum = momentum_from_half_life(half_life, reference_batch_size)
         if momentum is None or not 0 < momentum < 1:
             raise ValueError(
-                f"the momentum must be strictly between 0 and 1, got {momentum!r} from {given}: 0 is the student and 1 "
+                f"the momentum must be strictly between 0 and 1, got {momentum!r} from {given}: 0 is the student, 1 "
                 "never moves. It is the share of the average that is kept (0.999), not that of the new weights (0.001)"
             )
         if not (math.isfinite(ema_start) and ema_start >= 0):
@@ -123,8 +115,8 @@ class EMACallback(TrainerCallback):
         self._average: WeightAverage | None = None
         self._teacher: EMATeacher | None = None
         self._scale: float | None = None
-        self._live_updates = 0
-        self._fingerprint: tuple[int, ...] = ()
+        self._alive = False
+        self._watch: LivenessWatch | None = None
 
     @property
     def average(self) -> WeightAverage:
@@ -145,9 +137,8 @@ class EMACallback(TrainerCallback):
             RuntimeError: Training has not begun.
             TypeError: The model is not a transformers model that can be built from its configuration.
         """
-        average = self.average
         if self._teacher is None:
-            self._teacher = EMATeacher(self._student, average)
+            self._teacher = EMATeacher(self._student, self.average)
         return self._teacher
 
     @property
@@ -209,10 +200,9 @@ class EMACallback(TrainerCallback):
         """Builds, continues or resumes the average, on every process.
 
         Raises:
-            ValueError: The batch size cannot be known, the optimizer is schedule-free, or `resume_from` is given and
-                nothing is resumed.
+            ValueError: The batch size is unknown, the optimizer is schedule-free, or `resume_from` meets step 0.
             NotImplementedError: The parameters are partitioned by DeepSpeed ZeRO-3.
-            AverageStateError: Training resumes and the saved average is missing, damaged, or of another step.
+            AverageStateError: The average to resume is missing, damaged, or of another step or run.
         """
         model: nn.Module = kwargs["model"]
         _refuse_unsupported(args, model)
@@ -222,7 +212,7 @@ class EMACallback(TrainerCallback):
         self._processing_class = kwargs.get("processing_class")
         self._step = state.global_step
         self._clock = ReferenceClock(self.reference_batch_size)
-        self._live_updates, self._fingerprint, self._scale = 0, (), None
+        self._alive, self._watch, self._scale = False, None, None
         if state.is_world_process_zero:
             self._warn_about_learning_rate()
         if state.global_step == 0 and self.resume_from is not None and not self._resumed:
@@ -262,7 +252,8 @@ class EMACallback(TrainerCallback):
 
         Raises:
             FloatingPointError: A weight is not finite; the average has not moved.
-            DeadTeacherError: The average does not move, or is the student, after three updates.
+            DeadTeacherError: The average does not move, or is the student, after three updates with a learning rate
+                above 0.
         """
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
         begin = self._clock.position
@@ -282,20 +273,18 @@ class EMACallback(TrainerCallback):
         if begin < self.ema_start - _DUST:
             self.average.update(model, 0.0)
             return
-        watched = self._live_updates < LIVENESS_UPDATES and _learns(optimizer)
-        if watched and self._live_updates == 0:
-            self._fingerprint = self.average.fingerprint()
+        watched = not self._alive and _learns(optimizer)
+        if watched and self._watch is None:
+            self._watch = LivenessWatch(self.average)
         self.average.update(model, self.momentum, kappa)
-        if watched:
-            self._live_updates += 1
-            if self._live_updates == LIVENESS_UPDATES:
-                check_moved(model, self.average, self._fingerprint)
+        if watched and self._watch is not None:
+            self._alive = self._watch.after_update(model, self.average, ema_weight(self.momentum, kappa))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes `checkpoint-N/ema/`; older checkpoints, and so their order by time, are not touched.
 
         Raises:
-            FileNotFoundError: `output_dir/checkpoint-N` does not exist.
+            FileNotFoundError: The checkpoint is not in `output_dir`.
         """
         checkpoint = _checkpoint(args, state.global_step)
         if args.should_save and not checkpoint.is_dir():
@@ -303,19 +292,22 @@ class EMACallback(TrainerCallback):
                 f"EMACallback saves the average into {checkpoint}, which does not exist: it was deleted, or this is a "
                 "hyper-parameter search, whose trial folders a callback does not know. Use save_strategy='no' there."
             )
+        model = kwargs["model"]
+        # Tells a resume whether this average and the weights it finds there belong together.
+        state_of_run = self._state() | {"student_distance": self.average.distance(model)}
         save_average(
             checkpoint / EMA_FOLDER,
-            kwargs["model"],
+            model,
             self.average,
-            state=self._state(),
-            processing_class=kwargs.get("processing_class"),
+            state=state_of_run,
+            processing_class=self._processing_class,
             write=args.should_save,
         )
 
     @property
     def _student(self) -> nn.Module:
         if self._model is None:
-            raise RuntimeError("the model is not known yet: it is when Trainer.train() begins")
+            raise RuntimeError("there is no average yet: it is created when Trainer.train() begins")
         return self._model
 
     def _state(self) -> dict[str, Any]:
@@ -346,6 +338,12 @@ class EMACallback(TrainerCallback):
             raise AverageStateError(
                 f"the average in {folder} is of step {saved['global_step']}, but training resumes at step {step}: "
                 "resume both from the same checkpoint."
+            )
+        then, now = saved.get("student_distance"), self.average.distance(self._student)
+        if then is not None and not math.isclose(then, now, rel_tol=1e-3, abs_tol=1e-6):
+            raise AverageStateError(
+                f"the average in {folder} is of another run: its distance to the student was {then:.6g} when it was "
+                f"saved and is {now:.6g} to the weights that are resumed. Name the right folder in resume_from."
             )
         self._clock = ReferenceClock(self.reference_batch_size, saved["units_seen"])
         for name in ("momentum", "reference_batch_size", "ema_start"):

@@ -1,4 +1,4 @@
-"""`PseudoLabelCollator`: pseudo-labels from the average of an `EMACallback`, inside the stock `Trainer`'s data loader."""
+"""`PseudoLabelCollator`: labels from the average of an `EMACallback`, in the stock `Trainer`'s data loader."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ Example = Mapping[str, Any]
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 LABELS = "labels"
+_DUST = 1e-9
 DROPPED_IN_A_ROW = 1000
 """So many dropped pseudo-labels without one that is kept are an error: the teacher labels nothing."""
 
@@ -122,7 +123,7 @@ class PseudoLabelCollator:
 
     def _label(self, examples: list[Example]) -> list[list[int] | None]:
         """Label ids of each example, None where there are none to train on."""
-        if self.callback.clock < self.pl_start:
+        if self.callback.clock < self.pl_start - _DUST:
             self.counts["before_start"] += len(examples)
             return [None] * len(examples)
         teacher = self.callback.teacher

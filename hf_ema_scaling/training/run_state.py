@@ -14,6 +14,9 @@ from hf_ema_scaling.ema.storage import STATE_NAME
 from hf_ema_scaling.scaling import StepBorders
 
 
+UNLABELLED_KEYS = ("pl_start", "unlabeled_ratio", "unlabelled_items")
+
+
 @dataclass
 class RunState:
     """The state of a run that the weights, the optimizer and Trainer's own files do not hold; JSON values only.
@@ -50,11 +53,18 @@ class RunState:
     def check_identity(self, identity: dict[str, Any]) -> None:
         """Refuses to continue with other data or another reference recipe.
 
+        What concerns unlabelled data may change as long as none has been drawn, so runs that differ in it can branch
+        from one labelled phase.
+
         Raises:
             ValueError: naming every value that differs.
         """
+        starts = [start for start in (self.identity.get("pl_start"), identity["pl_start"]) if start is not None]
+        open_keys = UNLABELLED_KEYS if all(self.clock <= start for start in starts) else ()
         changed = {
-            key: (self.identity.get(key), value) for key, value in identity.items() if self.identity.get(key) != value
+            key: (self.identity.get(key), value)
+            for key, value in identity.items()
+            if self.identity.get(key) != value and key not in open_keys
         }
         if changed:
             listed = ", ".join(f"{key}: {old} then, {new} now" for key, (old, new) in changed.items())

@@ -12,7 +12,7 @@ from hf_ema_scaling.data.collator import MicroBatch, TwoSourceDataset
 from hf_ema_scaling.data.sampler import Draw, SampledStep
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
 from hf_ema_scaling.ema import EMATeacher, check_liveness
-from hf_ema_scaling.labels import CTCLabeler, Labeler, blank_id
+from hf_ema_scaling.labels import CTCLabeler, Labeler, PseudoLabel, blank_id
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.diagnostics import LabelStatistics
 from hf_ema_scaling.training.mixin import EMATrainerMixin
@@ -95,14 +95,18 @@ class PseudoLabelTrainer(EMATrainerMixin):
     def _labelled(self, micro_batch: MicroBatch) -> MicroBatch:
         if micro_batch["weight"] == 0:
             return without_targets(micro_batch)
+        labels = self.labels_of(micro_batch)
+        self.label_statistics.add(labels)
+        return with_targets(micro_batch, labels, self.pseudo_label_args.unlabeled_weight)
+
+    def labels_of(self, micro_batch: MicroBatch) -> list[PseudoLabel]:
+        """The teacher's label for each row of an unlabelled micro-batch."""
         assert self.teacher is not None
         inputs: dict[str, Tensor] = self._prepare_inputs(dict(micro_batch["inputs"]))
         with self.accelerator.autocast():
-            labels = label_rows(
+            return label_rows(
                 self.labeler, self.teacher, inputs, min_confidence=self.pseudo_label_args.min_confidence
             )
-        self.label_statistics.add(labels)
-        return with_targets(micro_batch, labels, self.pseudo_label_args.unlabeled_weight)
 
     def training_logs(self) -> dict[str, float]:
         """Also the shares of pseudo-labels kept and dropped since the last log."""

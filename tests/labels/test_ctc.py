@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from hf_ema_scaling.labels import CTCLabeler, blank_id, ctc_frame_lengths, greedy_ctc, min_ctc_frames
+from hf_ema_scaling.labels import CTCLabeler, blank_id, ctc_frame_lengths, greedy_ctc, min_ctc_frames, non_target_ids
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 WAVE = {
@@ -182,6 +184,13 @@ def test_special_ids_are_removed_after_merging() -> None:
     assert label.ids == (1, 1, 2)
     (label,) = CTCLabeler(0, special_ids=[5]).from_logits(one_hot([5, 5, 0, 5]), torch.tensor([4]))
     assert (label.ids, label.reason, label.kept) == ((), "empty", False)
+
+
+def test_the_word_delimiter_is_a_target(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "|": 1, "<unk>": 2, "a": 3, "</s>": 4}))
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), bos_token=None)
+    assert 1 in tokenizer.all_special_ids  # the trap
+    assert non_target_ids(tokenizer) == {0, 2, 4}
 
 
 def test_a_label_longer_than_the_students_frames_is_dropped() -> None:

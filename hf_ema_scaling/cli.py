@@ -1,0 +1,45 @@
+"""`hf-ema-scaling`: the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+main = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+
+
+@main.callback()
+def _commands() -> None:
+    """Tune once at a small reference batch; run at any batch; teach with the average of the weights."""
+
+
+@main.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Run folders, report.png and summary.json.")] = Path("runs/demo"),
+    kappa: Annotated[float, typer.Option(help="Batch over reference batch once pseudo-labels have started.")] = 1.0,
+    arms: Annotated[str, typer.Option(help="Comma-separated: labelled, pseudo, topline.")] = "labelled,pseudo",
+    seed: Annotated[int, typer.Option(help="Of corpus, initialisation, order, dropout and augmentation.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Reference steps; the default is the tuned recipe's.")] = None,
+    scale_ema: Annotated[bool, typer.Option(help="--no-scale-ema leaves the momentum unscaled (an ablation).")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+) -> None:
+    """Trains a small speech model from scratch that learns from the pseudo-labels of its own EMA teacher."""
+    from hf_ema_scaling.demo import ARMS, run_demo, table
+
+    names = [arm.strip() for arm in arms.split(",") if arm.strip()]
+    unknown = [name for name in names if name not in ARMS]
+    if unknown or not names:
+        raise typer.BadParameter(f"arms are {', '.join(ARMS)}; got {arms!r}", param_hint="--arms")
+    summary = run_demo(output_dir, arms=names, kappa=kappa, seed=seed, steps=steps, scale_ema=scale_ema)
+    if as_json:
+        typer.echo(json.dumps(summary))
+        return
+    typer.echo(table(summary))
+    typer.echo(f"report: {output_dir / 'report.png'}")
+
+
+if __name__ == "__main__":
+    main()

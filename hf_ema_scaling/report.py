@@ -1,0 +1,58 @@
+"""Plots of one run or many, on the reference clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Log = Mapping[str, Any]
+
+
+def curve(history: Sequence[Log], key: str) -> tuple[list[float], list[float]]:
+    """Clock positions and values of `key` in a `log_history`."""
+    rows = [row for row in history if key in row and "clock/reference_step" in row]
+    return [float(row["clock/reference_step"]) for row in rows], [float(row[key]) for row in rows]
+
+
+def plot_runs(
+    histories: Mapping[str, Sequence[Log]], path: Path, *, metric: str = "wer", title: str = "", start: float = 0.0
+) -> None:
+    """Draws runs over one another: the metric of student and average, the momentum, the pseudo-labels kept.
+
+    Args:
+        histories: `log_history` of each run by name.
+        path: PNG to write.
+        metric: name of the metric after `eval_` and `eval_ema_`.
+        title: title of the figure.
+        start: where pseudo-labels start, marked by a line; 0 for nowhere.
+
+    Raises:
+        ImportError: without matplotlib, with the extra that brings it.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "hf-ema-scaling[report]"') from error
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplot_mosaic([["metric", "metric"], ["momentum", "labels"]], height_ratios=[2, 1])
+    for number, (name, history) in enumerate(histories.items()):
+        color = f"C{number}"
+        axes["metric"].plot(*curve(history, f"eval_{metric}"), "--", color=color, label=f"{name}: student")
+        axes["metric"].plot(*curve(history, f"eval_ema_{metric}"), "-", color=color, label=f"{name}: average")
+        axes["momentum"].plot(*curve(history, "ema/momentum"), "-", color=color, label=name)
+        axes["labels"].plot(*curve(history, "pseudo/kept"), "-", color=color, label=f"{name}: kept")
+        axes["labels"].plot(*curve(history, "pseudo/confidence"), ":", color=color, label=f"{name}: confidence")
+    axes["metric"].set(ylabel=metric.upper(), xlabel="reference steps", title=title)
+    axes["momentum"].set(ylabel="momentum per optimizer step", xlabel="reference steps")
+    axes["labels"].set(ylabel="pseudo-labels", xlabel="reference steps", ylim=(0, 1.02))
+    for axis in axes.values():
+        axis.grid(alpha=0.3)
+        if start:
+            axis.axvline(start, color="grey", linewidth=0.8)
+        if axis.get_lines() and any(len(line.get_xdata()) > 1 for line in axis.get_lines()):
+            axis.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
