@@ -32,7 +32,7 @@ _HOME = {
     "PseudoLabelTrainer": "training",
 }
 
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from hf_ema_scaling.data import ScheduledBatchSampler as ScheduledBatchSampler

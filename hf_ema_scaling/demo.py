@@ -38,7 +38,6 @@ from hf_ema_scaling.metrics import CTCMetrics
 from hf_ema_scaling.report import plot_runs
 from hf_ema_scaling.training import EMATrainer, EMATrainingArguments, PseudoLabelArguments, PseudoLabelTrainer
 from hf_ema_scaling.training.mixin import EMATrainerMixin
-from hf_ema_scaling.training.pseudo_label_step import with_targets
 
 ARMS = ("labelled", "pseudo", "topline")
 
@@ -157,9 +156,7 @@ def build_model(config: DemoConfig, processor: Any, seed: int) -> ParakeetForCTC
     )
     tokenizer = processor.tokenizer
     return ParakeetForCTC(
-        ParakeetCTCConfig(
-            vocab_size=len(tokenizer), encoder_config=encoder, pad_token_id=tokenizer.pad_token_id, bos_token_id=None
-        )
+        ParakeetCTCConfig(vocab_size=len(tokenizer), encoder_config=encoder, pad_token_id=tokenizer.pad_token_id)
     )
 
 
@@ -247,7 +244,7 @@ def run_demo(
 
 
 def gap_recovered(results: dict[str, dict[str, float]]) -> float | None:
-    """Share of the averages' error gap between `labelled` and `topline` that `pseudo` closes; None without all three."""
+    """Share of the gap between `labelled` and `topline` that `pseudo` closes, of the averages; None without all three."""
     if any(arm not in results for arm in ARMS):
         return None
     labelled, pseudo, topline = (results[arm]["average_wer"] for arm in ARMS)
@@ -267,7 +264,8 @@ def table(summary: dict[str, Any]) -> str:
     elif {"labelled", "pseudo"} <= summary["arms"].keys():
         ratio = summary["arms"]["pseudo"]["average_wer"] / summary["arms"]["labelled"]["average_wer"]
         lines.append(f"error with pseudo-labels: {ratio:.2f} x that of labelled data only")
-    lines.append(f"kappa {summary['kappa']:g}, seed {summary['seed']}, peak memory {summary['peak_memory_bytes'] / 2**20:.0f} MiB")
+    memory = summary["peak_memory_bytes"] / 2**20
+    lines.append(f"kappa {summary['kappa']:g}, seed {summary['seed']}, peak memory {memory:.0f} MiB")
     return "\n".join(lines)
 
 
@@ -344,7 +342,9 @@ def _clear(folder: Path) -> None:
             "summary.json",
         }
         if strangers:
-            raise ValueError(f"{folder} holds other things than a demo ({', '.join(sorted(strangers)[:5])}): choose another")
+            raise ValueError(
+                f"{folder} holds other things than a demo ({', '.join(sorted(strangers)[:5])}): choose another"
+            )
         for name in (*ARMS, "labelled_phase"):
             shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)

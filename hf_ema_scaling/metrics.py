@@ -111,6 +111,5 @@ class CTCMetrics:
             )
         kept = (ids != -100) & (ids != self.blank_id)
         return [
-            self.tokenizer.decode(row[keep].tolist(), group_tokens=False)
-            for row, keep in zip(ids, kept, strict=True)
+            self.tokenizer.decode(row[keep].tolist(), group_tokens=False) for row, keep in zip(ids, kept, strict=True)
         ]

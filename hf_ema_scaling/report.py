@@ -52,7 +52,7 @@ def plot_runs(
         axis.grid(alpha=0.3)
         if start:
             axis.axvline(start, color="grey", linewidth=0.8)
-        if axis.get_lines() and any(len(line.get_xdata()) > 1 for line in axis.get_lines()):
+        if axis.get_lines() and any(len(line.get_path().vertices) > 1 for line in axis.get_lines()):
             axis.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

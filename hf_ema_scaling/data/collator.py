@@ -17,6 +17,9 @@ from hf_ema_scaling.data.stream import UNLABELLED
 Example = Mapping[str, Any]
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
+# The columns that transformers' collators turn into `labels`.
+LABEL_COLUMNS = ("labels", "label", "label_ids")
+
 
 class MicroBatch(TypedDict):
     """One forward and backward pass: rows of one source, padded to their own longest row."""
@@ -42,7 +45,7 @@ class TwoSourceDataset(Dataset[tuple[Draw, Example]]):
     """
 
     def __init__(self, labelled: Any, unlabelled: Any | None, *, keep: Collection[str] | None = None) -> None:
-        self.sources = (labelled, unlabelled)
+        self.sources: tuple[Any, Any] = (labelled, unlabelled)
         self.keep = None if keep is None else frozenset(keep)
 
     def __len__(self) -> int:
@@ -52,7 +55,7 @@ class TwoSourceDataset(Dataset[tuple[Draw, Example]]):
         return draw, self._visible(draw.source, self.sources[draw.source][draw.index])
 
     def __getitems__(self, draws: Sequence[Draw]) -> list[tuple[Draw, Example]]:
-        """All rows of a step, fetched with one access per source where the data set allows it."""
+        """All rows of a step, with one access for each run of rows of one source where the data set allows it."""
         rows: list[tuple[Draw, Example]] = []
         for kind, group in groupby(draws, key=lambda draw: draw.source):
             members = list(group)
@@ -63,7 +66,7 @@ class TwoSourceDataset(Dataset[tuple[Draw, Example]]):
         return rows
 
     def _visible(self, kind: int, row: Example) -> Example:
-        hidden = ("labels", "label") if kind == UNLABELLED else ()
+        hidden = LABEL_COLUMNS if kind == UNLABELLED else ()
         return {
             name: value
             for name, value in row.items()
@@ -82,14 +85,19 @@ class MicroBatchCollator:
         self.collate = collate
 
     def __call__(self, rows: Sequence[tuple[Draw, Example]]) -> dict[str, list[MicroBatch]]:
+        """The micro-batches of the rows that `TwoSourceDataset` gave for one step of one process."""
         micro_batches: list[MicroBatch] = []
         for _, group in groupby(rows, key=lambda row: row[0].micro_batch):
             members = list(group)
             draws = [draw for draw, _ in members]
+            inputs = dict(self.collate([dict(example) for _, example in members]))
+            if draws[0].source == UNLABELLED:
+                # Language-model collators make labels of the inputs themselves.
+                inputs.pop("labels", None)
             micro_batches.append(
                 MicroBatch(
                     source=draws[0].source,
-                    inputs=dict(self.collate([dict(example) for _, example in members])),
+                    inputs=inputs,
                     positions=[draw.position for draw in draws],
                     indices=[draw.index for draw in draws],
                     weight=draws[0].weight,
@@ -134,6 +142,7 @@ class CTCCollator:
         )
 
     def __call__(self, rows: Sequence[Example]) -> dict[str, Tensor]:
+        """Pad the rows: float32 inputs, int64 `attention_mask` and `labels`."""
         name = next((key for key in ("input_features", "input_values") if key in rows[0]), None)
         if name is None:
             raise ValueError(f"a speech row needs 'input_features' or 'input_values', got {sorted(rows[0])}")

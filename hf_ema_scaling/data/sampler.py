@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -12,13 +13,16 @@ from torch.utils.data import Sampler
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED, ReferenceStream
 from hf_ema_scaling.scaling.schedule import StepBorders
 
+# Reference steps by which a step border may miss a position of the stream and still mean it.
+BORDER_TOLERANCE = 1e-6
+
 
 class Draw(NamedTuple):
     """One item of one step, as the sampler hands it to the data set."""
 
     source: int
     """`LABELLED` or `UNLABELLED`."""
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     """Row in that source."""
     position: int
     """Place in the reference stream: the identity that seeds augmentation."""
@@ -56,10 +60,10 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
     run exactly. Deliberately without a `batch_size` attribute: accelerate would take the lists for constant and lose
     some.
 
-    A micro-batch holds one source and at most `micro_batch_size` items. Every process gets the same number of them;
-    where items do not suffice, a repeated item with weight 0 fills the gap. Items are sorted by length inside a step.
-    With `batch_statistics=True` (BatchNorm) micro-batches never cross a reference-batch border either, so the
-    statistics are those of kappa 1.
+    A micro-batch holds one source and at most `micro_batch_size` items. Every process gets the same number of them
+    from each source; where items do not suffice, a repeated item with weight 0 fills the gap. Items are sorted by
+    length inside a step. With `batch_statistics=True` (BatchNorm) micro-batches never cross a reference-batch border
+    either, so at steps of whole reference batches the statistics are those of kappa 1.
 
     Args:
         stream: the items of the run in order.
@@ -67,6 +71,9 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         micro_batch_size: items per micro-batch and process, a memory limit only.
         world_size: number of processes.
         batch_statistics: keep micro-batches inside reference batches.
+
+    Raises:
+        ValueError: for sizes below 1, or borders that leave out the stream's `pl_start` or its end.
     """
 
     def __init__(
@@ -82,6 +89,12 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
             raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
         if world_size < 1:
             raise ValueError(f"world_size must be at least 1, got {world_size}")
+        for name, clock in (("pl_start", stream.pl_start), ("the end of the run", stream.reference_steps)):
+            if clock is not None and np.abs(borders.borders - clock).min() > BORDER_TOLERANCE:
+                raise ValueError(
+                    f"no step ends at {name}, reference step {clock:g} of the stream (the steps reach "
+                    f"{borders.position:g}): give plan and stream the same run length and pl_start"
+                )
         self.stream = stream
         self.micro_batch_size = micro_batch_size
         self.world_size = world_size
@@ -129,49 +142,60 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         The count is a multiple of `world_size`; an empty array is a place that padding fills.
         """
         first, last = int(self.positions[number]), int(self.positions[number + 1])
-        if not self.batch_statistics:
-            groups: list[NDArray[np.int64]] = []
-            for positions in self._by_source(first, last):
-                share = -(-len(positions) // (self.world_size * self.micro_batch_size))
-                groups.extend(np.array_split(positions, share * self.world_size))
-            return groups
+        if self.batch_statistics:
+            return self._inside_reference_batches(number)
+        groups: list[NDArray[np.int64]] = []
+        for _, positions in self._by_source(first, last):
+            share = -(-len(positions) // (self.world_size * self.micro_batch_size))
+            groups.extend(np.array_split(positions, share * self.world_size))
+        return groups
+
+    def _inside_reference_batches(self, number: int) -> list[NDArray[np.int64]]:
+        first, last = int(self.positions[number]), int(self.positions[number + 1])
         step = self.step(number)
         inner = self.stream.position(np.arange(np.floor(step.start) + 1, np.ceil(step.end)))
         borders = np.unique(np.concatenate([[first], inner[(inner > first) & (inner < last)], [last]]))
-        groups = []
-        for low, high in zip(borders[:-1], borders[1:], strict=True):
-            for positions in self._by_source(int(low), int(high)):
-                groups.extend(np.array_split(positions, -(-len(positions) // self.micro_batch_size)))
-        groups.extend([np.empty(0, dtype=np.int64)] * (-len(groups) % self.world_size))
-        return groups
+        dealt: dict[int, list[tuple[int, NDArray[np.int64]]]] = {LABELLED: [], UNLABELLED: []}
+        for low, high in pairwise(borders.tolist()):
+            for kind, positions in self._by_source(low, high):
+                pieces = np.array_split(positions, -(-len(positions) // self.micro_batch_size))
+                dealt[kind].extend((low, piece) for piece in pieces)
+        # A round is one micro-batch of one source for each process; rounds follow their first reference batch.
+        rounds: list[list[tuple[int, NDArray[np.int64]]]] = []
+        for pieces_of_kind in dealt.values():
+            pieces_of_kind.extend([(last, np.empty(0, dtype=np.int64))] * (-len(pieces_of_kind) % self.world_size))
+            rounds.extend(
+                pieces_of_kind[i : i + self.world_size] for i in range(0, len(pieces_of_kind), self.world_size)
+            )
+        rounds.sort(key=lambda pieces: pieces[0][0])
+        return [piece for pieces in rounds for _, piece in pieces]
 
-    def _by_source(self, first: int, last: int) -> Iterator[NDArray[np.int64]]:
+    def _by_source(self, first: int, last: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
         kinds = self.stream.source[first:last]
         for kind in (LABELLED, UNLABELLED):
             positions = first + np.flatnonzero(kinds == kind)
             if len(positions):
-                yield self.stream.sort_by_length(positions)
+                yield kind, self.stream.sort_by_length(positions)
 
     def draws(self, number: int, rank: int) -> list[Draw]:
         """The items of step `number` on process `rank`."""
-        groups = self.micro_batches(number)
+        return self._draws(self.micro_batches(number), rank)
+
+    def _draws(self, groups: list[NDArray[np.int64]], rank: int) -> list[Draw]:
         drawn: list[Draw] = []
-        padding = groups[0][:1]
-        for micro_batch, positions in enumerate(groups[rank :: self.world_size]):
-            weight = 1.0 if len(positions) else 0.0
-            for position in positions if len(positions) else padding:
-                drawn.append(
-                    Draw(
-                        int(self.stream.source[position]),
-                        int(self.stream.index[position]),
-                        int(position),
-                        micro_batch,
-                        weight,
-                    )
-                )
+        for micro_batch, slot in enumerate(range(rank, len(groups), self.world_size)):
+            weight = 1.0 if len(groups[slot]) else 0.0
+            # Padding repeats an item of the first process, which has one of the same source.
+            positions = groups[slot] if weight else groups[slot - rank][:1]
+            rows = (self.stream.source[positions], self.stream.index[positions], positions)
+            drawn.extend(
+                Draw(source, index, position, micro_batch, weight)
+                for source, index, position in zip(*(row.tolist() for row in rows), strict=True)
+            )
         return drawn
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for number in range(self.num_steps):
+            groups = self.micro_batches(number)
             for rank in range(self.world_size):
-                yield self.draws(number, rank)
+                yield self._draws(groups, rank)

@@ -57,7 +57,8 @@ def read_audio(source: AudioSource, sampling_rate: int = 16_000) -> Waveform:
 
     Args:
         source: a path; the bytes of a file; or a row of `datasets`: `{"path", "bytes"}` (`Audio(decode=False)`) or
-            `{"array", "sampling_rate"}`, whose array is (samples,) or (channels, samples), float in [-1, 1] or 16-bit integers.
+            `{"array", "sampling_rate"}`, whose array is (samples,) or (channels, samples), in floats in [-1, 1] or
+            16-bit integers.
         sampling_rate: of the result, in hertz.
 
     Returns:
@@ -102,7 +103,7 @@ def _decoded_array(source: Mapping[str, Any]) -> tuple[str, npt.NDArray[Any], in
         raise AudioError(f"{name}: an 'array' needs its 'sampling_rate'")
     array = np.asarray(source["array"])
     # int64 is what a list of ints is, and what the numpy format of `datasets` makes of an int16 column.
-    if array.dtype in (np.int16, np.int64) and array.size and -32768 <= array.min() and array.max() <= 32767:
+    if array.dtype in (np.int16, np.int64) and array.size and array.min() >= -32768 and array.max() <= 32767:
         array = array.astype(np.float32) / 32768
     elif array.dtype.kind != "f":
         raise AudioError(f"{name}: samples of type {array.dtype}; give floats in [-1, 1] or 16-bit integers")

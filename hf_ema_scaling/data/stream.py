@@ -1,7 +1,7 @@
 """The order in which a run sees its data: one stream of items, the same at every batch size.
 
 The stream is a pure function of the data's sizes, the seed and the recipe at the reference batch. Batch sizes,
-processes and micro-batches only cut it (`sampler.py`), so runs at different kappa see the same items in the same order.
+processes and micro-batches only cut it (`sampler.py`): runs at different kappa see the same items in the same order.
 """
 
 from __future__ import annotations

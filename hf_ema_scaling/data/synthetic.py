@@ -22,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from hf_ema_scaling.data.speech import Waveform, quiet_unless_terminal, resample
 
@@ -35,11 +35,16 @@ SPLITS = ("labelled", "unlabelled", "evaluation")
 ACCENTS = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-us-nyc")
 TOO_STRANGE = frozenset({"croak"})
 
-VERBS = tuple("open close start stop play pause send call find show delete save move copy share print read write".split())
-NOUNS = tuple("music message window door light report number table letter picture camera garden river market".split())
-ADJECTIVES = tuple("red blue green small large new old first second third last quiet bright empty".split())
-PREPOSITIONS = tuple("in on near behind under before after".split())
-DIGITS = tuple("zero one two three four five six seven eight nine".split())
+VERBS, NOUNS, ADJECTIVES, PREPOSITIONS, DIGITS = (
+    tuple(words.split())
+    for words in (
+        "open close start stop play pause send call find show delete save move copy share print read write",
+        "music message window door light report number table letter picture camera garden river mountain kitchen market",
+        "red blue green small large new old first second third last quiet bright empty",
+        "in on near behind under before after",
+        "zero one two three four five six seven eight nine",
+    )
+)
 EVALUATION_SHARE = 10  # one sentence of the grammar in this many is for evaluation
 
 
@@ -94,9 +99,7 @@ def _loader() -> Any:
     try:
         import espeakng_loader
     except ImportError as error:
-        raise ImportError(
-            'the synthetic corpus is spoken by eSpeak NG: pip install "hf-ema-scaling[demo]"'
-        ) from error
+        raise ImportError('the synthetic corpus is spoken by eSpeak NG: pip install "hf-ema-scaling[demo]"') from error
     return espeakng_loader
 
 
@@ -122,7 +125,9 @@ class ESpeak:
                 *(ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p),
             ]
             # 2: synchronous, samples to the callback; 0x8000: return an error where the library would exit.
-            self.sampling_rate: int = self._library.espeak_Initialize(2, 0, str(loader.get_data_path()).encode(), 0x8000)
+            self.sampling_rate: int = self._library.espeak_Initialize(
+                2, 0, str(loader.get_data_path()).encode(), 0x8000
+            )
             if self.sampling_rate <= 0:
                 self._unload()
                 raise RuntimeError(f"eSpeak NG does not start (code {self.sampling_rate})")
@@ -175,7 +180,7 @@ class ESpeak:
         if code != 0 or self._library.espeak_Synchronize() != 0:
             raise RuntimeError(f"eSpeak NG does not say {text!r} (code {code})")
         samples = np.frombuffer(b"".join(self._chunks), dtype="<i2")
-        return samples.astype(np.float32) / 32768
+        return samples.astype(np.float32) * np.float32(2**-15)
 
 
 def _breathes(variant: Path) -> bool:
@@ -291,7 +296,9 @@ def _split(config: SyntheticCorpusConfig, name: str, voices: tuple[str, ...]) ->
 def _checked(corpus: DatasetDict) -> DatasetDict:
     """Refuses a corpus whose splits share a speaker, or whose evaluation sentences were trained on."""
     speakers = {name: set(split["speaker"]) for name, split in corpus.items()}
-    texts = {name: set(split["hidden_reference" if name == "unlabelled" else "text"]) for name, split in corpus.items()}
+    texts = {
+        name: set(split["hidden_reference" if name == "unlabelled" else "text"]) for name, split in corpus.items()
+    }
     for name in ("labelled", "unlabelled"):
         for what, sets in (("speakers", speakers), ("sentences", texts)):
             shared = sets[name] & sets["evaluation"]

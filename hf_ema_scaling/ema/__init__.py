@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hf_ema_scaling.ema.average import WeightAverage, canonical_name, unwrap
+from hf_ema_scaling.ema.average import WeightAverage
+from hf_ema_scaling.ema.names import canonical_name, unwrap
 from hf_ema_scaling.ema.storage import AverageStateError, load_average, save_average
 from hf_ema_scaling.ema.teacher import DeadTeacherError, EMATeacher, check_liveness, check_moved
 

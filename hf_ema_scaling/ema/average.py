@@ -6,72 +6,20 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_ema_scaling.ema import kernels
+from hf_ema_scaling.ema.names import Entry, canonical_name, entries_of, local_shard, unwrap
 from hf_ema_scaling.scaling.momentum import ema_weight
 
 BufferPolicy = Literal["average", "copy"]
 
-_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
 # Models that currently hold an average in place of their own weights, whichever average put it there.
 _SWAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def canonical_name(name: str) -> str:
-    """Returns a parameter or buffer name without the segments that DDP, FSDP and `torch.compile` insert.
-
-    Args:
-        name: A dotted name such as `module._orig_mod.encoder.weight`.
-
-    Returns:
-        The name the unwrapped model uses, here `encoder.weight`.
-    """
-    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the model inside DDP, DataParallel, FSDP or `torch.compile` wrappers, however deeply they nest."""
-    while True:
-        children = list(model.named_children())
-        if len(children) != 1 or children[0][0] not in _WRAPPERS:
-            return model
-        model = children[0][1]
-
-
-class _Slot(NamedTuple):
-    """One place in a module tree where a tensor is registered."""
-
-    name: str
-    owner: nn.Module
-    leaf: str
-    tensor: Tensor
-    is_param: bool
-    persistent: bool
-
-
-@dataclass(slots=True)
-class _Entry:
-    """One distinct tensor of a model with all its places; `key` is the name of its shadow."""
-
-    key: str
-    slots: list[_Slot]
-
-    @property
-    def tensor(self) -> Tensor:
-        return self.slots[0].tensor
-
-    @property
-    def is_param(self) -> bool:
-        return any(slot.is_param for slot in self.slots)
-
-    @property
-    def persistent(self) -> bool:
-        return any(slot.persistent for slot in self.slots)
 
 
 @dataclass(slots=True)
@@ -134,7 +82,7 @@ class WeightAverage:
         self._persistent: set[str] = set()
         self._binding: _Binding | None = None
         _refuse_swapped(model, "build an average from")
-        for entry in _entries(model):
+        for entry in entries_of(model):
             self._add(entry)
         if not self._params:
             raise ValueError(f"{type(model).__name__} has no parameters to average.")
@@ -335,7 +283,7 @@ class WeightAverage:
         pairs = [(local_shard(self._shadow[e.key]), local_shard(e.tensor)) for e in entries]
         return all(torch.equal(shadow, source.to(shadow.device, shadow.dtype)) for shadow, source in pairs)
 
-    def _add(self, entry: _Entry) -> None:
+    def _add(self, entry: Entry) -> None:
         source = entry.tensor.detach()
         self._shadow[entry.key] = source.to(_shadow_dtype(source.dtype), copy=True)
         for slot in entry.slots:
@@ -345,9 +293,9 @@ class WeightAverage:
         if entry.persistent:
             self._persistent.add(entry.key)
 
-    def _match(self, model: nn.Module, *, tied: bool = True) -> list[_Entry]:
+    def _match(self, model: nn.Module, *, tied: bool = True) -> list[Entry]:
         """Pairs every tensor of the model with its shadow by name; checks names, shapes and, if `tied`, tying."""
-        entries = _entries(model)
+        entries = entries_of(model)
         names = {slot.name for entry in entries for slot in entry.slots if entry.persistent}
         _check_names({n for n, key in self._key_of.items() if key in self._persistent}, names, type(model).__name__)
         seen: set[str] = set()
@@ -362,19 +310,19 @@ class WeightAverage:
             seen.add(key)
             if entry.persistent:
                 _check_shape(key, self._shadow[key], entry.tensor)
-            matched.append(_Entry(key, entry.slots))
+            matched.append(Entry(key, entry.slots))
         return matched
 
     def _bind(self, model: nn.Module) -> _Binding:
         if self._binding is not None and self._binding.holds_for(model):
             return self._binding
-        for entry in _entries(model):
+        for entry in entries_of(model):
             if not entry.persistent and not any(slot.name in self._key_of for slot in entry.slots):
                 self._add(entry)
                 self.storage_version += 1
         entries = self._match(model)
-        lerps: dict[tuple[object, ...], list[_Entry]] = {}
-        copies: dict[tuple[object, ...], list[_Entry]] = {}
+        lerps: dict[tuple[object, ...], list[Entry]] = {}
+        copies: dict[tuple[object, ...], list[Entry]] = {}
         for entry in entries:
             source, shadow = entry.tensor, self._shadow[entry.key]
             if isinstance(shadow, DTensor) and not isinstance(source, DTensor):
@@ -402,25 +350,8 @@ class WeightAverage:
         return binding
 
     @torch.no_grad()
-    def _write(self, entries: list[_Entry]) -> None:
+    def _write(self, entries: list[Entry]) -> None:
         kernels.copy_([local_shard(e.tensor) for e in entries], [local_shard(self._shadow[e.key]) for e in entries])
-
-
-def _entries(model: nn.Module) -> list[_Entry]:
-    """Lists the distinct tensors of a model in registration order, each with every place it is registered at."""
-    by_tensor: dict[int, _Entry] = {}
-    owner_of: dict[str, int] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        hidden = module._non_persistent_buffers_set
-        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None:
-                continue
-            name = canonical_name(f"{prefix}.{leaf}" if prefix else leaf)
-            if owner_of.setdefault(name, id(tensor)) != id(tensor):
-                raise ValueError(f"Two tensors of the model share the name {name!r} once wrappers are removed.")
-            slot = _Slot(name, module, leaf, tensor, leaf in module._parameters, leaf not in hidden)
-            by_tensor.setdefault(id(tensor), _Entry(name, [])).slots.append(slot)
-    return list(by_tensor.values())
 
 
 def _shadow_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -429,11 +360,6 @@ def _shadow_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _trait(tensor: Tensor) -> tuple[torch.device, torch.dtype, bool]:
     return tensor.device, tensor.dtype, tensor.requires_grad
-
-
-def local_shard(tensor: Tensor) -> Tensor:
-    """Returns this process's part of a DTensor, detached and over the same storage; any other tensor as it is."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def _refuse_swapped(model: nn.Module, action: str) -> None:

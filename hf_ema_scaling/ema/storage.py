@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_ema_scaling.ema.average import WeightAverage, unwrap
+from hf_ema_scaling.ema.average import WeightAverage
+from hf_ema_scaling.ema.names import unwrap
 from hf_ema_scaling.ema.teacher import inference_config
 
 STATE_NAME = "ema_state.json"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from hf_ema_scaling.ema.average import WeightAverage, local_shard, unwrap
+from hf_ema_scaling.ema.average import WeightAverage
+from hf_ema_scaling.ema.names import local_shard, unwrap
 
 
 class DeadTeacherError(RuntimeError):

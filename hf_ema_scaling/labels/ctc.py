@@ -1,4 +1,4 @@
-"""Greedy CTC labels: best path, cut to length, repeats merged, then blanks dropped (Graves et al. 2006, section 3.2)."""
+"""Greedy CTC labels: best path, cut to length, repeats merged, then blanks dropped (Graves et al. 2006, section 3)."""
 
 from __future__ import annotations
 
@@ -141,7 +141,8 @@ class CTCLabeler:
 
     Args:
         blank_id: id of the blank.
-        special_ids: ids that are never a target (bos, eos, unk: see `non_target_ids`); removed after repeats are merged.
+        special_ids: ids that are never a target (bos, eos, unk: see `non_target_ids`); removed after repeats are
+            merged.
     """
 
     def __init__(self, blank_id: int, special_ids: Collection[int] = ()) -> None:

@@ -1,4 +1,4 @@
-"""The arguments of a run: every value is the recipe's, at the reference batch; one word selects the batch of this run."""
+"""The arguments of a run: all values are the recipe's, at the reference batch; one word selects this run's batch."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ class EMATrainingArguments(TrainingArguments):
     )
     ema_epoch_weight: float | None = field(
         default=None,
-        metadata={"help": "Weight of the average that one pass over the labelled set leaves, instead of ema_momentum."},
+        metadata={
+            "help": "Weight of the average that one pass over the labelled set leaves, instead of ema_momentum."
+        },
     )
     ema_start: float = field(
         default=0.0, metadata={"help": "Reference step before which the average is the student itself."}
@@ -116,14 +118,16 @@ class EMATrainingArguments(TrainingArguments):
             raise ValueError("small_batch_until goes with kappa; use batch_schedule for other schedules")
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: one dataloader batch is one optimizer "
-                "step here. Choose the batch by kappa, batch_size or batch_schedule and the memory by "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: one dataloader batch is one "
+                "optimizer step here. Choose the batch by kappa, batch_size or batch_schedule and the memory by "
                 "per_device_train_batch_size"
             )
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size would change the batch: lower per_device_train_batch_size instead")
         if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) in METRIC_DRIVEN_SCHEDULERS:
-            raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type} follows metrics, not data seen: choose another")
+            raise ValueError(
+                f"lr_scheduler_type={self.lr_scheduler_type} follows metrics, not data seen: choose another"
+            )
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor is not supported: the trainers own the loss")
         if self.max_example_loss is not None and not self.max_example_loss > 0:

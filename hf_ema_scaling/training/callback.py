@@ -16,7 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_ema_scaling.ema import AverageStateError, EMATeacher, WeightAverage, load_average, save_average
-from hf_ema_scaling.ema.average import BufferPolicy, local_shard
+from hf_ema_scaling.ema.average import BufferPolicy
+from hf_ema_scaling.ema.names import local_shard
 from hf_ema_scaling.scaling import ReferenceClock, ema_weight, momentum_from_half_life, scale_momentum
 from hf_ema_scaling.training.checks import LivenessWatch
 
@@ -369,11 +370,10 @@ class EMACallback(TrainerCallback):
         self._warned = True
         warnings.warn(
             f"EMACallback scales only the momentum: at kappa={kappa:g} ({self._units} samples per optimizer step over "
-            f"reference_batch_size={self.reference_batch_size:g}) it is {scale_momentum(self.momentum, kappa):.6g} "
-            f"(weight of new weights {ema_weight(self.momentum, kappa):.3g}). The learning rate and everything else "
-            "of the optimizer stay yours: scale them with hf_ema_scaling.scaling.scaling_rule (learning rate times "
-            f"{math.sqrt(kappa):.3g} for Adam and AdamW, times {kappa:g} for SGD without momentum), or use "
-            "EMATrainer, which does it.",
+            f"reference_batch_size={self.reference_batch_size:g}) it is {scale_momentum(self.momentum, kappa):.6g}. "
+            "The learning rate and the rest of the optimizer stay yours: scale them with hf_ema_scaling.scaling."
+            f"scaling_rule (learning rate times {math.sqrt(kappa):.3g} for Adam and AdamW, times {kappa:g} for SGD "
+            "without momentum), or use EMATrainer, which does it.",
             stacklevel=3,
         )
 

@@ -50,7 +50,7 @@ class LivenessWatch:
 
 
 def ctc_target_frames(labels: Tensor) -> Tensor:
-    """Frames that CTC needs for each row of labels (padded with -100): tokens plus adjacent repeats; int64 `(rows,)`."""
+    """Frames that CTC needs for each row of labels (padded with -100), tokens plus repeats; int64 `(rows,)`."""
     tokens = labels >= 0
     repeats = (labels[:, 1:] == labels[:, :-1]) & tokens[:, 1:]
     return tokens.sum(-1) + repeats.sum(-1)
@@ -95,7 +95,7 @@ def has_batch_statistics(model: nn.Module) -> bool:
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
 
 
-class frozen_statistics:  # noqa: N801 - a context manager, used like a function
+class frozen_statistics:
     """Inside the block BatchNorm neither uses nor updates batch statistics."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_ema_scaling.scaling import ReferenceClock
 
@@ -39,16 +38,13 @@ class ReferenceFlow(DefaultFlowCallback):
         before, after = (self.trainer.sampler.labelled_passes(state.global_step - i) for i in (1, 0))
         last = state.global_step >= state.max_steps
         epoch = ReferenceClock.crosses(before, after, 1.0) or last
-        due = {IntervalStrategy.STEPS: step.end, IntervalStrategy.EPOCH: after}
+        position = after if args.eval_strategy == "epoch" else step.end
 
         if (state.global_step == 1 and args.logging_first_step) or _fires(
             args.logging_strategy, crosses(args.logging_steps), epoch
         ):
             control.should_log = True
-        if (
-            _fires(args.eval_strategy, crosses(args.eval_steps) or last, epoch)
-            and due[args.eval_strategy] >= args.eval_delay
-        ):
+        if _fires(args.eval_strategy, crosses(args.eval_steps) or last, epoch) and position >= args.eval_delay:
             control.should_evaluate = True
         if _fires(args.save_strategy, crosses(args.save_steps) or last, epoch):
             control.should_save = True
@@ -63,7 +59,7 @@ class ReferenceFlow(DefaultFlowCallback):
         return control
 
 
-def _fires(strategy: IntervalStrategy | SaveStrategy, step: bool, epoch: bool) -> bool:
+def _fires(strategy: str, step: bool, epoch: bool) -> bool:
     """Whether an event with this strategy is due."""
     return (strategy == "steps" and step) or (strategy == "epoch" and epoch)
 

@@ -120,8 +120,8 @@ def loss_for(model: nn.Module) -> ExampleLoss:
 
         return tokens
     raise NotImplementedError(
-        f"no per-example loss is known for {name}: pass example_loss=(model, inputs, logits, labels) -> (rows,) to the "
-        "trainer"
+        f"no per-example loss is known for {name}: pass example_loss=(model, inputs, logits, labels) -> (rows,) to "
+        "the trainer"
     )
 
 

@@ -52,6 +52,9 @@ class EMATrainerMixin(Trainer):
     """
 
     args: EMATrainingArguments
+    model: Any
+    lr_scheduler: Any
+    optimizer: Any
 
     def __init__(
         self,
@@ -258,7 +261,7 @@ class EMATrainerMixin(Trainer):
                 logits, labels = logits[rows], labels[rows]
                 inputs = {name: value[rows] for name, value in inputs.items()}
             losses = cap_losses(self.example_loss(self.model, inputs, logits, labels), self.args.max_example_loss)
-            return losses.sum() if rows is None else (losses * weights.to(losses)[rows]).sum()
+            return losses.sum() if weights is None else (losses * weights.to(losses)[rows]).sum()
 
     def _augmented(self, inputs: dict[str, Any], positions: list[int]) -> dict[str, Any]:
         features = inputs.get("input_features")
@@ -306,7 +309,11 @@ class EMATrainerMixin(Trainer):
     # ---- Evaluate
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss as in training, predictions and labels.
 
@@ -345,7 +352,7 @@ class EMATrainerMixin(Trainer):
             output = super().evaluation_loop(*passed, f"{split}_ema" + (f"_{rest}" if rest else ""))
         if student is None:
             return output
-        return student._replace(metrics={**student.metrics, **output.metrics})
+        return student._replace(metrics={**(student.metrics or {}), **(output.metrics or {})})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the reference clock to every log of a run, and the state of scaling to the training logs."""
@@ -375,12 +382,10 @@ class EMATrainerMixin(Trainer):
         """The student at the root of `output_dir`, the average in `ema/`; both before any push."""
         super().save_model(output_dir, _internal_call=True)
         if self.average is not None:
-            folder = Path(output_dir if output_dir is not None else self.args.output_dir) / "ema"
+            folder = Path(output_dir or self.args.output_dir or ".") / "ema"
             state = self._run_state().to_dict()
             if self.args.should_save:
-                save_average(
-                    folder, self.model, self.average, state=state, processing_class=self.processing_class
-                )
+                save_average(folder, self.model, self.average, state=state, processing_class=self.processing_class)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -432,7 +437,9 @@ class EMATrainerMixin(Trainer):
         if self.compute_loss_func is not None:
             raise ValueError("compute_loss_func is not used here: pass example_loss, which returns one loss per row")
         if self.lr_scheduler is not None:
-            raise ValueError("a scheduler cannot be passed: choose lr_scheduler_type, which runs on the reference clock")
+            raise ValueError(
+                "a scheduler cannot be passed: choose lr_scheduler_type, which runs on the reference clock"
+            )
         if self.args.n_gpu > 1:
             raise NotImplementedError("DataParallel is not supported: start one process per GPU (accelerate launch)")
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers:

@@ -1,4 +1,4 @@
-"""The semi-supervised part of a step: the teacher labels, unusable labels are dropped with a reason, targets are padded."""
+"""The semi-supervised part of a step: the teacher labels, unusable labels are dropped, targets are padded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its run, beside the average: the steps done, the data's identity, the log's counters."""
+"""What a checkpoint says about its run beside the average: steps done, identity of the data, counters of the log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from hf_ema_scaling.ema import AverageStateError
 from hf_ema_scaling.ema.storage import STATE_NAME
 from hf_ema_scaling.scaling import StepBorders
-
 
 UNLABELLED_KEYS = ("pl_start", "unlabeled_ratio", "unlabelled_items")
 

@@ -65,7 +65,9 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "sew-d": wave("SEWD", squeeze_factor=2),
     "parakeet": encoder("Parakeet", subsampling_conv_channels=4, conv_kernel_size=3),
     "lasr": encoder("Lasr", subsampling_conv_channels=4, conv_kernel_size=3),
-    "granite-speech5": encoder("GraniteSpeech5", vocab_size=12, num_mel_bins=4, num_hidden_layers=2, conv_kernel_size=3),
+    "granite-speech5": encoder(
+        "GraniteSpeech5", vocab_size=12, num_mel_bins=4, num_hidden_layers=2, conv_kernel_size=3
+    ),
 }
 
 

@@ -206,7 +206,7 @@ def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:
 def test_says_once_that_the_learning_rate_is_not_scaled(tmp_path: Path) -> None:
     average = callback(reference_batch_size=1)
     run = trainer(average, tmp_path, max_steps=1)
-    with pytest.warns(UserWarning, match=r"kappa=4 .* 0\.6561 .*times 2 for Adam") as caught:
+    with pytest.warns(UserWarning, match=r"kappa=4 .* 0\.6561\..*times 2 for Adam") as caught:
         run.train()
         run.train()
     assert sum("scales only" in str(w.message) for w in caught) == 1
