@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,26 @@ def demo(
         return
     typer.echo(table(summary))
     typer.echo(f"report: {output_dir / 'report.png'}")
+
+
+@main.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def check(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="YAML file of a recipe; other arguments of it may follow.")],
+    rows: Annotated[int, typer.Option(help="Rows of each data set to look at.")] = 256,
+) -> None:
+    """Checks a recipe without training: data, labels, loss, teacher and plan. Exit code 1 if a check fails."""
+    from hf_ema_scaling.recipe import ASR_CTC, build_asr_ctc, parse
+    from hf_ema_scaling.training.self_check import FAILED, check_table, self_check
+
+    with tempfile.TemporaryDirectory() as folder:
+        # Last, so that nothing of the run is touched and nothing leaves the machine.
+        own = ["--output_dir", folder, "--push_to_hub", "false", "--report_to", "none"]
+        results = self_check(
+            lambda: build_asr_ctc(*parse(ASR_CTC, ["--config", str(config), *context.args, *own])), rows=rows
+        )
+    typer.echo(check_table(results))
+    raise typer.Exit(any(found.result == FAILED for found in results))
 
 
 if __name__ == "__main__":

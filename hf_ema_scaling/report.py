@@ -39,20 +39,24 @@ def plot_runs(
     FigureCanvasAgg(figure)
     axes = figure.subplot_mosaic([["metric", "metric"], ["momentum", "labels"]], height_ratios=[2, 1])
     for number, (name, history) in enumerate(histories.items()):
-        color = f"C{number}"
-        axes["metric"].plot(*curve(history, f"eval_{metric}"), "--", color=color, label=f"{name}: student")
-        axes["metric"].plot(*curve(history, f"eval_ema_{metric}"), "-", color=color, label=f"{name}: average")
-        axes["momentum"].plot(*curve(history, "ema/momentum"), "-", color=color, label=name)
-        axes["labels"].plot(*curve(history, "pseudo/kept"), "-", color=color, label=f"{name}: kept")
-        axes["labels"].plot(*curve(history, "pseudo/confidence"), ":", color=color, label=f"{name}: confidence")
+        for place, key, style, label in (
+            ("metric", f"eval_{metric}", "--", "student"),
+            ("metric", f"eval_ema_{metric}", "-", "average"),
+            ("momentum", "ema/momentum", "-", "momentum"),
+            ("labels", "pseudo/kept", "-", "kept"),
+            ("labels", "pseudo/confidence", ":", "confidence"),
+        ):
+            clock, values = curve(history, key)
+            if clock:
+                axes[place].plot(clock, values, style, color=f"C{number}", label=f"{name}: {label}")
     axes["metric"].set(ylabel=metric.upper(), xlabel="reference steps", title=title)
     axes["momentum"].set(ylabel="momentum per optimizer step", xlabel="reference steps")
-    axes["labels"].set(ylabel="pseudo-labels", xlabel="reference steps", ylim=(0, 1.02))
+    axes["labels"].set(ylabel="share", xlabel="reference steps", title="pseudo-labels", ylim=(0, 1.02))
     for axis in axes.values():
         axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize="small")
         if start:
             axis.axvline(start, color="grey", linewidth=0.8)
-        if axis.get_lines() and any(len(line.get_path().vertices) > 1 for line in axis.get_lines()):
-            axis.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

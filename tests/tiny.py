@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -268,13 +267,12 @@ def arguments(folder: Path | str, **changes: Any) -> EMATrainingArguments:
 def trainer(model: PreTrainedModel, args: EMATrainingArguments, train: Any, **more: Any) -> Any:
     """A trainer with a `recorder`; a `PseudoLabelTrainer` where `unlabeled_dataset` is given."""
     recorder = Recorder()
-    if not isinstance(model, BertForSequenceClassification):
+    if isinstance(model, (Wav2Vec2ForCTC, ParakeetForCTC)):
         more.setdefault("data_collator", CTCCollator())
     more["callbacks"] = [recorder, *more.get("callbacks", [])]
     kind = RecordedPseudoLabelTrainer if "unlabeled_dataset" in more else RecordedEMATrainer
     made: Any = kind(model, args, train_dataset=train, **more)
-    made.recorder = recorder.trainer = made
-    made.recorder = recorder
+    made.recorder, recorder.trainer = recorder, made
     return made
 
 
@@ -337,7 +335,3 @@ def same_bits(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
     return bool(a == b)
-
-
-def copied(model: PreTrainedModel) -> PreTrainedModel:
-    return copy.deepcopy(model)

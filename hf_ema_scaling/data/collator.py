@@ -110,7 +110,7 @@ def pad_labels(ids: Sequence[Sequence[int]]) -> Tensor:
     """Label rows as an int64 tensor `(rows, longest)`, padded with -100 (at least one column)."""
     padded = torch.full((len(ids), max([1, *(len(row) for row in ids)])), -100, dtype=torch.long)
     for row, values in zip(padded, ids, strict=True):
-        row[: len(values)] = torch.as_tensor(values, dtype=torch.long)
+        row[: len(values)] = torch.tensor(np.asarray(values), dtype=torch.long)
     return padded
 
 
@@ -146,7 +146,7 @@ class CTCCollator:
         name = next((key for key in ("input_features", "input_values") if key in rows[0]), None)
         if name is None:
             raise ValueError(f"a speech row needs 'input_features' or 'input_values', got {sorted(rows[0])}")
-        inputs = [torch.as_tensor(np.asarray(row[name]), dtype=torch.float32) for row in rows]
+        inputs = [torch.tensor(np.asarray(row[name]), dtype=torch.float32) for row in rows]
         padded = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True, padding_value=self.padding_value)
         if not torch.isfinite(padded).all():
             bad = next(i for i, row in enumerate(inputs) if not torch.isfinite(row).all())

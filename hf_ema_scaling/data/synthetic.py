@@ -39,7 +39,8 @@ VERBS, NOUNS, ADJECTIVES, PREPOSITIONS, DIGITS = (
     tuple(words.split())
     for words in (
         "open close start stop play pause send call find show delete save move copy share print read write",
-        "music message window door light report number table letter picture camera garden river mountain kitchen market",
+        "music message window door light report number table letter picture camera garden river market "
+        "mountain kitchen",
         "red blue green small large new old first second third last quiet bright empty",
         "in on near behind under before after",
         "zero one two three four five six seven eight nine",

@@ -122,6 +122,8 @@ class EMATrainingArguments(TrainingArguments):
                 "optimizer step here. Choose the batch by kappa, batch_size or batch_schedule and the memory by "
                 "per_device_train_batch_size"
             )
+        if self.ignore_data_skip:
+            raise ValueError("ignore_data_skip would resume at another position than the clock's: leave it False")
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size would change the batch: lower per_device_train_batch_size instead")
         if str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) in METRIC_DRIVEN_SCHEDULERS:

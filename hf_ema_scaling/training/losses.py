@@ -6,6 +6,7 @@ can be divided by a constant of the plan. Losses are computed in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -84,7 +85,9 @@ def cap_losses(losses: Tensor, maximum: float | None) -> Tensor:
     """Losses above `maximum` are scaled down to it, gradient and all, so that no example can dominate a batch."""
     if maximum is None:
         return losses
-    return losses * (maximum / losses.detach().clamp(min=maximum))
+    scaled = losses * (maximum / losses.detach().clamp(min=maximum))
+    # Infinity times zero would be NaN.
+    return torch.where(losses.detach() == math.inf, torch.full_like(losses, maximum), scaled)
 
 
 def is_ctc(model: nn.Module) -> bool:

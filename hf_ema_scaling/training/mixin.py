@@ -69,6 +69,9 @@ class EMATrainerMixin(Trainer):
             raise TypeError(f"args must be EMATrainingArguments, got {type(args).__name__}")
         super().__init__(model=model, args=args, **kwargs)
         self._refuse_unsupported()
+        if "labels" not in self.label_names:
+            # The loss needs them, whether or not the model's forward names them.
+            self.label_names = [*self.label_names, "labels"]
         self.example_loss = example_loss or loss_for(self.model)
         self.augmentation = augmentation
         self.average: WeightAverage | None = None
@@ -324,7 +327,10 @@ class EMATrainerMixin(Trainer):
         labels = inputs.pop("labels", None)
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**inputs).logits
-            loss = None if labels is None else self.example_loss(self.model, inputs, logits, labels).mean()
+            loss = None
+            if labels is not None:
+                losses = self.example_loss(self.model, inputs, logits, labels)
+                loss = cap_losses(losses, self.args.max_example_loss).mean()
         if prediction_loss_only:
             return loss, None, None
         if self.ctc and self.preprocess_logits_for_metrics is None:

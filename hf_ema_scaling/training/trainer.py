@@ -12,7 +12,7 @@ from hf_ema_scaling.data.collator import MicroBatch, TwoSourceDataset
 from hf_ema_scaling.data.sampler import Draw, SampledStep
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
 from hf_ema_scaling.ema import EMATeacher, check_liveness
-from hf_ema_scaling.labels import CTCLabeler, Labeler, PseudoLabel, blank_id
+from hf_ema_scaling.labels import CTCLabeler, Labeler, PseudoLabel, blank_id, non_target_ids
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.diagnostics import LabelStatistics
 from hf_ema_scaling.training.mixin import EMATrainerMixin
@@ -67,10 +67,10 @@ class PseudoLabelTrainer(EMATrainerMixin):
         self.labeler: Labeler = labeler or self._ctc_labeler()
 
     def _ctc_labeler(self) -> CTCLabeler:
-        config = self.model.config
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        special = set(getattr(tokenizer, "all_special_ids", None) or []) - {config.pad_token_id}
-        return CTCLabeler(blank_id(config), special_ids=sorted(special))
+        blank = blank_id(self.model.config)
+        special = set() if tokenizer is None else set(non_target_ids(tokenizer)) - {blank}
+        return CTCLabeler(blank, special_ids=sorted(special))
 
     def unlabelled_data(self) -> tuple[Any, PseudoLabelArguments]:
         """The unlabelled data set and its arguments."""

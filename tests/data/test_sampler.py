@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,7 @@ def test_steps_cover_the_run_and_stop_at_every_cut(stages: tuple[tuple[float, fl
     steps = [sampler.step(number) for number in range(sampler.num_steps)]
     item = 1 / B if unit == "samples" else 30 / durations(UNLABELLED_ITEMS, 1).mean() / B
     assert steps[0].start == 0
-    assert all(one.end == two.start for one, two in zip(steps, steps[1:], strict=False))
+    assert all(one.end == two.start for one, two in pairwise(steps))
     for cut in (PL_START, STEPS, *(until for _, until in stages if until is not None)):
         assert min(abs(step.end - cut) for step in steps) <= item
         assert any(sampler.positions == sampler.stream.position(cut)), cut
@@ -140,6 +141,13 @@ def test_half_a_reference_batch_and_a_batch_that_is_no_whole_number() -> None:
     # 10.4 samples a step: targets are cumulative, so the count is never more than one above them.
     ends = np.minimum(np.ceil(10.4 * np.arange(1, 40) - 1e-6), 400)
     assert odd.positions.tolist() == [0, *ends]
+
+
+def test_a_run_that_ends_inside_a_reference_step() -> None:
+    sampler = sampler_of((3, None), steps=20.25)
+    assert len(sampler.stream) == 162 and sampler.stream.examples_per_reference_batch == 8
+    last = sampler.step(sampler.num_steps - 1)
+    assert (last.end, last.kappa, last.items) == (20.25, 0.25, 2)
 
 
 @pytest.mark.parametrize("unit", ["samples", "seconds"])
@@ -296,6 +304,7 @@ def test_a_resumed_run_lays_out_the_same_steps(unit: str, stages: tuple[tuple[fl
     whole = ScheduledBatchSampler(stream, plan_of(unit, *stages).step_borders, micro_batch_size=4)
     for steps in {0, 1, 2, 7, whole.num_steps // 2, whole.num_steps - 1, whole.num_steps}:
         done = StepBorders.from_json(whole.done(steps).to_json())
+        assert stream.position(done.position) == whole.positions[steps]
         resumed = ScheduledBatchSampler(stream, plan_of(unit, *stages, done=done).step_borders, micro_batch_size=4)
         assert resumed.positions.tolist() == whole.positions.tolist()
         assert all(resumed.step(n) == whole.step(n) for n in range(whole.num_steps))
@@ -325,7 +334,7 @@ def test_sizes_below_one_are_refused(option: str, value: int) -> None:
 
 
 def test_borders_of_another_run_are_refused() -> None:
-    with pytest.raises(ValueError, match="the end of the run, reference step 50 of the stream .*reach 40"):
+    with pytest.raises(ValueError, match=r"the end of the run, reference step 50 of the stream .*reach 40"):
         ScheduledBatchSampler(stream_of(), borders_of((1, None), steps=40), micro_batch_size=4)
     with pytest.raises(ValueError, match="pl_start, reference step 11"):
         ScheduledBatchSampler(stream_of(), borders_of((2, None), pl=None), micro_batch_size=4)

@@ -28,28 +28,28 @@ def augment(features: torch.Tensor, lengths: torch.Tensor, seeds: list[int]) -> 
     return features + 0.3 * torch.stack(rows)
 
 
-def supervised(folder: Path, seed: int = 0, **changes: Any) -> Any:
+def supervised(folder: Path, init: int = 0, **changes: Any) -> Any:
     values = {"max_grad_norm": 1.0, "weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 3}
     args = schedule_arguments(folder, values | changes)
     return tiny.trainer(
-        tiny.wav2vec2(dropout=0.1, layerdrop=0.2, masking=0.2, seed=seed),
+        tiny.wav2vec2(dropout=0.1, layerdrop=0.2, masking=0.2, seed=init),
         args,
         tiny.speech(18),
         eval_dataset={"a": tiny.speech(4, 5), "b": tiny.speech(3, 6)},
     )
 
 
-def semi_supervised(folder: Path, seed: int = 0, **changes: Any) -> Any:
+def semi_supervised(folder: Path, init: int = 0, **changes: Any) -> Any:
     ratio = changes.pop("ratio", 2.0)
     pl_start = changes.pop("pl_start", 2.0)
     items = changes.pop("items", 22)
     args = schedule_arguments(folder, {"learning_rate": 3e-3, "augment_start": 3} | changes)
     return tiny.trainer(
-        tiny.parakeet(dropout=0.1, seed=seed),
+        tiny.parakeet(dropout=0.1, seed=init),
         args,
         tiny.speech(18, features=8),
         unlabeled_dataset=tiny.speech(items, 1, features=8, labels=False),
-        pseudo_label_args=tiny.pseudo(pl_start=pl_start, unlabeled_ratio=ratio, min_confidence=0.2),
+        pseudo_label_args=tiny.pseudo(pl_start=pl_start, unlabeled_ratio=ratio, min_confidence=0.15),
         augmentation=augment,
         eval_dataset=tiny.speech(4, 5, features=8),
     )
@@ -110,7 +110,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 ) -> None:
     reference, folder = whole(kind)
     torch.manual_seed(99)
-    made = KINDS[kind](tmp_path, seed=7)
+    made = KINDS[kind](tmp_path, init=7)
     made.train(resume_from_checkpoint=str(folder / f"checkpoint-{stop}"))
     assert made.drawn == reference.drawn[stop:]
     assert tiny.same_bits(tiny.parameters(made.model), tiny.parameters(reference.model))
@@ -127,7 +127,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 
 def test_the_log_of_the_semi_supervised_run_says_something(whole: Callable[[str], tuple[Any, Path]]) -> None:
     logs = [entry for entry in history(whole("semi_supervised")[0]) if "loss" in entry]
-    assert all(0 < entry["pseudo/kept"] <= 1 and entry["pseudo/tokens"] >= 1 for entry in logs[1:])
+    kept = [entry["pseudo/kept"] for entry in logs]
+    assert len(kept) == 4 and any(0 < share < 1 for share in kept)
 
 
 def test_resuming_the_last_checkpoint_in_the_output_folder(
@@ -135,7 +136,7 @@ def test_resuming_the_last_checkpoint_in_the_output_folder(
 ) -> None:
     reference, folder = whole("supervised")
     shutil.copytree(folder / "checkpoint-6", tmp_path / "checkpoint-6")
-    made = supervised(tmp_path, seed=3)
+    made = supervised(tmp_path, init=3)
     made.train(resume_from_checkpoint=True)
     assert tiny.same_bits(tiny.average(made), tiny.average(reference))
     with pytest.raises(ValueError, match="no checkpoint to resume from"):
@@ -144,7 +145,7 @@ def test_resuming_the_last_checkpoint_in_the_output_folder(
 
 def test_resuming_a_finished_run_changes_nothing(whole: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> None:
     reference, folder = whole("supervised")
-    made = supervised(tmp_path, seed=3)
+    made = supervised(tmp_path, init=3)
     made.train(resume_from_checkpoint=str(folder / f"checkpoint-{STEPS}"))
     assert "drawn" not in made.__dict__
     assert tiny.same_bits(tiny.average(made), tiny.average(reference))
@@ -157,7 +158,7 @@ def test_another_kappa_continues_at_the_same_clock_with_the_same_items(
     whole: Callable[[str], tuple[Any, Path]], tmp_path: Path, kind: str, change: dict[str, float]
 ) -> None:
     reference, folder = whole(kind)
-    made = KINDS[kind](tmp_path, seed=7, save_strategy="no", small_batch_until=0 if "kappa" in change else None, **change)
+    made = KINDS[kind](tmp_path, init=7, save_strategy="no", small_batch_until=0 if "kappa" in change else None, **change)
     made.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
     assert made.sampler.step(5).end == 8.0
     kappa = change.get("kappa", 2.5)
@@ -177,7 +178,7 @@ def test_another_kappa_continues_at_the_same_clock_with_the_same_items(
 
 def test_a_switch_on_resume_rescales_adams_state(whole: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> None:
     _, folder = whole("supervised")
-    made = supervised(tmp_path, seed=7, save_strategy="no", kappa=4.0)
+    made = supervised(tmp_path, init=7, save_strategy="no", kappa=4.0)
     made.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
     saved = {float(entry["step"]) for entry in optimizer_state(folder, 6)["state"].values()}
     # Four reference steps, then two of two: 4 / 2 + 2 = 4; now of four.

@@ -1,0 +1,24 @@
+"""What recipes share: arguments from YAML and the command line, speech data, models, and one run of them."""
+
+from hf_ema_scaling.recipe.asr_ctc import (
+    ASR_CTC,
+    AugmentationArguments,
+    ModelArguments,
+    SpeechDataArguments,
+    build_asr_ctc,
+)
+from hf_ema_scaling.recipe.config import parse
+from hf_ema_scaling.recipe.runner import results_table, run
+from hf_ema_scaling.recipe.sources import load_speech
+
+__all__ = [
+    "ASR_CTC",
+    "AugmentationArguments",
+    "ModelArguments",
+    "SpeechDataArguments",
+    "build_asr_ctc",
+    "load_speech",
+    "parse",
+    "results_table",
+    "run",
+]

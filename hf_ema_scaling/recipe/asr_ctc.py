@@ -1,0 +1,248 @@
+"""The recipe for CTC speech recognition: its arguments, its data and model, its trainer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    CONFIG_MAPPING,
+    AutoFeatureExtractor,
+    AutoModelForCTC,
+    AutoProcessor,
+    Wav2Vec2BertProcessor,
+    Wav2Vec2Processor,
+    set_seed,
+)
+
+from hf_ema_scaling.data.speech import SpecAugment, build_character_processor, prepare_ctc
+from hf_ema_scaling.metrics import CTCMetrics
+from hf_ema_scaling.recipe.config import close_names
+from hf_ema_scaling.recipe.sources import load_speech
+from hf_ema_scaling.training import EMATrainer, EMATrainingArguments, PseudoLabelArguments, PseudoLabelTrainer
+from hf_ema_scaling.training.mixin import EMATrainerMixin
+
+
+@dataclass
+class SpeechDataArguments:
+    """Where speech comes from. A source is written in one of these ways (see `load_speech`).
+
+    `data/train.jsonl`: a manifest, one JSON object per line, audio paths relative to the manifest;
+    `data/folder`: an audio folder (`metadata.jsonl` or `metadata.csv` with `file_name`, or audio files alone), or a
+    saved `datasets` folder, there also `data/folder:split`;
+    `owner/name:split`, `owner/name:config:split`: the Hub; splits are joined by `+`.
+    """
+
+    labelled: str = field(metadata={"help": "Source of labelled speech."})
+    unlabelled: str | None = field(
+        default=None,
+        metadata={"help": "Source of unlabelled speech; its texts are never read. Turns pseudo-labels on."},
+    )
+    evaluation: str | None = field(
+        default=None, metadata={"help": "Source of evaluation speech, or several: a mapping of names to sources."}
+    )
+    audio_column: str = field(default="audio", metadata={"help": "Column with the audio, in every source."})
+    text_column: str = field(default="text", metadata={"help": "Column with the transcript."})
+    text_case: str = field(default="keep", metadata={"help": "keep, lower or upper."})
+    remove_characters: str = field(default="", metadata={"help": "Characters taken out of every text, as one string."})
+    min_seconds: float = field(default=0.0, metadata={"help": "Shorter training audio is dropped."})
+    max_seconds: float | None = field(default=None, metadata={"help": "Longer training audio is dropped."})
+    max_labelled: int | None = field(default=None, metadata={"help": "Use the first so many rows only."})
+    max_unlabelled: int | None = field(default=None, metadata={"help": "Use the first so many rows only."})
+    max_evaluation: int | None = field(default=None, metadata={"help": "Use the first so many rows of each set only."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that compute features."})
+
+    def __post_init__(self) -> None:
+        if self.text_case not in ("keep", "lower", "upper"):
+            raise ValueError(f"text_case must be keep, lower or upper, got {self.text_case!r}")
+        for name in ("max_labelled", "max_unlabelled", "max_evaluation"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def evaluation_sources(self) -> dict[str, str]:
+        """Sources by name; a single one has the name ''."""
+        text = (self.evaluation or "").strip()
+        return json.loads(text) if text.startswith("{") else {"": text} if text else {}
+
+
+@dataclass
+class ModelArguments:
+    """Which model: pre-trained, or from scratch on log-mel features and characters."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A CTC model to start from, or ..."})
+    model_config: str | None = field(
+        default=None,
+        metadata={"help": "... the configuration of one to train from scratch: a mapping with model_type."},
+    )
+    new_vocabulary: bool = field(
+        default=False,
+        metadata={"help": "With model_name_or_path: a new output layer for the characters of the texts."},
+    )
+    alphabet: str | None = field(
+        default=None, metadata={"help": "Characters of a new vocabulary; default: those of the labelled texts."}
+    )
+
+    def __post_init__(self) -> None:
+        if (self.model_name_or_path is None) == (self.model_config is None):
+            raise ValueError(
+                f"give model_name_or_path or model_config, one of them: got {self.model_name_or_path!r} and "
+                f"{self.model_config!r}"
+            )
+
+
+@dataclass
+class AugmentationArguments:
+    """SpecAugment on the student's input, from `augment_start` on; widths are in bins and frames."""
+
+    spec_augment: bool = field(default=True, metadata={"help": "Mask bands and spans of log-mel features."})
+    freq_masks: int = field(default=2, metadata={"help": "Masks over bins."})
+    freq_width: int = field(default=15, metadata={"help": "Widest mask over bins."})
+    time_masks: int = field(default=2, metadata={"help": "Masks over frames."})
+    time_width: int = field(default=20, metadata={"help": "Widest mask over frames."})
+    time_share: float = field(default=0.2, metadata={"help": "Widest mask over frames, as a share of the utterance."})
+
+    def build(self) -> SpecAugment | None:
+        """The augmentation, None if it is off."""
+        if not self.spec_augment:
+            return None
+        return SpecAugment(self.freq_masks, self.freq_width, self.time_masks, self.time_width, self.time_share)
+
+
+ASR_CTC = (SpeechDataArguments, ModelArguments, AugmentationArguments, EMATrainingArguments, PseudoLabelArguments)
+"""The arguments of `build_asr_ctc`, for `parse`."""
+
+
+def build_asr_ctc(
+    data: SpeechDataArguments,
+    model: ModelArguments,
+    augmentation: AugmentationArguments,
+    args: EMATrainingArguments,
+    pseudo: PseudoLabelArguments,
+) -> EMATrainerMixin:
+    """The trainer of a CTC recipe: with pseudo-labels if there is unlabelled speech, else on labelled speech alone.
+
+    Data is prepared by the main process first; features stay in the cache of `datasets`.
+
+    Raises:
+        ValueError, FileNotFoundError, NotImplementedError: for what cannot be used, by name.
+    """
+    if data.unlabelled is not None and model.model_config is not None and pseudo.pl_start <= 0:
+        raise ValueError("pl_start must be above 0: a model from scratch has nothing to teach at reference step 0")
+    limits = {"min_seconds": data.min_seconds, "max_seconds": data.max_seconds or math.inf}
+
+    def load(source: str, limit: int | None, texts: bool = True) -> Dataset:
+        dataset = load_speech(source, audio_column=data.audio_column, text_column=data.text_column if texts else None)
+        dataset = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+        return _with_texts(dataset, data) if texts else dataset
+
+    def prepare(source: str, dataset: Dataset, texts: bool = True, **limits: float) -> Dataset:
+        try:
+            return prepare_ctc(
+                dataset,
+                processor,
+                audio_column=data.audio_column,
+                text_column=data.text_column if texts else None,
+                num_proc=data.num_proc,
+                **limits,
+            )
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    config = None if model.model_config is None else _new_config(model.model_config)
+    with args.main_process_first(desc="preparing speech"):
+        labelled = load(data.labelled, data.max_labelled)
+        processor = _processor(model, config, labelled[data.text_column])
+        train = prepare(data.labelled, labelled, **limits)
+        sets = {
+            # Longest first: rows of a batch are of like length, and a batch that does not fit shows at once.
+            name: prepare(source, load(source, data.max_evaluation)).sort("duration", reverse=True)
+            for name, source in data.evaluation_sources().items()
+        }
+        unlabelled = None
+        if data.unlabelled is not None:
+            loaded = load(data.unlabelled, data.max_unlabelled, texts=False)
+            unlabelled = prepare(data.unlabelled, loaded, texts=False, **limits)
+    if augmentation.spec_augment and "input_features" not in train.column_names:
+        raise ValueError(
+            "spec_augment masks log-mel features, and this model reads samples: set spec_augment to false"
+        )
+    set_seed(args.seed)
+    shared: dict[str, Any] = {
+        "model": _network(model, config, processor.tokenizer),
+        "args": args,
+        "train_dataset": train,
+        "eval_dataset": sets.get("", sets or None),
+        "processing_class": processor,
+        "compute_metrics": CTCMetrics(processor.tokenizer, processor.tokenizer.pad_token_id).compute,
+        "augmentation": augmentation.build(),
+    }
+    if unlabelled is None:
+        return EMATrainer(**shared)
+    return PseudoLabelTrainer(**shared, unlabeled_dataset=unlabelled, pseudo_label_args=pseudo)
+
+
+def _with_texts(dataset: Dataset, data: SpeechDataArguments) -> Dataset:
+    """The data set with normalised texts."""
+    if data.text_case == "keep" and not data.remove_characters:
+        return dataset
+    table = str.maketrans("", "", data.remove_characters)
+    case: Callable[[str], str] = {"keep": str, "lower": str.lower, "upper": str.upper}[data.text_case]
+    texts = [case(text.translate(table)) for text in dataset[data.text_column]]
+    # A column of its own: mapping would write the audio once more.
+    return dataset.remove_columns(data.text_column).add_column(data.text_column, texts)
+
+
+def _new_config(text: str) -> Any:
+    """The configuration in a JSON mapping; transformers would keep a misspelt key, so all must be known."""
+    values = json.loads(text)
+    if not isinstance(values, dict) or values.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(f"model_config must be a mapping with a model_type that transformers knows, got {values!r}")
+    kind = CONFIG_MAPPING[values.pop("model_type")]
+
+    def check(given: Mapping[str, Any], known: Mapping[str, Any], path: str) -> None:
+        for name, value in given.items():
+            if name not in known:
+                raise ValueError(f"{path} has no {name!r}{close_names(name, known)}")
+            if isinstance(value, Mapping) and isinstance(known[name], Mapping):
+                check(value, known[name], f"{path}.{name}")
+
+    check(values, kind().to_dict(), "model_config")
+    return kind(**values)
+
+
+def _processor(model: ModelArguments, config: Any | None, texts: Iterable[str]) -> Any:
+    name = model.model_name_or_path
+    if name is not None and not model.new_vocabulary:
+        return AutoProcessor.from_pretrained(name)
+    bins = {}
+    if config is not None:
+        measured = getattr(getattr(config, "encoder_config", config), "num_mel_bins", None)
+        if measured is None:
+            raise NotImplementedError(
+                f"{type(config).__name__} has no num_mel_bins: only models on log-mel features are trained from "
+                "scratch; start others from model_name_or_path with new_vocabulary"
+            )
+        bins = {"num_mel_bins": int(measured)}
+    processor = build_character_processor(texts if model.alphabet is None else [model.alphabet], **bins)
+    if name is None:
+        return processor
+    extractor = AutoFeatureExtractor.from_pretrained(name)
+    mel = extractor.model_input_names[0] == "input_features"
+    return (Wav2Vec2BertProcessor if mel else Wav2Vec2Processor)(extractor, processor.tokenizer)
+
+
+def _network(model: ModelArguments, config: Any | None, tokenizer: Any) -> Any:
+    vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    if config is not None:
+        for name, value in vocabulary.items():
+            setattr(config, name, value)
+        return AutoModelForCTC.from_config(config)
+    changed = {**vocabulary, "ignore_mismatched_sizes": True} if model.new_vocabulary else {}
+    # The checkpoint's own dtype would have the optimizer work in bfloat16 too.
+    return AutoModelForCTC.from_pretrained(model.model_name_or_path, dtype=torch.float32, **changed)

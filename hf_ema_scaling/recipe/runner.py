@@ -1,0 +1,59 @@
+"""One run of a recipe, from its plan to its results."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from hf_ema_scaling.training.mixin import EMATrainerMixin
+
+
+def run(trainer: EMATrainerMixin) -> dict[str, float]:
+    """Trains, evaluates student and average, saves both, and pushes if asked to.
+
+    Prints the plan before and a table after. `output_dir` then holds the student at its root, the average in `ema/`,
+    `metrics.json`, `scaling_plan.json` and `trainer_state.json`. `resume_from_checkpoint` is `true` for the last
+    checkpoint in `output_dir`, or a path.
+
+    Returns:
+        What `metrics.json` holds.
+    """
+    args, main = trainer.args, trainer.is_world_process_zero()
+    if main:
+        print(trainer.plan.explain(), flush=True)
+    resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
+    metrics: dict[str, float] = dict(trainer.train(resume).metrics)
+    metrics["optimizer_steps"] = trainer.state.global_step
+    metrics["reference_steps"] = trainer.plan.recipe.max_steps
+    if trainer.eval_dataset is not None:
+        metrics |= trainer.evaluate()
+    if main:
+        folder = Path(args.output_dir)
+        # JSON knows neither NaN nor infinity.
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        for name, content in (("metrics", finite), ("scaling_plan", trainer.plan.to_dict())):
+            (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(results_table(metrics), flush=True)
+    trainer.save_state()
+    trainer.save_model()
+    return metrics
+
+
+def results_table(metrics: Mapping[str, float]) -> str:
+    """WER, CER and loss of student and average on every evaluation set, as people read them."""
+    sets = dict.fromkeys(match[1] for name in metrics if (match := re.fullmatch(r"eval_(?:ema_)?(.*?)wer", name)))
+    lines = [f"{'':>24}  {'WER':>7}  {'CER':>7}  {'loss':>7}"]
+    for name in sets:
+        for weights, prefix in (("student", "eval_"), ("average", "eval_ema_")):
+            if f"{prefix}{name}wer" not in metrics:
+                continue
+            cells = [metrics.get(f"{prefix}{name}{metric}", math.nan) for metric in ("wer", "cer", "loss")]
+            lines.append(
+                f"{(name.strip('_') + ' ' + weights).strip():>24}" + "".join(f"  {cell:7.4f}" for cell in cells)
+            )
+    seconds = metrics.get("train_runtime", math.nan)
+    lines.append(f"{metrics.get('optimizer_steps', 0):g} optimizer steps, {seconds:.0f} s of training")
+    return "\n".join(lines)

@@ -1,0 +1,150 @@
+"""Speech from the Hub, from audio folders, from saved data sets, from manifests."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import soundfile
+from datasets import Audio, Dataset, DatasetDict, load_dataset, load_from_disk
+
+from hf_ema_scaling.data.speech import quiet_unless_terminal
+
+
+def load_speech(source: str, *, audio_column: str = "audio", text_column: str | None = "text") -> Dataset:
+    """Audio, undecoded, and texts of a source, in the order they have there.
+
+    Args:
+        source: as in `SpeechDataArguments`; local where the path, or what stands before its last colon, exists.
+        audio_column: column of the audio; in audio folders it is `file_name` whatever this says.
+        text_column: column of the texts; None where there are none or they must not be read.
+
+    Returns:
+        A map-style data set with these columns only.
+
+    Raises:
+        FileNotFoundError: for a local source or an audio file that is not there.
+        ValueError: for a source that cannot be loaded, has no rows, or lacks a column.
+        NotImplementedError: for a URL: streaming is not supported yet.
+    """
+    wanted = [audio_column] if text_column is None else [audio_column, text_column]
+    before, _, split = source.rpartition(":")
+    if Path(source).exists():
+        dataset = _local(Path(source), None, wanted)
+    elif before and Path(before).exists():
+        dataset = _local(Path(before), split, wanted)
+    elif "://" in source:
+        raise NotImplementedError(f"{source}: streaming from a URL is not supported yet; download it first")
+    elif source.startswith((".", "/", "~")) or source.endswith((".jsonl", ".json")):
+        raise FileNotFoundError(f"{source}: no such file or folder, seen from {Path.cwd()}")
+    else:
+        dataset = _from_hub(source)
+    missing = [name for name in wanted if name not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"{source}: no column {', '.join(missing)}; it has {', '.join(dataset.column_names)}. Name the columns by "
+            "audio_column and text_column"
+        )
+    if not len(dataset):
+        raise ValueError(f"{source}: no rows")
+    if isinstance(dataset.features[audio_column], Audio):
+        dataset = dataset.cast_column(audio_column, Audio(decode=False))
+    return dataset.select_columns(wanted)
+
+
+def _from_hub(source: str) -> Dataset:
+    name, *rest = source.split(":")
+    if len(rest) not in (1, 2) or not all(rest):
+        raise ValueError(
+            f"{source!r} is no file or folder here (seen from {Path.cwd()}); a source on the Hub is owner/name:split "
+            "or owner/name:config:split"
+        )
+    try:
+        return load_dataset(name, rest[0] if len(rest) == 2 else None, split=rest[-1])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: neither here nor on the Hub ({error})") from error
+
+
+def _local(path: Path, split: str | None, wanted: list[str]) -> Dataset:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = load_from_disk(str(path))
+        if isinstance(saved, Dataset):
+            return saved
+        assert isinstance(saved, DatasetDict)
+        if split not in saved:
+            raise ValueError(
+                f"{path} has the splits {', '.join(saved)}: write one of them as {path}:{next(iter(saved))}"
+            )
+        return saved[split]
+    if split is not None:
+        path = path / split
+    rows: list[dict[str, Any]]
+    if path.is_file():
+        rows = _json_lines(path)
+        folder, name = path.parent, wanted[0]
+    elif (path / "metadata.jsonl").is_file():
+        folder, name = path, "file_name"
+        path = path / "metadata.jsonl"
+        rows = _json_lines(path)
+    elif (path / "metadata.csv").is_file():
+        folder, name = path, "file_name"
+        path = path / "metadata.csv"
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    else:
+        suffixes = {f".{kind.lower()}" for kind in soundfile.available_formats()} | {".mp3", ".opus"}
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+        folder, name = path, "file_name"
+        rows = [{name: str(file.relative_to(path))} for file in files]
+    return _of_files(path, folder, name, rows, wanted)
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: a JSON object is expected, got {line[:60]!r}")
+        if row:
+            rows.append(row)
+    return rows
+
+
+def _of_files(path: Path, folder: Path, name: str, rows: list[dict[str, Any]], wanted: list[str]) -> Dataset:
+    """Rows that name audio files as a data set in the cache of `datasets`, anew whenever a row or a file changes."""
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    taken = {wanted[0]: name, **{column: column for column in wanted[1:]}}
+    for number, row in enumerate(rows, start=1):
+        missing = [column for column in taken.values() if row.get(column) is None]
+        if missing:
+            raise ValueError(
+                f"{path}, row {number}: no {', '.join(missing)}; it has {', '.join(row)}. Name the columns by "
+                "audio_column and text_column"
+            )
+    kept = [{column: str(row[key]) for column, key in taken.items()} for row in rows]
+    for row in kept:
+        row[wanted[0]] = str((folder / row[wanted[0]]).absolute())
+    absent = [row[wanted[0]] for row in kept if not Path(row[wanted[0]]).is_file()]
+    if absent:
+        raise FileNotFoundError(
+            f"{path}: {len(absent)} of {len(kept)} audio files are not there, first {absent[0]}; paths are relative "
+            f"to {folder}"
+        )
+    key = hashlib.sha256()
+    for row in kept:
+        stat = Path(row[wanted[0]]).stat()
+        key.update(json.dumps([row, stat.st_size, stat.st_mtime_ns]).encode())
+    with quiet_unless_terminal():
+        return Dataset.from_generator(_rows, gen_kwargs={"rows": kept}, fingerprint=key.hexdigest()[:32])
+
+
+def _rows(rows: list[dict[str, str]]) -> Iterator[dict[str, str]]:
+    yield from rows

@@ -1,0 +1,65 @@
+"""The demo on a corpus of seconds: its arms share their labelled phase, and its summary says what its logs say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("espeakng_loader")
+pytest.importorskip("matplotlib")
+
+from hf_ema_scaling import demo
+from hf_ema_scaling.data.synthetic import SyntheticCorpusConfig
+
+CORPUS = SyntheticCorpusConfig(
+    labelled_minutes=0.3, unlabelled_minutes=0.5, evaluation_minutes=0.2, labelled_voices=3, unlabelled_voices=4
+)
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, demo.run_demo(folder, arms=demo.ARMS, steps=STEPS, corpus=CORPUS, kappa=8.0)
+
+
+def test_arms_take_the_steps_of_the_plan(runs: tuple[Path, dict[str, Any]]) -> None:
+    _, summary = runs
+    start = round(demo.DemoConfig().pl_start * STEPS / demo.DemoConfig().steps)
+    steps = start + -(-(STEPS - start) // 8)
+    assert {name: arm["steps"] for name, arm in summary["arms"].items()} == dict.fromkeys(demo.ARMS, steps)
+
+
+def test_summary_has_the_promised_keys_and_finite_numbers(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = runs
+    assert set(summary) == {"arms", "gap_recovered", "kappa", "seed", "peak_memory_bytes"}
+    for arm in summary["arms"].values():
+        assert set(arm) == {"student_wer", "average_wer", "seconds", "steps"}
+        assert arm["student_wer"] > 0 and arm["average_wer"] > 0
+    assert summary["peak_memory_bytes"] > 100 * 2**20
+    written = json.loads((folder / "summary.json").read_text())
+    assert {key: written[key] for key in summary} == summary
+    assert (folder / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_gap_is_the_share_of_the_averages_error() -> None:
+    wers = {"labelled": 0.5, "pseudo": 0.3, "topline": 0.1}
+    arms = {name: {"student_wer": 1.0, "average_wer": wer} for name, wer in wers.items()}
+    assert demo.gap_recovered(arms) == pytest.approx(0.5)
+    assert demo.gap_recovered({"labelled": arms["labelled"], "pseudo": arms["pseudo"]}) is None
+    assert demo.gap_recovered(dict.fromkeys(demo.ARMS, {"student_wer": 1.0, "average_wer": 1.0})) is None
+
+
+def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match=r"thesis\.tex"):
+        demo.run_demo(tmp_path, steps=STEPS, corpus=CORPUS)
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_unknown_arms_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="oracle"):
+        demo.run_demo(tmp_path, arms=["oracle"])

@@ -1,0 +1,265 @@
+"""What must not go unnoticed: an average that does not live, targets that CTC cannot learn, gradients that are not finite."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from hf_ema_scaling.ema import DeadTeacherError, WeightAverage
+from hf_ema_scaling.training.checks import (
+    LivenessWatch,
+    check_ctc_targets,
+    ctc_target_frames,
+    frozen_statistics,
+    gradient_difference,
+    has_batch_statistics,
+)
+
+
+def bert_run(folder: Path, **changes: Any) -> Any:
+    more = {key: changes.pop(key) for key in ("example_loss", "callbacks") if key in changes}
+    return tiny.trainer(tiny.bert(), tiny.arguments(folder, **changes), tiny.sentences(30), **more)
+
+
+def speech_run(folder: Path, **changes: Any) -> Any:
+    return tiny.trainer(
+        tiny.wav2vec2(),
+        tiny.arguments(folder, **changes),
+        tiny.speech(12),
+        unlabeled_dataset=tiny.speech(12, 1, labels=False),
+        labeler=tiny.ContentLabeler(),
+    )
+
+
+# ---- The average lives
+
+
+def nothing(self: WeightAverage, model: nn.Module, weight: float) -> None:
+    """The mutant: an update that is counted and not made."""
+    self.num_updates += 1
+
+
+@pytest.mark.parametrize("run", [bert_run, speech_run])
+def test_an_average_that_is_never_updated_stops_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
+) -> None:
+    made = run(tmp_path, max_steps=6)
+    monkeypatch.setattr(WeightAverage, "blend", nothing)
+    with pytest.raises(DeadTeacherError):
+        made.train()
+    assert made.state.global_step < 3
+
+
+def test_an_average_that_stops_moving_is_seen_at_the_third_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = bert_run(tmp_path, max_steps=6)
+    monkeypatch.setattr(WeightAverage, "blend", nothing)
+    with pytest.raises(DeadTeacherError, match="has not moved by one bit after 3 updates"):
+        made.train()
+
+
+def test_an_average_that_is_always_the_student_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blend = WeightAverage.blend
+    monkeypatch.setattr(WeightAverage, "blend", lambda self, model, weight: blend(self, model, 1.0))
+    with pytest.raises(DeadTeacherError, match="equals the student after 3 updates"):
+        bert_run(tmp_path, max_steps=6).train()
+
+
+def test_a_student_that_does_not_move_is_seen(tmp_path: Path) -> None:
+    with pytest.raises(DeadTeacherError, match="weights do not change"):
+        bert_run(tmp_path, max_steps=6, learning_rate=0.0).train()
+
+
+def test_a_student_behind_detached_logits_is_seen(tmp_path: Path) -> None:
+    """The gradient exists and is zero, so every weight keeps its bits."""
+
+    def loss(model: nn.Module, inputs: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return logits.sum(-1) * 0.0
+
+    with pytest.raises(DeadTeacherError, match="weights do not change"):
+        bert_run(tmp_path, max_steps=6, example_loss=loss).train()
+
+
+def test_a_teacher_that_ignores_the_average_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_ema_scaling.ema import EMATeacher
+
+    frozen = tiny.wav2vec2(seed=5).eval()
+    monkeypatch.setattr(EMATeacher, "__call__", lambda self, **inputs: frozen(**inputs))
+    made = speech_run(tmp_path)
+    with pytest.raises(DeadTeacherError, match="teacher is dead"):
+        made.train()
+    assert made.state.global_step == 0
+
+
+def test_the_check_at_the_start_leaves_every_bit(tmp_path: Path) -> None:
+    made = speech_run(tmp_path, max_steps=1)
+    made.train()
+    assert tiny.same_bits(made.recorder.initial, tiny.parameters(tiny.wav2vec2()))
+    expected = {n: 0.9 * v + 0.1 * made.recorder.weights[0][n] for n, v in made.recorder.initial.items()}
+    assert tiny.difference(expected, {n: tiny.average(made)[n] for n in expected}) < 1e-7
+
+
+def test_a_long_warmup_is_not_mistaken_for_death(tmp_path: Path) -> None:
+    made = bert_run(
+        tmp_path, max_steps=6, lr_scheduler_type="constant_with_warmup", warmup_steps=3, ema_momentum=0.999999
+    )
+    made.train()
+    assert made.state.global_step == 6
+
+
+def test_ema_start_delays_the_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bert_run(tmp_path, max_steps=6, ema_start=5).train()
+    blend = WeightAverage.blend
+    monkeypatch.setattr(WeightAverage, "blend", lambda self, model, weight: blend(self, model, 1.0))
+    made = bert_run(tmp_path, max_steps=9, ema_start=4)
+    with pytest.raises(DeadTeacherError, match="equals the student after 7 updates"):
+        made.train()
+
+
+def test_the_watch_counts_only_updates_that_float32_can_show() -> None:
+    model = nn.Linear(3, 3)
+    average = WeightAverage(model)
+    watch = LivenessWatch(average)
+    with torch.no_grad():
+        model.weight += 1.0
+    for _ in range(5):
+        average.blend(model, 1e-9)
+        assert not watch.after_update(model, average, 1e-9)
+    assert watch.seen == 0
+    for finished in (False, False, True):
+        average.blend(model, 0.1)
+        assert watch.after_update(model, average, 0.1) is finished
+
+
+# ---- Gradients that are not finite
+
+
+def poisoned(step: int, value: float) -> Any:
+    """Cross-entropy with a factor of `value` in one optimizer step (one micro-batch each)."""
+    calls: list[int] = []
+
+    def loss(model: nn.Module, inputs: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        calls.append(len(calls))
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return losses * value if calls[-1] == step else losses
+
+    return loss
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_raise_keeps_weights_and_average_of_the_step_before(tmp_path: Path, value: float, clip: float) -> None:
+    made = bert_run(tmp_path, max_grad_norm=clip, example_loss=poisoned(2, value), max_example_loss=None)
+    with pytest.raises(FloatingPointError, match=r"optimizer step 2 \(reference step 2.0\).*on_nonfinite='skip'"):
+        made.train()
+    assert made.state.global_step == 2 and made.average.num_updates == 2
+    assert tiny.same_bits(tiny.parameters(made.model), made.recorder.weights[1])
+    assert tiny.same_bits(tiny.average(made), made.recorder.averages[1])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd"])
+def test_skip_moves_nothing_but_the_clock(tmp_path: Path, value: float, optim: str) -> None:
+    made = bert_run(
+        tmp_path,
+        max_steps=12,
+        kappa=2.0,
+        optim=optim,
+        on_nonfinite="skip",
+        weight_decay=0.1,
+        example_loss=poisoned(2, value),
+        max_example_loss=None,
+        logging_strategy="steps",
+        logging_steps=2,
+    )
+    made.train()
+    recorder = made.recorder
+    assert made.state.global_step == 6 and made.average.num_updates == 5
+    assert tiny.same_bits(recorder.weights[2], recorder.weights[1])
+    assert tiny.same_bits(recorder.averages[2], recorder.averages[1])
+    assert tiny.same_bits(recorder.after[2], recorder.after[1])
+    assert not tiny.same_bits(recorder.weights[3], recorder.weights[2])
+    logs = [entry for entry in made.state.log_history if "loss" in entry]
+    assert [entry["clock/reference_step"] for entry in logs] == [2, 4, 6, 8, 10, 12]
+    assert all(math.isfinite(entry["loss"]) for entry in logs)
+    # The average catches nothing up: one more update is one update of 0.9 ** 2.
+    name = "classifier.weight"
+    expected = 0.81 * recorder.averages[2][name] + 0.19 * recorder.weights[3][name]
+    torch.testing.assert_close(recorder.averages[3][name], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_skipped_step_does_not_disturb_a_resume(tmp_path: Path) -> None:
+    values = {"max_steps": 6, "on_nonfinite": "skip", "max_example_loss": None, "save_strategy": "steps", "save_steps": 2}
+    whole = bert_run(tmp_path / "whole", example_loss=poisoned(2, math.nan), **values)
+    whole.train()
+    made = bert_run(tmp_path / "resumed", example_loss=poisoned(-1, math.nan), **values)
+    made.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-4"))
+    assert tiny.same_bits(tiny.average(made), tiny.average(whole)) and made.average.num_updates == 5
+
+
+# ---- CTC targets
+
+
+def test_frames_that_ctc_needs() -> None:
+    labels = torch.tensor([[1, 2, 3, -100], [1, 1, 1, 2], [-100, -100, -100, -100], [5, 5, -100, -100]])
+    assert ctc_target_frames(labels).tolist() == [3, 6, 0, 3]
+
+
+def test_training_refuses_rows_without_tokens_or_frames(tmp_path: Path) -> None:
+    import datasets
+
+    rows = tiny.speech(6)[:]
+
+    def with_labels(number: int, labels: list[int]) -> datasets.Dataset:
+        every = [list(row) for row in rows["labels"]]
+        every[number] = labels
+        inputs = [row.tolist() for row in rows["input_values"]]
+        return datasets.Dataset.from_dict({"input_values": inputs, "labels": every}).with_format("numpy")
+
+    with pytest.raises(ValueError, match="labelled row 3 has no label tokens: drop such rows"):
+        tiny.trainer(tiny.wav2vec2(), tiny.arguments(tmp_path), with_labels(3, [])).train()
+    long = [1] * 30
+    with pytest.raises(ValueError, match=r"labelled row 4 needs 59 frames for its labels, but the model makes \d\d of"):
+        tiny.trainer(tiny.wav2vec2(), tiny.arguments(tmp_path), with_labels(4, long)).train()
+
+
+def test_a_target_of_exactly_the_models_frames_is_accepted() -> None:
+    model = tiny.wav2vec2()
+    inputs = {"input_values": torch.zeros(1, 32 * 5 + 3), "labels": torch.tensor([[1, 2, 1, 2, 1]])}
+    frames = int(model._get_feat_extract_output_lengths(torch.tensor([32 * 5 + 3]))[0])
+    assert frames == 5
+    check_ctc_targets(model, inputs, [0])
+    with pytest.raises(ValueError, match="row 8 needs 6 frames"):
+        check_ctc_targets(model, inputs | {"labels": torch.tensor([[1, 2, 1, 2, 2]])}, [8])
+
+
+# ---- Small parts
+
+
+def test_batch_statistics_are_found_and_frozen() -> None:
+    assert has_batch_statistics(tiny.parakeet()) and not has_batch_statistics(tiny.wav2vec2())
+    norm = nn.BatchNorm1d(3)
+    with frozen_statistics(norm):
+        norm(torch.randn(4, 3))
+        assert int(norm.num_batches_tracked) == 0 and not norm.training
+    assert norm.training
+    norm.eval()
+    with frozen_statistics(norm):
+        pass
+    assert not norm.training
+
+
+def test_gradient_difference_is_relative() -> None:
+    a = {"x": torch.tensor([3.0, 4.0])}
+    assert gradient_difference(a, {"x": torch.tensor([3.0, 4.5])}) == pytest.approx(0.1)
+    zero = {"x": torch.zeros(2)}
+    assert gradient_difference(zero, zero) == 0.0 and gradient_difference(zero, a) == 1.0
