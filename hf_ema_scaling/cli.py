@@ -59,7 +59,7 @@ def check(
             lambda: build_asr_ctc(*parse(ASR_CTC, ["--config", str(config), *context.args, *own])), rows=rows
         )
     typer.echo(check_table(results))
-    raise typer.Exit(any(found.result == FAILED for found in results))
+    raise typer.Exit(int(any(found.result == FAILED for found in results)))
 
 
 if __name__ == "__main__":

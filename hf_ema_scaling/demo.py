@@ -38,6 +38,7 @@ from hf_ema_scaling.labels import PseudoLabel
 from hf_ema_scaling.metrics import CTCMetrics
 from hf_ema_scaling.report import plot_runs
 from hf_ema_scaling.training import EMATrainer, EMATrainingArguments, PseudoLabelArguments, PseudoLabelTrainer
+from hf_ema_scaling.training.checks import drop_unfitting
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 
 ARMS = ("labelled", "pseudo", "topline")
@@ -205,6 +206,10 @@ def run_demo(
 
     def trainer(arm: str, callbacks: list[TrainerCallback]) -> EMATrainerMixin:
         return _trainer(config, arm, data, output_dir / arm, kappa, seed, scale_ema, callbacks)
+
+    # Dense text on fast speech may need more frames than there are; which rows, only the model knows.
+    model = build_model(config, data.processor, seed)
+    data.labelled = drop_unfitting(model, data.labelled, "the labelled set")
 
     begun = time.time()
     stop = _StopAt(config.pl_start)

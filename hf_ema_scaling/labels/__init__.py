@@ -16,6 +16,7 @@ __all__ = [
     "PseudoLabel",
     "blank_id",
     "ctc_frame_lengths",
+    "frames_of",
     "greedy_ctc",
     "min_ctc_frames",
     "non_target_ids",

@@ -44,6 +44,24 @@ def ctc_frame_lengths(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     inputs = next((batch[name] for name in ("input_values", "input_features") if name in batch), None)
     if inputs is None:
         raise ValueError(f"a CTC batch needs 'input_values' or 'input_features', got {sorted(batch)}")
+    mask = batch.get("attention_mask")
+    if mask is None:
+        lengths = torch.full((inputs.shape[0],), inputs.shape[1], dtype=torch.long, device=inputs.device)
+    else:
+        lengths = mask.long().sum(-1)
+    return frames_of(model, lengths)
+
+
+def frames_of(model: Any, lengths: Tensor) -> Tensor:
+    """Number of output frames that a CTC model makes of inputs of these lengths.
+
+    Args:
+        model: a CTC model of transformers, possibly wrapped.
+        lengths: int64 (rows,), in samples of `input_values` or frames of `input_features`.
+
+    Raises:
+        TypeError: when the model does not say how it shortens its input.
+    """
     model = unwrapped(model)
     method = next((getattr(model, name) for name in LENGTH_METHODS if hasattr(model, name)), None)
     if method is None:
@@ -51,11 +69,6 @@ def ctc_frame_lengths(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
             f"{type(model).__name__} does not tell how many CTC frames it makes of its input: give it one of the "
             f"methods {', '.join(LENGTH_METHODS)}, mapping input lengths to output lengths"
         )
-    mask = batch.get("attention_mask")
-    if mask is None:
-        lengths = torch.full((inputs.shape[0],), inputs.shape[1], dtype=torch.long, device=inputs.device)
-    else:
-        lengths = mask.long().sum(-1)
     return method(lengths).long().clamp(min=0)
 
 

@@ -134,7 +134,7 @@ def build_asr_ctc(
     """
     if data.unlabelled is not None and model.model_config is not None and pseudo.pl_start <= 0:
         raise ValueError("pl_start must be above 0: a model from scratch has nothing to teach at reference step 0")
-    limits = {"min_seconds": data.min_seconds, "max_seconds": data.max_seconds or math.inf}
+    limits: dict[str, Any] = {"min_seconds": data.min_seconds, "max_seconds": data.max_seconds or math.inf}
 
     def load(source: str, limit: int | None, texts: bool = True) -> Dataset:
         dataset = load_speech(source, audio_column=data.audio_column, text_column=data.text_column if texts else None)
@@ -154,7 +154,7 @@ def build_asr_ctc(
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 
-    config = None if model.model_config is None else _new_config(model.model_config)
+    config = None if model.model_config is None else new_config(model.model_config)
     with args.main_process_first(desc="preparing speech"):
         labelled = load(data.labelled, data.max_labelled)
         processor = _processor(model, config, labelled[data.text_column])
@@ -192,13 +192,13 @@ def _with_texts(dataset: Dataset, data: SpeechDataArguments) -> Dataset:
     if data.text_case == "keep" and not data.remove_characters:
         return dataset
     table = str.maketrans("", "", data.remove_characters)
-    case: Callable[[str], str] = {"keep": str, "lower": str.lower, "upper": str.upper}[data.text_case]
-    texts = [case(text.translate(table)) for text in dataset[data.text_column]]
+    cases: dict[str, Callable[[str], str]] = {"keep": str, "lower": str.lower, "upper": str.upper}
+    texts = [cases[data.text_case](text.translate(table)) for text in dataset[data.text_column]]
     # A column of its own: mapping would write the audio once more.
     return dataset.remove_columns(data.text_column).add_column(data.text_column, texts)
 
 
-def _new_config(text: str) -> Any:
+def new_config(text: str) -> Any:
     """The configuration in a JSON mapping; transformers would keep a misspelt key, so all must be known."""
     values = json.loads(text)
     if not isinstance(values, dict) or values.get("model_type") not in CONFIG_MAPPING:
@@ -245,4 +245,4 @@ def _network(model: ModelArguments, config: Any | None, tokenizer: Any) -> Any:
         return AutoModelForCTC.from_config(config)
     changed = {**vocabulary, "ignore_mismatched_sizes": True} if model.new_vocabulary else {}
     # The checkpoint's own dtype would have the optimizer work in bfloat16 too.
-    return AutoModelForCTC.from_pretrained(model.model_name_or_path, dtype=torch.float32, **changed)
+    return AutoModelForCTC.from_pretrained(str(model.model_name_or_path), dtype=torch.float32, **changed)

@@ -117,9 +117,12 @@ def _converted(value: Any, action: argparse.Action, hint: Any) -> Any:
         return json.dumps(value)
     if isinstance(value, bool) and bool not in kinds:
         # YAML 1.1 reads the words no, off, yes and on as booleans.
-        if not (str in kinds or (action.choices and not value)):
+        if action.choices and "no" in action.choices and not value:
+            value = "no"
+        elif str in kinds and not action.choices:
+            value = json.dumps(value)
+        else:
             raise ValueError(f"takes no boolean, got {value}; quote the words no, off, yes and on")
-        value = "no" if action.choices else json.dumps(value)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     converted = convert(str(value))

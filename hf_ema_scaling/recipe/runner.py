@@ -31,7 +31,7 @@ def run(trainer: EMATrainerMixin) -> dict[str, float]:
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
     if main:
-        folder = Path(args.output_dir)
+        folder = Path(str(args.output_dir))
         # JSON knows neither NaN nor infinity.
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         for name, content in (("metrics", finite), ("scaling_plan", trainer.plan.to_dict())):

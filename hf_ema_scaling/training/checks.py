@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
 from hf_ema_scaling.ema import WeightAverage, check_moved
-from hf_ema_scaling.labels.ctc import ctc_frame_lengths
+from hf_ema_scaling.labels.ctc import ctc_frame_lengths, frames_of, min_ctc_frames
+
+logger = logging.getLogger(__name__)
 
 # Relative size of an update of the average that float32 shows beyond doubt in at least one weight.
 VISIBLE = 1e-6
@@ -83,6 +87,33 @@ def check_ctc_targets(model: nn.Module, inputs: Mapping[str, Tensor], indices: l
         )
 
 
+def drop_unfitting(model: nn.Module, dataset: Dataset, name: str) -> Dataset:
+    """The rows whose labels fit the frames that the model makes of their audio; says how many do not.
+
+    Args:
+        model: a CTC model.
+        dataset: rows with `labels` and `input_features` or `input_values`, as `prepare_ctc` makes them.
+        name: of the data set, for messages.
+
+    Raises:
+        ValueError: when no row fits.
+    """
+    column = next(key for key in ("input_features", "input_values") if key in dataset.column_names)
+    rows = dataset.with_format("numpy")
+    lengths = torch.tensor([len(row[column]) for row in rows.select_columns([column])])
+    needed = [min_ctc_frames([int(token) for token in labels]) for labels in rows["labels"]]
+    fits = frames_of(model, lengths) >= torch.tensor(needed)
+    if not fits.any():
+        raise ValueError(f"no row of {name} fits: the model makes fewer frames of each than its labels need")
+    if fits.all():
+        return dataset
+    dropped = len(fits) - int(fits.sum())
+    logger.warning(
+        "dropped %d of %d rows of %s: their labels need more frames than there are", dropped, len(fits), name
+    )
+    return dataset.select(fits.nonzero().flatten().tolist())
+
+
 def gradient_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     """||first - second|| / ||first|| over all parameters, in float64."""
     difference = sum(float((first[name].double() - second[name].double()).square().sum()) for name in first)
@@ -110,6 +141,23 @@ class frozen_statistics:
     def __exit__(self, *error: object) -> None:
         for part in self.parts:
             part.train()
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Gives every process the BatchNorm statistics of process 0, the ones that are saved.
+
+    `DistributedDataParallel` does so before a forward pass only: until then averages, evaluations and teachers would
+    differ from process to process.
+    """
+    parts = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in (buffer for part in parts for buffer in part.buffers(recurse=False)):
+        by_dtype.setdefault(buffer.dtype, []).append(buffer)
+    for buffers in by_dtype.values():
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        torch.distributed.broadcast(flat, src=0)
+        for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

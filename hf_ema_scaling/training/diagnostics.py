@@ -45,8 +45,7 @@ class LabelStatistics:
             `pseudo/kept`, `pseudo/confidence`, `pseudo/tokens` (per kept label) and `pseudo/dropped_<reason>`; nothing
             when no row was labelled.
         """
-        values = total(torch.tensor([self.counts[name] for name in self.FIELDS], dtype=torch.float64)).tolist()
-        counts = dict(zip(self.FIELDS, values, strict=True))
+        counts = self.state_dict(total)
         self.counts = dict.fromkeys(self.FIELDS, 0.0)
         rows = counts["rows"]
         if rows == 0:
@@ -59,9 +58,12 @@ class LabelStatistics:
             **shares,
         }
 
-    def state_dict(self) -> dict[str, float]:
-        """The counters."""
-        return dict(self.counts)
+    def state_dict(self, total: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """The counters, over all processes where `total` sums a float64 vector over them."""
+        if total is None:
+            return dict(self.counts)
+        mine = torch.tensor([self.counts[name] for name in self.FIELDS], dtype=torch.float64)
+        return dict(zip(self.FIELDS, total(mine).tolist(), strict=True))
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Restore the counters."""

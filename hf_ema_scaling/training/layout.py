@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -88,6 +89,7 @@ def lay_out(
         args.schedule(small_batch_until=pl_start or 0.0),
         lr_multiplier=lr_multiplier(
             str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            learning_rate=args.learning_rate,
             warmup_steps=args.get_warmup_steps(reference_steps),
             reference_steps=reference_steps,
             specific=cast("dict[str, Any] | None", args.lr_scheduler_kwargs),
@@ -122,6 +124,8 @@ def lay_out(
         "unlabeled_ratio": ratio,
         "labelled_items": len(first),
         "unlabelled_items": 0 if second is None else len(second),
+        "labelled_sizes": _checksum(first),
+        "unlabelled_sizes": None if second is None else _checksum(second),
     }
     return RunLayout(plan, sampler, identity)
 
@@ -158,6 +162,12 @@ def data_source(dataset: Any, args: EMATrainingArguments, name: str) -> DataSour
             f"'{args.length_column_name}' among its columns {columns}"
         )
     return DataSource.of_samples(len(dataset), lengths)
+
+
+def _checksum(source: DataSource) -> str:
+    """Of all that the order of a source depends on."""
+    lengths = b"" if source.lengths is None else np.ascontiguousarray(source.lengths).tobytes()
+    return f"{zlib.crc32(np.ascontiguousarray(source.units).tobytes() + lengths):08x}"
 
 
 def _column(dataset: Any, name: str) -> NDArray[np.float64]:

@@ -24,7 +24,13 @@ from hf_ema_scaling.ema import WeightAverage, load_average, save_average
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths, greedy_ctc
 from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan, StepBorders, scaling_rule, weight_from_log_momentum
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
-from hf_ema_scaling.training.checks import LivenessWatch, check_ctc_targets, frozen_statistics, has_batch_statistics
+from hf_ema_scaling.training.checks import (
+    LivenessWatch,
+    check_ctc_targets,
+    frozen_statistics,
+    has_batch_statistics,
+    share_statistics,
+)
 from hf_ema_scaling.training.flow import AverageUpdate, ReferenceFlow
 from hf_ema_scaling.training.layout import RunLayout, lay_out
 from hf_ema_scaling.training.losses import ExampleLoss, cap_losses, is_ctc, loss_for
@@ -301,6 +307,8 @@ class EMATrainerMixin(Trainer):
     def update_average(self) -> None:
         """Move the average by what the step just taken drew; a skipped step moves nothing."""
         assert self.average is not None and self._last_step is not None
+        if self.batch_statistics and self.accelerator.num_processes > 1:
+            share_statistics(self.model)
         if self._skipped or self.accelerator.optimizer_step_was_skipped:
             return
         step = self._last_step

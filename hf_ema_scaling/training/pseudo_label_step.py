@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_ema_scaling.data.collator import MicroBatch, pad_labels
 from hf_ema_scaling.ema import EMATeacher
 from hf_ema_scaling.labels.base import Labeler, PseudoLabel
+from hf_ema_scaling.labels.ctc import min_ctc_frames
 
 
 def label_rows(
@@ -28,6 +29,19 @@ def label_rows(
     return [
         dataclasses.replace(label, reason="confidence") if label.kept and label.confidence < min_confidence else label
         for label in labels
+    ]
+
+
+def drop_too_long(labels: list[PseudoLabel], frames: Tensor) -> list[PseudoLabel]:
+    """Kept labels that need more CTC frames than the student has for the row are dropped with reason `too_long`.
+
+    Args:
+        labels: one per row.
+        frames: int64 `(rows,)`, frames that the student makes of each row.
+    """
+    return [
+        dataclasses.replace(label, reason="too_long") if label.kept and min_ctc_frames(label.ids) > room else label
+        for label, room in zip(labels, frames.tolist(), strict=True)
     ]
 
 

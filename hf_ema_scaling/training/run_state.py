@@ -13,7 +13,7 @@ from hf_ema_scaling.ema import AverageStateError
 from hf_ema_scaling.ema.storage import STATE_NAME
 from hf_ema_scaling.scaling import StepBorders
 
-UNLABELLED_KEYS = ("pl_start", "unlabeled_ratio", "unlabelled_items")
+UNLABELLED_KEYS = ("pl_start", "unlabeled_ratio", "unlabelled_items", "unlabelled_sizes")
 
 
 @dataclass

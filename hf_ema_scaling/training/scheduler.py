@@ -13,12 +13,13 @@ from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan
 
 
 def lr_multiplier(
-    name: str, *, warmup_steps: int, reference_steps: int, specific: dict[str, Any] | None
+    name: str, *, learning_rate: float, warmup_steps: int, reference_steps: int, specific: dict[str, Any] | None
 ) -> Callable[[int], float]:
     """Learning rate of a reference step as a share of the peak, from a transformers schedule.
 
     Args:
         name: `lr_scheduler_type`.
+        learning_rate: the peak, of which some schedules state an absolute end (`lr_end`, `min_lr`).
         warmup_steps: in reference steps.
         reference_steps: length of the run.
         specific: `lr_scheduler_kwargs`.
@@ -26,7 +27,7 @@ def lr_multiplier(
     Raises:
         ValueError: for schedules that are no function of the step.
     """
-    probe = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    probe = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=learning_rate or 1.0)
     schedule = get_scheduler(
         name,
         optimizer=probe,

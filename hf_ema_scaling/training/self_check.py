@@ -74,7 +74,7 @@ def check_data(trainer: EMATrainerMixin, rows: int) -> tuple[str, str]:
     """The first `rows` rows of every data set can be read, collated, and are finite."""
     unlabelled, _ = trainer.unlabelled_data()
     evaluation = trainer.eval_dataset
-    sets = {"labelled": trainer.train_dataset, "unlabelled": unlabelled}
+    sets: dict[str, Any] = {"labelled": trainer.train_dataset, "unlabelled": unlabelled}
     sets |= evaluation if isinstance(evaluation, dict) else {"evaluation": evaluation}
     found = []
     for name, dataset in sets.items():

@@ -12,11 +12,11 @@ from hf_ema_scaling.data.collator import MicroBatch, TwoSourceDataset
 from hf_ema_scaling.data.sampler import Draw, SampledStep
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
 from hf_ema_scaling.ema import EMATeacher, check_liveness
-from hf_ema_scaling.labels import CTCLabeler, Labeler, PseudoLabel, blank_id, non_target_ids
+from hf_ema_scaling.labels import CTCLabeler, Labeler, PseudoLabel, blank_id, ctc_frame_lengths, non_target_ids
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.diagnostics import LabelStatistics
 from hf_ema_scaling.training.mixin import EMATrainerMixin
-from hf_ema_scaling.training.pseudo_label_step import label_rows, with_targets, without_targets
+from hf_ema_scaling.training.pseudo_label_step import drop_too_long, label_rows, with_targets, without_targets
 
 
 class EMATrainer(EMATrainerMixin):
@@ -96,6 +96,8 @@ class PseudoLabelTrainer(EMATrainerMixin):
         if micro_batch["weight"] == 0:
             return without_targets(micro_batch)
         labels = self.labels_of(micro_batch)
+        if self.ctc:
+            labels = drop_too_long(labels, ctc_frame_lengths(self.model, micro_batch["inputs"]))
         self.label_statistics.add(labels)
         return with_targets(micro_batch, labels, self.pseudo_label_args.unlabeled_weight)
 
@@ -108,17 +110,18 @@ class PseudoLabelTrainer(EMATrainerMixin):
 
     def training_logs(self) -> dict[str, float]:
         """Also the shares of pseudo-labels kept and dropped since the last log."""
+        return {**super().training_logs(), **self.label_statistics.logs(self._over_processes)}
 
-        def total(values: Tensor) -> Tensor:
-            return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
-
-        return {**super().training_logs(), **self.label_statistics.logs(total)}
+    def _over_processes(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
 
     def counters(self) -> dict[str, Any]:
-        """Also the counts of pseudo-labels."""
-        return {**super().counters(), "labels": self.label_statistics.state_dict()}
+        """Also the counts of pseudo-labels, over all processes while they train together."""
+        total = self._over_processes if self.is_in_train else None
+        return {**super().counters(), "labels": self.label_statistics.state_dict(total)}
 
     def load_counters(self, counters: dict[str, Any]) -> None:
-        """Restore `counters()`."""
+        """Restore `counters()`; what was counted over all processes goes to one of them."""
         super().load_counters(counters)
-        self.label_statistics.load_state_dict(counters.get("labels", {}))
+        mine = counters.get("labels", {}) if self.is_world_process_zero() else {}
+        self.label_statistics.load_state_dict(mine)

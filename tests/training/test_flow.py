@@ -71,6 +71,15 @@ def test_logs_carry_the_clock_and_the_state_of_scaling(tmp_path: Path) -> None:
     assert [entry["learning_rate"] for entry in logs] == [rates[2], rates[3], rates[4]]
 
 
+def test_below_the_reference_batch_events_wait_for_the_clock(tmp_path: Path) -> None:
+    made = run(tmp_path, max_steps=4, kappa=0.5, logging_steps=1, eval_steps=2, save_steps=3)
+    assert made.state.max_steps == 8 and [len(drawn) for drawn in made.drawn] == [2] * 8
+    assert made.recorder.clocks("log") == [1, 2, 3, 4]
+    assert made.recorder.clocks("evaluate") == [2, 4]
+    assert made.recorder.clocks("save") == [3, 4]
+    assert made.recorder.groups[0][0]["lr"] == pytest.approx(1e-2 * 0.5**0.5)
+
+
 def test_logging_first_step(tmp_path: Path) -> None:
     made = run(tmp_path, max_steps=9, kappa=3.0, logging_steps=9, logging_first_step=True, eval_steps=9, save_steps=9)
     assert made.recorder.clocks("log") == [3, 9]

@@ -55,6 +55,17 @@ def semi_supervised(folder: Path, init: int = 0, **changes: Any) -> Any:
     )
 
 
+def seconds(folder: Path, init: int = 0, **changes: Any) -> Any:
+    """Small batches of long utterances: some planned steps draw nothing and are none."""
+    values = {"batch_unit": "seconds", "reference_batch_size": 12.0, "save_steps": 0.5, "max_grad_norm": 1.0}
+    return tiny.trainer(
+        tiny.wav2vec2(dropout=0.1, seed=init),
+        schedule_arguments(folder, {"batch_size": 10.0, "bucket_window": 3} | values | changes),
+        tiny.speech(18),
+        eval_dataset=tiny.speech(4, 5),
+    )
+
+
 def schedule_arguments(folder: Path, changes: dict[str, Any]) -> Any:
     values = {
         "max_steps": 20,
@@ -123,6 +134,27 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     for step in range(STEPS - stop):
         assert tiny.same_bits(made.recorder.gradients[step], reference.recorder.gradients[stop + step])
         assert made.recorder.groups[step] == reference.recorder.groups[stop + step]
+
+
+def test_so_it_is_in_seconds(tmp_path: Path) -> None:
+    reference = seconds(tmp_path / "whole")
+    reference.train()
+    assert 12 < reference.state.global_step == reference.sampler.num_steps < len(reference.plan) == 24
+    clocks = [reference.sampler.step(i).end for i in range(reference.sampler.num_steps)]
+    assert clocks[-1] >= 20 and len({round(b - a, 6) for a, b in zip(clocks, clocks[1:], strict=False)}) > 4
+    stop = next(i for i, clock in enumerate(clocks) if clock >= 10) + 1
+    made = seconds(tmp_path / "resumed", init=7)
+    made.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{stop}"))
+    assert made.drawn == reference.drawn[stop:]
+    assert tiny.same_bits(tiny.parameters(made.model), tiny.parameters(reference.model))
+    assert tiny.same_bits(tiny.average(made), tiny.average(reference))
+    assert history(made) == history(reference)
+    other = seconds(tmp_path / "other", init=7, batch_size=48.0)
+    other.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{stop}"))
+    rest = [sorted(item[2] for item in step) for step in other.drawn]
+    drawn = [position for step in reference.drawn[stop:] for position in sorted(item[2] for item in step)]
+    assert [position for step in rest for position in step] == drawn
+    assert len(rest) == 3
 
 
 def test_the_log_of_the_semi_supervised_run_says_something(whole: Callable[[str], tuple[Any, Path]]) -> None:

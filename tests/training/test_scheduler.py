@@ -172,13 +172,24 @@ def test_clipping_scales_with_the_rule_and_its_rate_is_logged(tmp_path: Path, ka
         assert entry["clip/rate"] == sum(clipped[number * per_log : (number + 1) * per_log]) / per_log
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "constant_with_warmup", "polynomial", "inverse_sqrt"])
-def test_multipliers_are_transformers_own(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "specific"),
+    [
+        ("linear", {}),
+        ("cosine", {}),
+        ("constant_with_warmup", {}),
+        ("inverse_sqrt", {}),
+        ("polynomial", {"lr_end": 0.1}),
+        ("cosine_with_min_lr", {"min_lr": 0.1}),
+        ("warmup_stable_decay", {"num_decay_steps": 4}),
+    ],
+)
+def test_multipliers_are_transformers_own(name: str, specific: dict[str, Any]) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
-    schedule = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=10)
-    function = lr_multiplier(name, warmup_steps=3, reference_steps=10, specific=None)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=10, scheduler_specific_kwargs=specific)
+    function = lr_multiplier(name, learning_rate=0.5, warmup_steps=3, reference_steps=10, specific=specific)
     for step in range(10):
-        assert function(step) == pytest.approx(schedule.get_last_lr()[0] / 0.5, rel=1e-6, abs=2e-7)
+        assert function(step) == pytest.approx(schedule.get_last_lr()[0] / 0.5, rel=1e-12, abs=1e-15)
         optimizer.step()
         schedule.step()
 

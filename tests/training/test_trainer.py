@@ -89,8 +89,7 @@ def test_labels_are_those_of_the_average_in_eval_mode_on_clean_input(tmp_path: P
     labeler = Watching()
     made = run(tmp_path, labeler=labeler, ema_momentum=0.7, learning_rate=3e-2, pl_start=1.0)
     recorder = made.recorder
-    steps = sorted({position // 4 for _, batch, _, _ in labeler.asked for position in [0]})
-    assert steps == [0] and len(labeler.asked) == 4
+    assert len(labeler.asked) == 4
     names = recorder.averages[0].keys()
     differs = False
     for step, (teacher, batch, labels, weights) in enumerate(labeler.asked, start=1):

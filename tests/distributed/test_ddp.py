@@ -1,0 +1,164 @@
+"""Two gloo processes give what one process gives."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import two_processes  # noqa: E402
+
+pytestmark = pytest.mark.distributed
+
+TOLERANCE = 3e-5
+"""Relative, in the norm over all parameters: float32 sums in another order, and a few steps of their consequences."""
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("ddp")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tests = Path(__file__).parents[1]
+    paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(Path(two_processes.__file__)), str(folder)],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-5000:]
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def close(found: dict[str, Any], expected: Any) -> None:
+    recorder = expected.recorder
+    assert len(found["gradients"]) == len(recorder.gradients) > 0
+    for step in range(len(recorder.gradients)):
+        assert tiny.difference(recorder.gradients[step], found["gradients"][step]) < TOLERANCE
+        assert tiny.difference(recorder.weights[step], found["weights"][step]) < TOLERANCE
+        assert tiny.difference(recorder.averages[step], found["averages"][step]) < TOLERANCE
+
+
+def test_both_processes_hold_the_same_bits(launched: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, (first, second) = launched
+    assert first.keys() == second.keys()
+    for name in first:
+        for key in ("gradients", "weights", "averages", "buffers", "optimizer"):
+            assert tiny.same_bits(first[name][key], second[name][key]), (name, key)
+
+
+@pytest.mark.parametrize("family", ["bert", "wav2vec2"])
+def test_the_split_over_processes_changes_nothing(
+    launched: tuple[Path, list[dict[str, Any]]], tmp_path: Path, family: str
+) -> None:
+    _, ranks = launched
+    alone = two_processes.split(tmp_path, family, 16)
+    alone.train()
+    close(ranks[0][f"split-{family}"], alone)
+    for step in range(3):
+        # Each item once, half on each side.
+        drawn = [rank[f"split-{family}"]["drawn"][step] for rank in ranks]
+        assert sorted(item for side in drawn for item in side) == sorted(alone.drawn[step])
+        assert [len(side) for side in drawn] == [8, 8]
+    data = {"a": tiny.sentences(6, 9)} if family == "bert" else {"a": tiny.speech(6, 9)}
+    scores = alone.evaluate(data)
+    for key in ("eval_a_loss", "eval_ema_a_loss"):
+        assert ranks[0][f"split-{family}"]["evaluated"][key] == pytest.approx(scores[key], rel=1e-4)
+
+
+def test_padding_where_items_do_not_suffice(launched: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    alone = two_processes.odd(tmp_path)
+    alone.train()
+    close(launched[1][0]["odd"], alone)
+
+
+def test_pseudo_labels_some_dropped(launched: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    alone = two_processes.semi_supervised(tmp_path, tiny.ContentLabeler(two_processes.dropped))
+    alone.train()
+    close(launched[1][0]["semi_supervised"], alone)
+    # What is logged is of both processes.
+    kept = [entry["pseudo/kept"] for entry in alone.state.log_history if "pseudo/kept" in entry]
+    assert len(kept) == 2 and 0 < kept[0] < 1
+    for rank in launched[1]:
+        assert [e["pseudo/kept"] for e in rank["semi_supervised"]["history"] if "pseudo/kept" in e] == kept
+
+
+def test_nothing_kept_on_one_process(launched: tuple[Path, list[dict[str, Any]]]) -> None:
+    first, second = (rank["one_side"] for rank in launched[1])
+    assert all(bool(value.isfinite().all()) for step in first["gradients"] for value in step.values())
+    both = launched[1][0]["semi_supervised"]["gradients"]
+    assert tiny.difference(both[0], first["gradients"][0]) < 1e-7
+    assert tiny.difference(both[1], first["gradients"][1]) > 0.01
+    for number, step in enumerate((1, 2)):
+        sides = [[item for item in rank["one_side"]["drawn"][step] if item[0] == 1] for rank in launched[1]]
+        log = [entry for entry in second["history"] if "pseudo/kept" in entry][number]
+        assert log["pseudo/kept"] == len(sides[0]) / (len(sides[0]) + len(sides[1])) < 1
+
+
+def test_batch_norm_gets_the_micro_batches_of_one_process(
+    launched: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    alone = tiny.at_fixed_weights(*two_processes.batch_norm(tmp_path))
+    found = launched[1][0]["batch_norm"]["gradients"]
+    assert len(found) == 2
+    for step in range(2):
+        assert tiny.difference(alone.recorder.gradients[step], found[step]) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["wav2vec2", "parakeet"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    launched: tuple[Path, list[dict[str, Any]]], family: str
+) -> None:
+    for rank in launched[1]:
+        whole, resumed = rank[f"whole-{family}"], rank[f"resumed-{family}"]
+        assert len(whole["gradients"]) == two_processes.STEPS and len(resumed["gradients"]) == two_processes.STEPS - 5
+        for key in ("drawn", "gradients", "weights", "averages", "optimizer"):
+            assert tiny.same_bits(resumed[key], whole[key][5:]), key
+        assert tiny.same_bits(resumed["buffers"], whole["buffers"])
+        assert len(whole["history"]) == len(resumed["history"])
+        for before, after in zip(whole["history"], resumed["history"], strict=True):
+            assert before.keys() == after.keys()
+            for key, value in before.items():
+                # Saved are the mean loss and the summed confidences of the processes, not each one's own.
+                rounded = {"loss": 1e-6, "pseudo/confidence": 1e-12}.get(key)
+                assert after[key] == (value if rounded is None else pytest.approx(value, rel=rounded)), key
+
+
+def test_one_process_continues_what_two_began(launched: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    folder, ranks = launched
+    made = two_processes.split(tmp_path, "wav2vec2", 16)
+    made.train(resume_from_checkpoint=str(folder / "split-wav2vec2/checkpoint-1"))
+    found = ranks[0]["split-wav2vec2"]
+    assert len(made.recorder.weights) == 2
+    for step in (0, 1):
+        assert tiny.difference(made.recorder.weights[step], found["weights"][step + 1]) < TOLERANCE
+        assert tiny.difference(made.recorder.averages[step], found["averages"][step + 1]) < TOLERANCE

@@ -1,0 +1,125 @@
+"""What `test_ddp.py` runs on two gloo processes; each process writes what it saw to `<folder>/<rank>.pt`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+
+SCHEDULE = json.dumps([{"batch_size": 4, "until": 3}, {"batch_size": 8, "until": 8}, {"batch_size": 12}])
+STEPS = 7
+"""Steps end at 1, 2, 3, 5, 7, 8, 11 (and the run with them)."""
+
+
+def dropped(number: int) -> bool:
+    return number % 5 < 2
+
+
+def seen(made: Any) -> dict[str, Any]:
+    recorder = made.recorder
+    return {
+        "gradients": recorder.gradients,
+        "weights": recorder.weights,
+        "averages": recorder.averages,
+        "buffers": {name: buffer.clone() for name, buffer in made.model.named_buffers() if "running" in name},
+        "optimizer": recorder.after,
+        "drawn": made.drawn,
+        "history": [
+            {k: v for k, v in entry.items() if not any(x in k for x in ("runtime", "per_second", "train_loss"))}
+            for entry in made.state.log_history
+        ],
+    }
+
+
+def split(folder: Path, family: str, micro: int, **changes: Any) -> Any:
+    model, data = (tiny.bert(), tiny.sentences(40)) if family == "bert" else (tiny.wav2vec2(), tiny.speech(40))
+    values = {"max_steps": 3, "reference_batch_size": 16, "adam_epsilon": 1e-3, "per_device_train_batch_size": micro}
+    return tiny.trainer(model, tiny.arguments(folder, **(values | changes)), data)
+
+
+def odd(folder: Path) -> Any:
+    """Three items for two processes, one at a time: a place is filled by padding."""
+    args = tiny.arguments(folder, reference_batch_size=3, per_device_train_batch_size=1, adam_epsilon=1e-3)
+    return tiny.trainer(tiny.bert(), args, tiny.sentences(20))
+
+
+def semi_supervised(folder: Path, labeler: Any) -> Any:
+    return tiny.trainer(
+        tiny.wav2vec2(),
+        tiny.arguments(folder, max_steps=4, per_device_train_batch_size=2, adam_epsilon=1e-3, kappa=2.0, logging_strategy="steps", logging_steps=1),
+        tiny.speech(20),
+        unlabeled_dataset=tiny.speech(20, 1, labels=False),
+        pseudo_label_args=tiny.pseudo(pl_start=1.0, unlabeled_ratio=1.5, unlabeled_weight=0.7),
+        labeler=labeler,
+    )
+
+
+def batch_norm(folder: Path) -> Any:
+    """Five items in micro-batches of two: three of them, so one process gets a padding one."""
+    args = tiny.arguments(folder, max_steps=4, reference_batch_size=5, per_device_train_batch_size=2, kappa=2.0)
+    return tiny.parakeet(), args, tiny.speech(20, features=8)
+
+
+def resumable(folder: Path, family: str, init: int = 0) -> Any:
+    args = tiny.arguments(
+        folder,
+        max_steps=11,
+        batch_schedule=SCHEDULE,
+        per_device_train_batch_size=2,
+        lr_scheduler_type="cosine",
+        max_grad_norm=1.0,
+        logging_strategy="steps",
+        logging_steps=2,
+        eval_strategy="steps",
+        eval_steps=6,
+        save_strategy="steps",
+        save_steps=3,
+    )
+    if family == "wav2vec2":
+        model: Any = tiny.wav2vec2(dropout=0.1, layerdrop=0.2, masking=0.2, seed=init)
+        return tiny.trainer(model, args, tiny.speech(18), eval_dataset={"a": tiny.speech(5, 5), "b": tiny.speech(4, 6)})
+    return tiny.trainer(
+        tiny.parakeet(dropout=0.1, seed=init),
+        args,
+        tiny.speech(18, features=8),
+        unlabeled_dataset=tiny.speech(15, 1, features=8, labels=False),
+        pseudo_label_args=tiny.pseudo(pl_start=2.0, min_confidence=0.14),
+        eval_dataset=tiny.speech(5, 5, features=8),
+    )
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    results: dict[str, Any] = {}
+
+    def train(name: str, made: Any, **more: Any) -> None:
+        made.train(**more)
+        results[name] = seen(made)
+
+    for family in ("bert", "wav2vec2"):
+        made = split(folder / f"split-{family}", family, 4, save_strategy="steps", save_steps=1)
+        train(f"split-{family}", made)
+        results[f"split-{family}"]["evaluated"] = made.evaluate(
+            {"a": tiny.sentences(6, 9)} if family == "bert" else {"a": tiny.speech(6, 9)}
+        )
+    train("odd", odd(folder))
+    train("semi_supervised", semi_supervised(folder, tiny.ContentLabeler(dropped)))
+    train("one_side", semi_supervised(folder, tiny.ContentLabeler(drop=lambda number: rank == 1)))
+    results["batch_norm"] = seen(tiny.at_fixed_weights(*batch_norm(folder)))
+    for family in ("wav2vec2", "parakeet"):
+        train(f"whole-{family}", resumable(folder / f"whole-{family}", family))
+        torch.manual_seed(99 + rank)
+        made = resumable(folder / f"resumed-{family}", family, init=5)
+        train(f"resumed-{family}", made, resume_from_checkpoint=str(folder / f"whole-{family}" / "checkpoint-5"))
+    torch.save(results, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
