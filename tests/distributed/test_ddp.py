@@ -14,7 +14,7 @@ import tiny
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import two_processes  # noqa: E402
+import two_processes
 
 pytestmark = pytest.mark.distributed
 

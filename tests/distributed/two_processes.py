@@ -51,7 +51,15 @@ def odd(folder: Path) -> Any:
 def semi_supervised(folder: Path, labeler: Any) -> Any:
     return tiny.trainer(
         tiny.wav2vec2(),
-        tiny.arguments(folder, max_steps=4, per_device_train_batch_size=2, adam_epsilon=1e-3, kappa=2.0, logging_strategy="steps", logging_steps=1),
+        tiny.arguments(
+            folder,
+            max_steps=4,
+            per_device_train_batch_size=2,
+            adam_epsilon=1e-3,
+            kappa=2.0,
+            logging_strategy="steps",
+            logging_steps=1,
+        ),
         tiny.speech(20),
         unlabeled_dataset=tiny.speech(20, 1, labels=False),
         pseudo_label_args=tiny.pseudo(pl_start=1.0, unlabeled_ratio=1.5, unlabeled_weight=0.7),
@@ -82,7 +90,9 @@ def resumable(folder: Path, family: str, init: int = 0) -> Any:
     )
     if family == "wav2vec2":
         model: Any = tiny.wav2vec2(dropout=0.1, layerdrop=0.2, masking=0.2, seed=init)
-        return tiny.trainer(model, args, tiny.speech(18), eval_dataset={"a": tiny.speech(5, 5), "b": tiny.speech(4, 6)})
+        return tiny.trainer(
+            model, args, tiny.speech(18), eval_dataset={"a": tiny.speech(5, 5), "b": tiny.speech(4, 6)}
+        )
     return tiny.trainer(
         tiny.parakeet(dropout=0.1, seed=init),
         args,

@@ -1,4 +1,4 @@
-"""The same samples give the same gradient however they are split, and a kappa-step is the mean of its reference steps."""
+"""The same samples give the same gradient however split, and a kappa-step is the mean of its reference steps."""
 
 from __future__ import annotations
 

@@ -21,7 +21,10 @@ from hf_ema_scaling.training.trainer import EMATrainer
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps=4: one dataloader batch is one optimizer step"),
+        (
+            {"gradient_accumulation_steps": 4},
+            "gradient_accumulation_steps=4: one dataloader batch is one optimizer step",
+        ),
         ({"auto_find_batch_size": True}, "auto_find_batch_size would change the batch: lower per_device"),
         ({"ignore_data_skip": True}, "ignore_data_skip would resume at another position"),
         ({"kappa": 2.0, "batch_size": 8}, "at most one of kappa, batch_size, batch_schedule, got .*'kappa': 2.0"),
@@ -59,7 +62,10 @@ def test_contradictory_arguments(tmp_path: Path, changes: dict[str, Any], messag
         ({"ema_start": 4.0}, "ema_start=4 must be before the end of the run"),
         ({"ema_momentum": 1.0}, r"ema_momentum must lie in \[0, 1\), got 1.0"),
         ({"kappa": -1.0}, "kappa must be a finite number above 0"),
-        ({"batch_unit": "seconds"}, r"batch_unit=seconds needs the column 'duration' .* it has \['input_ids', 'labels'\]"),
+        (
+            {"batch_unit": "seconds"},
+            r"batch_unit=seconds needs the column 'duration' .* it has \['input_ids', 'labels'\]",
+        ),
         ({"bucket_window": 3}, "bucket_window=3 needs lengths"),
     ],
 )
@@ -107,7 +113,9 @@ def test_items_without_a_size_are_refused(tmp_path: Path) -> None:
     data = tiny.speech(4)
     silent = data.remove_columns("duration").add_column("duration", [1.0, 0.0, 2.0, float("nan")])
     args = tiny.arguments(tmp_path, batch_unit="seconds", reference_batch_size=2.5)
-    with pytest.raises(ValueError, match=r"item 1 has size 0.0; every item needs a finite size above 0 \(2 of 4 do not\)"):
+    with pytest.raises(
+        ValueError, match=r"item 1 has size 0.0; every item needs a finite size above 0 \(2 of 4 do not\)"
+    ):
         EMATrainer(tiny.wav2vec2(), args, train_dataset=silent)
 
 

@@ -1,4 +1,4 @@
-"""What must not go unnoticed: an average that does not live, targets that CTC cannot learn, gradients that are not finite."""
+"""What must not go unnoticed: a dead average, targets that CTC cannot learn, gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -198,7 +198,13 @@ def test_skip_moves_nothing_but_the_clock(tmp_path: Path, value: float, optim: s
 
 
 def test_a_skipped_step_does_not_disturb_a_resume(tmp_path: Path) -> None:
-    values = {"max_steps": 6, "on_nonfinite": "skip", "max_example_loss": None, "save_strategy": "steps", "save_steps": 2}
+    values = {
+        "max_steps": 6,
+        "on_nonfinite": "skip",
+        "max_example_loss": None,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
     whole = bert_run(tmp_path / "whole", example_loss=poisoned(2, math.nan), **values)
     whole.train()
     made = bert_run(tmp_path / "resumed", example_loss=poisoned(-1, math.nan), **values)
@@ -228,7 +234,9 @@ def test_training_refuses_rows_without_tokens_or_frames(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="labelled row 3 has no label tokens: drop such rows"):
         tiny.trainer(tiny.wav2vec2(), tiny.arguments(tmp_path), with_labels(3, [])).train()
     long = [1] * 30
-    with pytest.raises(ValueError, match=r"labelled row 4 needs 59 frames for its labels, but the model makes \d\d of"):
+    with pytest.raises(
+        ValueError, match=r"labelled row 4 needs 59 frames for its labels, but the model makes \d\d of"
+    ):
         tiny.trainer(tiny.wav2vec2(), tiny.arguments(tmp_path), with_labels(4, long)).train()
 
 

@@ -18,15 +18,17 @@ def run(folder: Path, **changes: Any) -> Any:
 
 
 def test_events_fire_at_the_first_step_that_crosses_a_multiple(tmp_path: Path) -> None:
-    made = run(
-        tmp_path, max_steps=20, kappa=3.0, small_batch_until=2, logging_steps=4, eval_steps=5, save_steps=6
-    )
+    made = run(tmp_path, max_steps=20, kappa=3.0, small_batch_until=2, logging_steps=4, eval_steps=5, save_steps=6)
     # Steps end at 1, 2, 5, 8, 11, 14, 17, 20.
     assert made.state.max_steps == 8
     assert made.recorder.clocks("log") == [5, 8, 14, 17, 20]
     assert made.recorder.clocks("evaluate") == [5, 11, 17, 20]
     assert made.recorder.clocks("save") == [8, 14, 20]
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-4",
+        "checkpoint-6",
+        "checkpoint-8",
+    ]
 
 
 def test_at_kappa_one_they_are_transformers_own(tmp_path: Path) -> None:
@@ -57,7 +59,9 @@ def test_eval_delay_counts_reference_steps(tmp_path: Path) -> None:
 
 
 def test_logs_carry_the_clock_and_the_state_of_scaling(tmp_path: Path) -> None:
-    made = run(tmp_path, max_steps=9, kappa=3.0, small_batch_until=3, logging_steps=3, eval_steps=6, save_strategy="no")
+    made = run(
+        tmp_path, max_steps=9, kappa=3.0, small_batch_until=3, logging_steps=3, eval_steps=6, save_strategy="no"
+    )
     logs = [entry for entry in made.state.log_history if "loss" in entry]
     assert [entry["clock/reference_step"] for entry in logs] == [3, 6, 9]
     assert [entry["step"] for entry in logs] == [3, 4, 5]

@@ -66,7 +66,9 @@ def test_rows_of_the_labelled_set_are_those_of_the_index(tmp_path: Path) -> None
 def test_bf16_autocast_keeps_float32_weights_and_average(tmp_path: Path) -> None:
     model = tiny.wav2vec2()
     made = run(tmp_path, model, bf16=True)
-    assert {p.dtype for p in made.model.parameters()} == {t.dtype for t in tiny.average(made).values()} == {torch.float32}
+    assert (
+        {p.dtype for p in made.model.parameters()} == {t.dtype for t in tiny.average(made).values()} == {torch.float32}
+    )
     plain = run(tmp_path)
     apart = tiny.difference(plain.recorder.gradients[0], made.recorder.gradients[0])
     assert 1e-4 < apart < 0.2
@@ -131,7 +133,9 @@ def test_identity_knows_the_data_and_the_reference_recipe(tmp_path: Path) -> Non
 def test_sizes_come_from_the_columns(tmp_path: Path) -> None:
     data = tiny.speech(5)
     durations = np.array(data["duration"][:])
-    seconds = data_source(data, tiny.arguments(tmp_path, batch_unit="seconds", reference_batch_size=9.5), "train_dataset")
+    seconds = data_source(
+        data, tiny.arguments(tmp_path, batch_unit="seconds", reference_batch_size=9.5), "train_dataset"
+    )
     assert np.array_equal(seconds.units, durations) and seconds.lengths is not None
     samples = data_source(data, tiny.arguments(tmp_path), "train_dataset")
     assert samples.units.tolist() == [1.0] * 5 and np.array_equal(samples.lengths, durations)

@@ -64,7 +64,9 @@ def test_ctc_by_hand() -> None:
     assert float(ctc_losses(p, torch.tensor([2]), torch.tensor([[1]]), blank=2)) == pytest.approx(
         -math.log(0.3 * 0.1 + 0.3 * 0.3 + 0.2 * 0.1), rel=1e-6
     )
-    assert float(ctc_losses(p, torch.tensor([1]), torch.tensor([[1]]), blank=0)) == pytest.approx(-math.log(0.3), rel=1e-6)
+    assert float(ctc_losses(p, torch.tensor([1]), torch.tensor([[1]]), blank=0)) == pytest.approx(
+        -math.log(0.3), rel=1e-6
+    )
 
 
 def test_ctc_of_a_target_without_room_is_infinite_and_without_tokens_refused() -> None:

@@ -27,7 +27,11 @@ def metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def bert_run(folder: Path, **changes: Any) -> Any:
-    more = {key: changes.pop(key) for key in ("eval_dataset", "compute_metrics", "callbacks", "model_init") if key in changes}
+    more = {
+        key: changes.pop(key)
+        for key in ("eval_dataset", "compute_metrics", "callbacks", "model_init")
+        if key in changes
+    }
     model = changes.pop("model", None)
     more.setdefault("eval_dataset", DEV["a"])
     values = {"max_steps": 6, "learning_rate": 3e-2}
@@ -86,7 +90,9 @@ def test_the_exported_average_scores_as_reported_bit_for_bit(tmp_path: Path) -> 
         assert not [key for key in again if key.startswith("eval_ema")]
 
 
-@pytest.mark.parametrize(("which", "student", "average"), [("both", True, True), ("ema", False, True), ("student", True, False)])
+@pytest.mark.parametrize(
+    ("which", "student", "average"), [("both", True, True), ("ema", False, True), ("student", True, False)]
+)
 def test_evaluate_weights(tmp_path: Path, which: str, student: bool, average: bool) -> None:
     made = bert_run(tmp_path, evaluate_weights=which, compute_metrics=metrics)
     made.train()
@@ -100,7 +106,9 @@ def test_evaluate_weights(tmp_path: Path, which: str, student: bool, average: bo
     weights = tiny.average(made) if which == "ema" else before
     model = tiny.bert()
     model.load_state_dict({**model.state_dict(), **weights})
-    assert float(predicted.predictions[:, 0].mean()) == pytest.approx(plain_metrics(model, DEV["b"])["first"], rel=1e-6)
+    assert float(predicted.predictions[:, 0].mean()) == pytest.approx(
+        plain_metrics(model, DEV["b"])["first"], rel=1e-6
+    )
 
 
 def test_evaluation_loss_is_the_training_loss_cap_and_all(tmp_path: Path) -> None:
@@ -195,7 +203,9 @@ def test_the_best_model_scores_exactly_the_best_metric(tmp_path: Path, metric: s
     model = BertForSequenceClassification.from_pretrained(folder)
     assert tiny.same_bits(tiny.parameters(made.model), tiny.parameters(model))
     average = BertForSequenceClassification.from_pretrained(best / "ema")
-    assert tiny.same_bits({name: tiny.average(made)[name] for name in tiny.parameters(average)}, tiny.parameters(average))
+    assert tiny.same_bits(
+        {name: tiny.average(made)[name] for name in tiny.parameters(average)}, tiny.parameters(average)
+    )
 
 
 # ---- Save
@@ -334,7 +344,14 @@ RELIED_ON = {
     "_set_signature_columns_if_needed": ["self"],
     "create_optimizer": ["self", "model"],
     "create_scheduler": ["self", "num_training_steps", "optimizer"],
-    "evaluation_loop": ["self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
+    "evaluation_loop": [
+        "self",
+        "dataloader",
+        "description",
+        "prediction_loss_only",
+        "ignore_keys",
+        "metric_key_prefix",
+    ],
     "floating_point_ops": ["self", "inputs"],
     "get_train_dataloader": ["self"],
     "log": ["self", "logs", "start_time"],

@@ -66,7 +66,7 @@ def test_every_param_group_holds_the_plans_values(finished: tuple[Any, list[floa
 
 
 def test_those_values_by_hand(finished: tuple[Any, list[float]]) -> None:
-    """The learning rate is sqrt(kappa) times the mean of transformers' own schedule over the reference steps covered."""
+    """The learning rate is sqrt(kappa) times the mean of transformers' own over the reference steps covered."""
     made, kappas = finished
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-2)
     reference = get_cosine_schedule_with_warmup(optimizer, 4, 23)
@@ -96,7 +96,9 @@ def test_the_average_is_the_closed_form_of_the_recorded_weights(finished: tuple[
     expected = {name: value.double() for name, value in recorder.initial.items()}
     for t, kappa in enumerate(kappas):
         rho = 0.9**kappa
-        expected = {name: rho * value + (1 - rho) * recorder.weights[t][name].double() for name, value in expected.items()}
+        expected = {
+            name: rho * value + (1 - rho) * recorder.weights[t][name].double() for name, value in expected.items()
+        }
         found = {name: recorder.averages[t][name] for name in expected}
         assert tiny.difference(expected, found) < 3e-7 * (t + 1)
     last = {name: recorder.weights[-1][name] for name in expected}
@@ -160,7 +162,13 @@ def test_sgd_with_momentum_follows_its_own_rule(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kappa", [1.0, 4.0])
 def test_clipping_scales_with_the_rule_and_its_rate_is_logged(tmp_path: Path, kappa: float) -> None:
     made = run(
-        tmp_path, max_steps=8, kappa=kappa, warmup_steps=0, max_grad_norm=0.2, logging_strategy="steps", logging_steps=4
+        tmp_path,
+        max_steps=8,
+        kappa=kappa,
+        warmup_steps=0,
+        max_grad_norm=0.2,
+        logging_strategy="steps",
+        logging_steps=4,
     )
     limit = 0.2 / math.sqrt(kappa)
     norms = [math.sqrt(sum(float(g.square().sum()) for g in step.values())) for step in made.recorder.gradients]
@@ -186,7 +194,9 @@ def test_clipping_scales_with_the_rule_and_its_rate_is_logged(tmp_path: Path, ka
 )
 def test_multipliers_are_transformers_own(name: str, specific: dict[str, Any]) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
-    schedule = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=10, scheduler_specific_kwargs=specific)
+    schedule = get_scheduler(
+        name, optimizer, num_warmup_steps=3, num_training_steps=10, scheduler_specific_kwargs=specific
+    )
     function = lr_multiplier(name, learning_rate=0.5, warmup_steps=3, reference_steps=10, specific=specific)
     for step in range(10):
         assert function(step) == pytest.approx(schedule.get_last_lr()[0] / 0.5, rel=1e-12, abs=1e-15)

@@ -18,7 +18,15 @@ from hf_ema_scaling.training.trainer import PseudoLabelTrainer
 
 
 def run(folder: Path, **changes: Any) -> Any:
-    own = ("labeler", "unlabeled_dataset", "pl_start", "unlabeled_ratio", "unlabeled_weight", "min_confidence", "model")
+    own = (
+        "labeler",
+        "unlabeled_dataset",
+        "pl_start",
+        "unlabeled_ratio",
+        "unlabeled_weight",
+        "min_confidence",
+        "model",
+    )
     given = {key: changes.pop(key) for key in own if key in changes}
     more = {key: given.pop(key) for key in ("labeler", "unlabeled_dataset") if key in given}
     more.setdefault("unlabeled_dataset", tiny.speech(14, 1, labels=False))
@@ -66,7 +74,8 @@ def test_the_unlabelled_loss_enters_the_gradient_by_its_weight(tmp_path: Path) -
     assert tiny.same_bits(gradients[0.0][0], gradients[1.0][0])
     for step in (1, 2):
         one, two = (
-            {n: gradients[w][step][n].double() - g.double() for n, g in gradients[0.0][step].items()} for w in (1.0, 2.0)
+            {n: gradients[w][step][n].double() - g.double() for n, g in gradients[0.0][step].items()}
+            for w in (1.0, 2.0)
         )
         assert tiny.difference(gradients[0.0][step], gradients[1.0][step]) > 0.05
         assert tiny.difference(two, {name: 2 * value for name, value in one.items()}) < 1e-5
@@ -80,7 +89,9 @@ def test_labels_in_the_unlabelled_set_change_no_bit(tmp_path: Path) -> None:
     results = []
     for data in (bare, poisoned):
         made = run(tmp_path, unlabeled_dataset=data, ema_momentum=0.5)
-        results.append((tiny.parameters(made.model), tiny.average(made), made.recorder.gradients, made.label_statistics.counts))
+        results.append(
+            (tiny.parameters(made.model), tiny.average(made), made.recorder.gradients, made.label_statistics.counts)
+        )
     assert results[0][3]["kept"] > 0
     assert tiny.same_bits(results[0], results[1])
 
@@ -155,7 +166,11 @@ def test_a_step_whose_labels_are_all_dropped_runs_and_learns_from_the_labelled_r
 
 def test_a_step_of_unlabelled_items_alone_may_lose_them_all(tmp_path: Path) -> None:
     made = run(
-        tmp_path, labeler=tiny.ContentLabeler(drop=lambda number: True), unlabeled_ratio=9.0, reference_batch_size=2, max_steps=8
+        tmp_path,
+        labeler=tiny.ContentLabeler(drop=lambda number: True),
+        unlabeled_ratio=9.0,
+        reference_batch_size=2,
+        max_steps=8,
     )
     alone = [step for step, drawn in enumerate(made.drawn) if all(source == 1 for source, _, _ in drawn)]
     assert alone
@@ -174,17 +189,25 @@ def test_min_confidence_drops_the_labels_below_it(tmp_path: Path) -> None:
     counts = made.label_statistics.counts
     assert counts["rows"] == 2 and counts["dropped_confidence"] == sum(score < limit for score in first)
     everything = run(tmp_path, min_confidence=1.0).label_statistics.counts
-    assert everything["kept"] == 0 and everything["dropped_confidence"] + everything["dropped_empty"] == everything["rows"]
+    assert (
+        everything["kept"] == 0
+        and everything["dropped_confidence"] + everything["dropped_empty"] == everything["rows"]
+    )
 
 
 def test_raising_the_threshold_never_keeps_more(tmp_path: Path) -> None:
-    kept = [run(tmp_path, max_steps=3, min_confidence=limit).label_statistics.counts["kept"] for limit in (0, 0.15, 0.2, 0.3, 1)]
+    kept = [
+        run(tmp_path, max_steps=3, min_confidence=limit).label_statistics.counts["kept"]
+        for limit in (0, 0.15, 0.2, 0.3, 1)
+    ]
     assert kept == sorted(kept, reverse=True) and kept[0] > 0 == kept[-1]
 
 
 def test_logs_count_every_unlabelled_row_once(tmp_path: Path) -> None:
     labeler = Watching()
-    made = run(tmp_path, labeler=labeler, max_steps=6, kappa=2.0, logging_strategy="steps", logging_steps=4, pl_start=2.0)
+    made = run(
+        tmp_path, labeler=labeler, max_steps=6, kappa=2.0, logging_strategy="steps", logging_steps=4, pl_start=2.0
+    )
     logs = [entry for entry in made.state.log_history if "loss" in entry]
     labels = [label for _, _, asked, _ in labeler.asked for label in asked]
     # Steps end at 1, 2, 4, 6; the log at 4 saw four unlabelled rows.
@@ -192,7 +215,9 @@ def test_logs_count_every_unlabelled_row_once(tmp_path: Path) -> None:
     first = labels[:4]
     assert logs[0]["pseudo/kept"] == sum(label.kept for label in first) / 4
     assert logs[0]["pseudo/confidence"] == pytest.approx(sum(label.confidence for label in first) / 4)
-    assert logs[0]["pseudo/tokens"] == sum(len(label.ids) for label in first if label.kept) / sum(x.kept for x in first)
+    assert logs[0]["pseudo/tokens"] == sum(len(label.ids) for label in first if label.kept) / sum(
+        x.kept for x in first
+    )
     assert made.label_statistics.counts["rows"] == 4
 
 
