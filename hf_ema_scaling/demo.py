@@ -49,17 +49,18 @@ class DemoConfig:
     """The recipe of the demo, at its reference batch of 16 utterances."""
 
     steps: int = 2000
-    pl_start: int = 600
+    pl_start: int = 500
     unlabeled_ratio: float = 3.0
     reference_batch_size: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     warmup_steps: int = 100
-    ema_momentum: float = 0.99
+    ema_momentum: float = 0.98
     hidden_size: int = 128
     layers: int = 3
-    conv_channels: int = 32
+    intermediate_size: int = 256
+    conv_channels: int = 16
     dropout: float = 0.1
-    evaluations: int = 10
+    evaluations: int = 6
 
 
 class ToplineTrainer(PseudoLabelTrainer):
@@ -145,15 +146,15 @@ def build_model(config: DemoConfig, processor: Any, seed: int) -> ParakeetForCTC
         hidden_size=config.hidden_size,
         num_hidden_layers=config.layers,
         num_attention_heads=4,
-        intermediate_size=4 * config.hidden_size,
+        intermediate_size=config.intermediate_size,
         num_mel_bins=processor.feature_extractor.feature_size,
         # Characters need a frame every 40 ms: with a factor of 8 many labels would not fit their frames.
         subsampling_factor=4,
         subsampling_conv_channels=config.conv_channels,
         conv_kernel_size=9,
         dropout=config.dropout,
-        attention_dropout=config.dropout,
-        activation_dropout=config.dropout,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
         layerdrop=0.0,
     )
     tokenizer = processor.tokenizer
@@ -307,6 +308,8 @@ def _trainer(
         kappa=kappa,
         small_batch_until=config.pl_start,
         bucket_window=8,
+        # The first steps have enough to do with clean input.
+        augment_start=config.pl_start,
         per_device_train_batch_size=config.reference_batch_size,
         per_device_eval_batch_size=32,
         eval_strategy="steps",

@@ -87,7 +87,10 @@ class SyntheticCorpusConfig:
     unlabelled_voices: int = 288
     """Voices of the unlabelled split; the evaluation split has all others."""
     noise: float = 0.02
-    """White noise: its standard deviation is uniform in [0, noise) per utterance, at a speech peak of 0.5."""
+    """White noise of the labelled split, which is spoken in a quiet room: its standard deviation is uniform in
+    [0, noise) per utterance, at a speech peak of 0.5."""
+    wild_noise: float = 0.08
+    """The same for the unlabelled and the evaluation split, which are recorded anywhere."""
     rate: tuple[int, int] = (140, 210)
     """Words per minute, lowest and highest."""
     pitch: tuple[int, int] = (25, 75)
@@ -108,8 +111,9 @@ class SyntheticCorpusConfig:
             low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f"{name} must be (lowest, highest), got {(low, high)}")
-        if self.noise < 0:
-            raise ValueError(f"noise must not be negative, got {self.noise}")
+        for name in ("noise", "wild_noise"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def fingerprint(self) -> str:
         """Hash of the config, the installed eSpeak NG and the code's own format number."""
@@ -259,11 +263,11 @@ def _filled(word: str, rng: np.random.Generator) -> str:
 
 
 def _utterance(
-    config: SyntheticCorpusConfig, voices: tuple[str, ...], rng: np.random.Generator, *, evaluation: bool
+    config: SyntheticCorpusConfig, name: str, voices: tuple[str, ...], rng: np.random.Generator
 ) -> tuple[npt.NDArray[np.int16], str, str]:
-    """Samples at the corpus rate, the sentence, the voice. Depends on the arguments only."""
+    """Samples at the corpus rate, the sentence, the voice of an utterance of split `name`, from the arguments only."""
     voice = voices[int(rng.integers(len(voices)))]
-    text = sentence(rng, evaluation=evaluation)
+    text = sentence(rng, evaluation=name == "evaluation")
     rate, pitch, intonation = (
         int(rng.integers(low, high, endpoint=True)) for low, high in (config.rate, config.pitch, config.intonation)
     )
@@ -273,7 +277,8 @@ def _utterance(
     peak = float(np.abs(waveform).max(initial=0.0))
     if peak < 1e-3:
         raise RuntimeError(f"eSpeak NG is silent on {text!r} with voice {voice}")
-    noise = config.noise * rng.random() * rng.standard_normal(len(waveform))
+    loudest = config.noise if name == "labelled" else config.wild_noise
+    noise = loudest * rng.random() * rng.standard_normal(len(waveform))
     mixed = waveform.astype(np.float64) * (0.5 / peak) + noise
     return (mixed.clip(-1, 1) * 32767).round().astype(np.int16), text, voice
 
@@ -286,7 +291,7 @@ def _split(config: SyntheticCorpusConfig, name: str, voices: tuple[str, ...]) ->
     with tqdm(total=round(target), desc=f"speaking {name}", unit="s", disable=None) as progress:
         while spoken < target:
             rng = np.random.default_rng([config.seed, SPLITS.index(name), len(rows)])
-            samples, text, voice = _utterance(config, voices, rng, evaluation=name == "evaluation")
+            samples, text, voice = _utterance(config, name, voices, rng)
             seconds = len(samples) / config.sampling_rate
             if rows and spoken + seconds - target > target - spoken:
                 break  # nearer to the target without this one

@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 
 @pytest.mark.parametrize(
     ("name", "half_life", "kept"),
-    [("asterisk_en", 1103.48, 0.99**900), ("librispeech_100_860", 1386 * 1200, 0.0006)],
+    [("asterisk_en", 1106, 0.0005), ("librispeech_100_860", 1386 * 1200, 0.0006)],
 )
 def test_configs(name: str, half_life: float, kept: float) -> None:
     argv = ["--config", str(CONFIGS / f"{name}.yaml"), "--use_cpu", "true", "--bf16", "false", "--output_dir", "o"]

@@ -83,8 +83,8 @@ def test_the_unlabelled_loss_enters_the_gradient_by_its_weight(tmp_path: Path) -
 
 def test_labels_in_the_unlabelled_set_change_no_bit(tmp_path: Path) -> None:
     bare = tiny.speech(14, 1, labels=False)
-    rng = np.random.default_rng(3)
-    texts = [rng.integers(1, 9, 40).tolist() for _ in range(14)]
+    # Text, on which a collator that saw it would stumble.
+    texts = [f"not ids {row}" for row in range(14)]
     poisoned = bare.add_column("labels", texts).add_column("label", list(range(14)))
     results = []
     for data in (bare, poisoned):
