@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_ARGS ?=
+JOBS ?= 2
 
 .PHONY: demo test test-slow lint clean
 
@@ -11,7 +12,7 @@ demo: $(STAMP)
 	$(BIN)/hf-ema-scaling demo $(DEMO_ARGS)
 
 test: $(STAMP) lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" tests
 
 test-slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow tests

@@ -11,6 +11,8 @@ import pytest
 pytest.importorskip("espeakng_loader")
 pytest.importorskip("matplotlib")
 
+pytestmark = pytest.mark.slow
+
 from hf_ema_scaling import demo
 from hf_ema_scaling.data.synthetic import SyntheticCorpusConfig
 

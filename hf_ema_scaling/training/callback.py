@@ -9,17 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_ema_scaling.ema import AverageStateError, EMATeacher, WeightAverage, load_average, save_average
 from hf_ema_scaling.ema.average import BufferPolicy
-from hf_ema_scaling.ema.names import local_shard
 from hf_ema_scaling.scaling import ReferenceClock, ema_weight, momentum_from_half_life, scale_momentum
 from hf_ema_scaling.training.checks import LivenessWatch
+from hf_ema_scaling.training.stock import (
+    learns,
+    loader_batch_size,
+    loss_scale,
+    nonfinite_parameter,
+    refuse_unsupported,
+)
 
 EMA_FOLDER = "ema"
 """Folder of the average inside a checkpoint."""
@@ -206,7 +210,7 @@ class EMACallback(TrainerCallback):
             AverageStateError: The average to resume is missing, damaged, or of another step or run.
         """
         model: nn.Module = kwargs["model"]
-        _refuse_unsupported(args, model)
+        refuse_unsupported(args, model)
         self._units = loader_batch_size(kwargs.get("train_dataloader"), args.world_size)
         self._units *= args.gradient_accumulation_steps
         self._writes = args.should_save
@@ -244,7 +248,7 @@ class EMACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remembers the fp16 loss scale, which an overflow lowers."""
-        self._scale = _loss_scale(kwargs.get("optimizer"))
+        self._scale = loss_scale(kwargs.get("optimizer"))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -274,7 +278,7 @@ class EMACallback(TrainerCallback):
         if begin < self.ema_start - _DUST:
             self.average.update(model, 0.0)
             return
-        watched = not self._alive and _learns(optimizer)
+        watched = not self._alive and learns(optimizer)
         if watched and self._watch is None:
             self._watch = LivenessWatch(self.average)
         self.average.update(model, self.momentum, kappa)
@@ -360,7 +364,7 @@ class EMACallback(TrainerCallback):
         if getattr(optimizer, "step_was_skipped", False):
             return True
         # accelerate does not notice the skip of fused optimizers (huggingface/accelerate#4242); the scale backs off.
-        after = _loss_scale(optimizer)
+        after = loss_scale(optimizer)
         return self._scale is not None and after is not None and after < self._scale
 
     def _warn_about_learning_rate(self) -> None:
@@ -378,72 +382,5 @@ class EMACallback(TrainerCallback):
         )
 
 
-def loader_batch_size(loader: Any, world_size: int) -> int:
-    """Samples that one batch of a prepared loader holds over all processes.
-
-    Args:
-        loader: A loader that `accelerator.prepare` returned.
-        world_size: Number of processes.
-
-    Raises:
-        ValueError: The loader does not say.
-    """
-    size: Any = None
-    try:
-        if isinstance(getattr(loader, "dataset", None), IterableDataset):
-            # accelerate's own total is that of one process, or missing, for iterable data.
-            size = loader.batch_size * (1 if getattr(loader, "split_batches", False) else world_size)
-        else:
-            size = loader.total_batch_size
-    except (AttributeError, TypeError):
-        pass
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(
-            f"EMACallback cannot tell how many samples a batch of {type(loader).__name__} holds, and so not kappa: "
-            "the loader must come from accelerator.prepare and have a fixed batch size (a batch sampler of one's own "
-            "needs a batch_size attribute). For batches that change size use EMATrainer."
-        )
-    return size
-
-
-@torch.no_grad()
-def nonfinite_parameter(model: nn.Module) -> str | None:
-    """Name of the first trainable parameter with a NaN or an infinity on this process, or None.
-
-    One multi-tensor reduction and one host synchronisation; the names are looked at only when something is wrong.
-    """
-    named = [(name, local_shard(p.detach())) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
-    if not named:
-        return None
-    # The largest magnitude, unlike the Euclidean norm, cannot overflow in half precision, and it carries NaN along.
-    peaks = torch._foreach_norm([tensor for _, tensor in named], math.inf)
-    finite = torch.stack([peak.to(peaks[0].device, torch.float32) for peak in peaks]).isfinite()
-    if bool(finite.all()):
-        return None
-    return next(name for (name, _), good in zip(named, finite.tolist(), strict=True) if not good)
-
-
 def _checkpoint(args: TrainingArguments, step: int) -> Path:
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-
-
-def _loss_scale(optimizer: Any) -> float | None:
-    scaler = getattr(optimizer, "scaler", None)
-    return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else None
-
-
-def _learns(optimizer: Any) -> bool:
-    # The scheduler moves after this hook, so these are the learning rates of the step just made.
-    return optimizer is not None and any(float(group["lr"]) > 0 for group in optimizer.param_groups)
-
-
-def _refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
-    if "schedule_free" in str(getattr(args.optim, "value", args.optim)):
-        raise ValueError(
-            f"optim={args.optim!r} keeps an average of its own and swaps weights in evaluation; use either it or "
-            "EMACallback, for example with optim='adamw_torch'."
-        )
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise NotImplementedError(
-            "EMACallback cannot average parameters that DeepSpeed ZeRO-3 has partitioned; use ZeRO-1 or 2, or DDP."
-        )

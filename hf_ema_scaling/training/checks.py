@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers import Trainer
 
 from hf_ema_scaling.ema import WeightAverage, check_moved
 from hf_ema_scaling.labels.ctc import ctc_frame_lengths, frames_of, min_ctc_frames
@@ -167,3 +169,24 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def refuse_unsupported(trainer: Trainer) -> None:
+    """Raises for what the trainers of this library do not support, with the reason and the way out.
+
+    Args:
+        trainer: a trainer whose own constructor has run.
+
+    Raises:
+        ValueError, NotImplementedError: see above.
+    """
+    if trainer.compute_loss_func is not None:
+        raise ValueError("compute_loss_func is not used here: pass example_loss, which returns one loss per row")
+    if trainer.lr_scheduler is not None:
+        raise ValueError("a scheduler cannot be passed: choose lr_scheduler_type, which runs on the reference clock")
+    if trainer.args.n_gpu > 1:
+        raise NotImplementedError("DataParallel is not supported: start one process per GPU (accelerate launch)")
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or trainer.is_distributed_loading_by_transformers:
+        raise NotImplementedError("sharded training (DeepSpeed, FSDP) is not supported yet: use DDP")
+    if isinstance(trainer.train_dataset, IterableDataset):
+        raise NotImplementedError("streaming data sets are not supported yet: use a map-style data set")

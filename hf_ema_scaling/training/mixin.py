@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,13 @@ from hf_ema_scaling.ema import WeightAverage, load_average, save_average
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths, greedy_ctc
 from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan, StepBorders, scaling_rule, weight_from_log_momentum
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
+from hf_ema_scaling.training.augment import Augmentation, augment
 from hf_ema_scaling.training.checks import (
     LivenessWatch,
     check_ctc_targets,
     frozen_statistics,
     has_batch_statistics,
+    refuse_unsupported,
     share_statistics,
 )
 from hf_ema_scaling.training.flow import AverageUpdate, ReferenceFlow
@@ -38,11 +39,6 @@ from hf_ema_scaling.training.run_state import RunState, optimizer_family, read_r
 from hf_ema_scaling.training.scheduler import PlanScheduler, reference_values
 
 logger = logging.get_logger(__name__)
-
-Augmentation = Callable[[Tensor, Tensor, list[int]], Tensor]
-"""`(features (rows, frames, bins), lengths (rows,), seed of each row) -> features`."""
-
-SEEDS_PER_RUN = 2**40
 
 
 class EMATrainerMixin(Trainer):
@@ -74,7 +70,7 @@ class EMATrainerMixin(Trainer):
         if not isinstance(args, EMATrainingArguments):
             raise TypeError(f"args must be EMATrainingArguments, got {type(args).__name__}")
         super().__init__(model=model, args=args, **kwargs)
-        self._refuse_unsupported()
+        refuse_unsupported(self)
         if "labels" not in self.label_names:
             # The loss needs them, whether or not the model's forward names them.
             self.label_names = [*self.label_names, "labels"]
@@ -247,20 +243,21 @@ class EMATrainerMixin(Trainer):
         for number, micro_batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss = self._micro_batch_loss(model, micro_batch, step) * scale
+                loss = self.micro_batch_loss(model, micro_batch) * scale
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
 
-    def _micro_batch_loss(self, model: nn.Module, micro_batch: MicroBatch, step: SampledStep) -> Tensor:
+    def micro_batch_loss(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
         """Sum of the weighted example losses of a micro-batch; zero, but part of the graph, where nothing is kept."""
         padding = micro_batch["weight"] == 0
         inputs = self._prepare_inputs(dict(micro_batch["inputs"]))
         labels = inputs.pop("labels")
         weights = micro_batch.get("example_weights")
         rows = None if weights is None else torch.nonzero(weights).flatten().to(labels.device)
-        if self.augmentation is not None and step.start >= self.args.augment_start:
-            inputs = self._augmented(inputs, micro_batch["positions"])
+        if self.augmentation is not None:
+            begun = self.sampler.stream.position(self.args.augment_start)
+            inputs = augment(self.augmentation, inputs, micro_batch["positions"], int(begun), self.args.seed)
         frozen = frozen_statistics(model) if padding and self.batch_statistics else contextlib.nullcontext()
         with self.compute_loss_context_manager(), frozen:
             logits = model(**inputs).logits
@@ -271,16 +268,6 @@ class EMATrainerMixin(Trainer):
                 inputs = {name: value[rows] for name, value in inputs.items()}
             losses = cap_losses(self.example_loss(self.model, inputs, logits, labels), self.args.max_example_loss)
             return losses.sum() if weights is None else (losses * weights.to(losses)[rows]).sum()
-
-    def _augmented(self, inputs: dict[str, Any], positions: list[int]) -> dict[str, Any]:
-        features = inputs.get("input_features")
-        if features is None:
-            raise ValueError("augmentation changes 'input_features', which this model's inputs do not have")
-        mask = inputs.get("attention_mask")
-        lengths = torch.full((len(features),), features.shape[1]) if mask is None else mask.sum(-1)
-        seeds = [self.args.seed * SEEDS_PER_RUN + position for position in positions]
-        assert self.augmentation is not None
-        return {**inputs, "input_features": self.augmentation(features, lengths, seeds)}
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         assert self._last_step is not None
@@ -444,19 +431,3 @@ class EMATrainerMixin(Trainer):
         metric = (self.args.metric_for_best_model or "").removeprefix("eval_")
         if metric.startswith("ema_"):
             self.average.copy_to(self.model)
-
-    # ---- Refusals
-
-    def _refuse_unsupported(self) -> None:
-        if self.compute_loss_func is not None:
-            raise ValueError("compute_loss_func is not used here: pass example_loss, which returns one loss per row")
-        if self.lr_scheduler is not None:
-            raise ValueError(
-                "a scheduler cannot be passed: choose lr_scheduler_type, which runs on the reference clock"
-            )
-        if self.args.n_gpu > 1:
-            raise NotImplementedError("DataParallel is not supported: start one process per GPU (accelerate launch)")
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers:
-            raise NotImplementedError("sharded training (DeepSpeed, FSDP) is not supported yet: use DDP")
-        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
-            raise NotImplementedError("streaming data sets are not supported yet: use a map-style data set")

@@ -133,7 +133,7 @@ def check_split(trainer: EMATrainerMixin) -> tuple[str, str]:
 
 def _gradients(trainer: EMATrainerMixin, draws: list[Draw], part: int, same_width: bool = False) -> dict[str, Tensor]:
     """Gradient of the sum of the example losses of `draws`, taken in micro-batches of `part` rows."""
-    model, step = trainer.model, trainer.sampler.step(0)
+    model = trainer.model
     unlabelled, _ = trainer.unlabelled_data()
     dataset = TwoSourceDataset(trainer.train_dataset, unlabelled)
     collate = MicroBatchCollator(trainer.data_collator)
@@ -147,7 +147,7 @@ def _gradients(trainer: EMATrainerMixin, draws: list[Draw], part: int, same_widt
             if same_width:
                 rows = slice(number * part, (number + 1) * part)
                 micro_batch["inputs"] = {name: value[rows] for name, value in together["inputs"].items()}
-            trainer.accelerator.backward(trainer._micro_batch_loss(model, micro_batch, step))
+            trainer.accelerator.backward(trainer.micro_batch_loss(model, micro_batch))
         return gradients(model)
     finally:
         model.zero_grad(set_to_none=True)

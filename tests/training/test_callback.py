@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from hf_ema_scaling.ema import AverageStateError, DeadTeacherError, EMATeacher, WeightAverage
-from hf_ema_scaling.training.callback import EMACallback, loader_batch_size, nonfinite_parameter
+from hf_ema_scaling.training.callback import EMACallback
+from hf_ema_scaling.training.stock import loader_batch_size, nonfinite_parameter
 
 pytestmark = pytest.mark.filterwarnings("ignore:EMACallback scales only the momentum")
 

@@ -1,0 +1,83 @@
+"""What `EMACallback` asks of the stock Trainer's loop: batch size, skipped steps, finite weights, what is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import TrainingArguments
+
+from hf_ema_scaling.ema.names import local_shard
+
+
+def loader_batch_size(loader: Any, world_size: int) -> int:
+    """Samples that one batch of a prepared loader holds over all processes.
+
+    Args:
+        loader: A loader that `accelerator.prepare` returned.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: The loader does not say.
+    """
+    size: Any = None
+    try:
+        if isinstance(getattr(loader, "dataset", None), IterableDataset):
+            # accelerate's own total is that of one process, or missing, for iterable data.
+            size = loader.batch_size * (1 if getattr(loader, "split_batches", False) else world_size)
+        else:
+            size = loader.total_batch_size
+    except (AttributeError, TypeError):
+        pass
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(
+            f"EMACallback cannot tell how many samples a batch of {type(loader).__name__} holds, and so not kappa: "
+            "the loader must come from accelerator.prepare and have a fixed batch size (a batch sampler of one's own "
+            "needs a batch_size attribute). For batches that change size use EMATrainer."
+        )
+    return size
+
+
+@torch.no_grad()
+def nonfinite_parameter(model: nn.Module) -> str | None:
+    """Name of the first trainable parameter with a NaN or an infinity on this process, or None.
+
+    One multi-tensor reduction and one host synchronisation; the names are looked at only when something is wrong.
+    """
+    named = [(name, local_shard(p.detach())) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
+    if not named:
+        return None
+    # The largest magnitude, unlike the Euclidean norm, cannot overflow in half precision, and it carries NaN along.
+    peaks = torch._foreach_norm([tensor for _, tensor in named], math.inf)
+    finite = torch.stack([peak.to(peaks[0].device, torch.float32) for peak in peaks]).isfinite()
+    if bool(finite.all()):
+        return None
+    return next(name for (name, _), good in zip(named, finite.tolist(), strict=True) if not good)
+
+
+def loss_scale(optimizer: Any) -> float | None:
+    """The fp16 loss scale of a prepared optimizer; None without one."""
+    scaler = getattr(optimizer, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else None
+
+
+def learns(optimizer: Any) -> bool:
+    """Whether the step just made had a learning rate above 0."""
+    # The scheduler moves after this hook, so these are the learning rates of the step just made.
+    return optimizer is not None and any(float(group["lr"]) > 0 for group in optimizer.param_groups)
+
+
+def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
+    """Raises for optimizers and shardings that a callback cannot average, with the way out."""
+    if "schedule_free" in str(getattr(args.optim, "value", args.optim)):
+        raise ValueError(
+            f"optim={args.optim!r} keeps an average of its own and swaps weights in evaluation; use either it or "
+            "EMACallback, for example with optim='adamw_torch'."
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise NotImplementedError(
+            "EMACallback cannot average parameters that DeepSpeed ZeRO-3 has partitioned; use ZeRO-1 or 2, or DDP."
+        )
