@@ -48,7 +48,7 @@ ARMS = ("labelled", "pseudo", "topline")
 class DemoConfig:
     """The recipe of the demo, at its reference batch of 16 utterances."""
 
-    steps: int = 2000
+    steps: int = 1600
     pl_start: int = 500
     unlabeled_ratio: float = 3.0
     reference_batch_size: int = 16
@@ -60,7 +60,7 @@ class DemoConfig:
     intermediate_size: int = 256
     conv_channels: int = 16
     dropout: float = 0.1
-    evaluations: int = 6
+    evaluations: int = 5
 
 
 class ToplineTrainer(PseudoLabelTrainer):
