@@ -20,10 +20,12 @@ def _commands() -> None:
 @main.command()
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Run folders, report.png and summary.json.")] = Path("runs/demo"),
-    kappa: Annotated[float, typer.Option(help="Batch over reference batch once pseudo-labels have started.")] = 1.0,
+    kappa: Annotated[
+        float, typer.Option(min=0.01, help="Batch over reference batch once pseudo-labels have started.")
+    ] = 1.0,
     arms: Annotated[str, typer.Option(help="Comma-separated: labelled, pseudo, topline.")] = "labelled,pseudo",
     seed: Annotated[int, typer.Option(help="Of corpus, initialisation, order, dropout and augmentation.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Reference steps; the default is the tuned recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=10, help="Reference steps; default: the tuned recipe's.")] = None,
     scale_ema: Annotated[bool, typer.Option(help="--no-scale-ema leaves the momentum unscaled (an ablation).")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
 ) -> None:

@@ -14,8 +14,6 @@ pytest.importorskip("matplotlib")
 from hf_ema_scaling import demo
 from hf_ema_scaling.data.synthetic import SyntheticCorpusConfig
 
-pytestmark = pytest.mark.slow
-
 CORPUS = SyntheticCorpusConfig(
     labelled_minutes=0.3, unlabelled_minutes=0.5, evaluation_minutes=0.2, labelled_voices=3, unlabelled_voices=4
 )
@@ -28,6 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     return folder, demo.run_demo(folder, arms=demo.ARMS, steps=STEPS, corpus=CORPUS, kappa=8.0)
 
 
+@pytest.mark.slow
 def test_arms_take_the_steps_of_the_plan(runs: tuple[Path, dict[str, Any]]) -> None:
     _, summary = runs
     start = round(demo.DemoConfig().pl_start * STEPS / demo.DemoConfig().steps)
@@ -35,6 +34,7 @@ def test_arms_take_the_steps_of_the_plan(runs: tuple[Path, dict[str, Any]]) -> N
     assert {name: arm["steps"] for name, arm in summary["arms"].items()} == dict.fromkeys(demo.ARMS, steps)
 
 
+@pytest.mark.slow
 def test_summary_has_the_promised_keys_and_finite_numbers(runs: tuple[Path, dict[str, Any]]) -> None:
     folder, summary = runs
     assert set(summary) == {"arms", "gap_recovered", "kappa", "seed", "peak_memory_bytes"}
@@ -45,6 +45,15 @@ def test_summary_has_the_promised_keys_and_finite_numbers(runs: tuple[Path, dict
     written = json.loads((folder / "summary.json").read_text())
     assert {key: written[key] for key in summary} == summary
     assert (folder / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.slow
+def test_arms_share_the_labelled_phase(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = runs
+    start = round(demo.DemoConfig().pl_start * STEPS / demo.DemoConfig().steps)
+    logs = {arm: json.loads((folder / arm / "ema" / "ema_state.json").read_text())["state"] for arm in demo.ARMS}
+    assert {log["borders"][0]["count"] for log in logs.values()} == {start}
+    assert {log["borders"][1]["kappa"] for log in logs.values()} == {8.0}
 
 
 def test_gap_is_the_share_of_the_averages_error() -> None:

@@ -288,7 +288,7 @@ class ScalingPlan:
         recipe = self.recipe
         found = []
         first = self.stage_kappa[0]
-        if first != 1 and recipe.pl_start is None:
+        if first != 1:
             found.append(
                 f"kappa is {first:g} from step 0: scaling rules are least accurate while gradients change fast; "
                 "start at the reference batch (small_batch_until, or a first stage of the reference batch size)"

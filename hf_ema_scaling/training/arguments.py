@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from hf_ema_scaling.scaling import (
 
 BATCH_UNITS = ("samples", "seconds")
 WEIGHT_SETS = ("both", "ema", "student")
+ERROR_METRICS = ("loss", "wer", "cer", "error_rate")
 METRIC_DRIVEN_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -100,6 +100,8 @@ class EMATrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(ERROR_METRICS):
+            self.greater_is_better = False
         super().__post_init__()
         if self.reference_batch_size is None or not self.reference_batch_size > 0:
             raise ValueError(
@@ -144,8 +146,11 @@ class EMATrainingArguments(TrainingArguments):
         assert self.reference_batch_size is not None
         if self.batch_schedule is not None:
             text = self.batch_schedule
-            if isinstance(text, str) and not text.lstrip().startswith("["):
-                text = Path(text).read_text(encoding="utf-8")
+            if isinstance(text, str) and not text.lstrip().startswith(("[", "{")):
+                try:
+                    text = Path(text).read_text(encoding="utf-8")
+                except OSError as error:
+                    raise ValueError(f"batch_schedule={text!r} is neither a JSON list nor a file with one") from error
             return BatchSchedule.from_json(text)
         if self.batch_size is not None:
             return BatchSchedule.constant(self.batch_size)
@@ -172,10 +177,6 @@ class EMATrainingArguments(TrainingArguments):
         """Half-life of the average in units."""
         assert self.reference_batch_size is not None
         return half_life_from_momentum(self.momentum(steps_per_epoch), self.reference_batch_size)
-
-    def reference_steps(self, steps_per_epoch: float) -> int:
-        """Length of the run in reference steps: `max_steps`, or `num_train_epochs` passes over the labelled set."""
-        return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * steps_per_epoch)
 
     def to_dict(self) -> dict[str, Any]:
         """As `TrainingArguments.to_dict`; every value can be written as JSON."""

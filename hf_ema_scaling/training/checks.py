@@ -145,15 +145,20 @@ class frozen_statistics:
             part.train()
 
 
+def batch_statistics_of(model: nn.Module) -> list[Tensor]:
+    """The buffers of all BatchNorm layers: running means, variances and counts."""
+    parts = (part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
+    return [buffer for part in parts for buffer in part.buffers(recurse=False)]
+
+
 def share_statistics(model: nn.Module) -> None:
     """Gives every process the BatchNorm statistics of process 0, the ones that are saved.
 
     `DistributedDataParallel` does so before a forward pass only: until then averages, evaluations and teachers would
     differ from process to process.
     """
-    parts = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for buffer in (buffer for part in parts for buffer in part.buffers(recurse=False)):
+    for buffer in batch_statistics_of(model):
         by_dtype.setdefault(buffer.dtype, []).append(buffer)
     for buffers in by_dtype.values():
         flat = torch.cat([buffer.flatten() for buffer in buffers])
@@ -184,6 +189,17 @@ def refuse_unsupported(trainer: Trainer) -> None:
         raise ValueError("compute_loss_func is not used here: pass example_loss, which returns one loss per row")
     if trainer.lr_scheduler is not None:
         raise ValueError("a scheduler cannot be passed: choose lr_scheduler_type, which runs on the reference clock")
+    if trainer.optimizer_cls_and_kwargs is not None or trainer.args.optim_args:
+        raise ValueError(
+            "optimizer_cls_and_kwargs and optim_args hide what there is to scale: pass optimizers=(optimizer, None)"
+        )
+    if str(getattr(trainer.args.train_sampling_strategy, "value", trainer.args.train_sampling_strategy)) != "random":
+        raise ValueError(
+            f"train_sampling_strategy={trainer.args.train_sampling_strategy} is not used: set bucket_window to put "
+            "items of like length together"
+        )
+    if trainer.args.dataloader_drop_last:
+        raise ValueError("dataloader_drop_last does nothing here: batches straddle passes and nothing is dropped")
     if trainer.args.n_gpu > 1:
         raise NotImplementedError("DataParallel is not supported: start one process per GPU (accelerate launch)")
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or trainer.is_distributed_loading_by_transformers:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from hf_ema_scaling.ema import DeadTeacherError
 from hf_ema_scaling.labels.base import PseudoLabel
 
+LABELLESS_ROWS = 1000
 REASONS = ("empty", "too_long", "confidence")
 
 
@@ -18,6 +20,7 @@ class LabelStatistics:
     FIELDS = ("rows", "kept", "tokens", "confidence", *(f"dropped_{reason}" for reason in REASONS))
 
     def __init__(self) -> None:
+        self.dropped_in_a_row = 0
         self.counts = dict.fromkeys(self.FIELDS, 0.0)
 
     def add(self, labels: Iterable[PseudoLabel]) -> None:
@@ -25,6 +28,7 @@ class LabelStatistics:
 
         Raises:
             KeyError: for a reason code that is not in `REASONS`.
+            DeadTeacherError: after `LABELLESS_ROWS` rows in a row without a label that is kept.
         """
         for label in labels:
             self.counts["rows"] += 1
@@ -32,8 +36,16 @@ class LabelStatistics:
             if label.reason is None:
                 self.counts["kept"] += 1
                 self.counts["tokens"] += len(label.ids)
+                self.dropped_in_a_row = 0
             else:
                 self.counts[f"dropped_{label.reason}"] += 1
+                self.dropped_in_a_row += 1
+        if self.dropped_in_a_row >= LABELLESS_ROWS:
+            reasons = ", ".join(f"{self.counts[f'dropped_{reason}']:.0f} {reason}" for reason in REASONS)
+            raise DeadTeacherError(
+                f"the teacher gave the last {self.dropped_in_a_row} unlabelled rows no label that is kept (since the "
+                f"last log: {reasons}): start pseudo-labels later (pl_start), or lower min_confidence"
+            )
 
     def logs(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Shares and means over all processes since the last call, and a fresh start.

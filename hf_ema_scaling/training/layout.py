@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hf_ema_scaling.data.sampler import ScheduledBatchSampler
 from hf_ema_scaling.data.stream import DataSource, ReferenceStream
-from hf_ema_scaling.scaling import Recipe, ScalingPlan, StepBorders
+from hf_ema_scaling.scaling import OptimizerValues, Recipe, ScalingPlan, StepBorders
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.scheduler import lr_multiplier
 
@@ -36,6 +36,7 @@ def lay_out(
     labelled: Any,
     *,
     optimizer: str,
+    given: OptimizerValues | None = None,
     unlabelled: Any | None = None,
     pseudo: PseudoLabelArguments | None = None,
     world_size: int = 1,
@@ -48,6 +49,7 @@ def lay_out(
         args: the run's arguments.
         labelled: map-style labelled data set.
         optimizer: name of the optimizer's family, for the scaling rule.
+        given: values of the optimizer that was passed to the trainer, in the place of those in `args`.
         unlabelled: map-style unlabelled data set, with `pseudo`.
         pseudo: when unlabelled items begin, and how many.
         world_size: number of processes.
@@ -69,16 +71,23 @@ def lay_out(
     by_epochs = supervised + ratio * max(0.0, supervised - (pl_start or 0.0))
     reference_steps = args.max_steps if args.max_steps > 0 else int(np.ceil(by_epochs))
     seed = args.seed if args.data_seed is None else args.data_seed
+    schedule = args.schedule(small_batch_until=pl_start or 0.0)
+    if pseudo is not None and any(stage.unit == "epochs" for stage in schedule.stages):
+        raise ValueError("until_epochs is ambiguous with unlabelled data: end stages by until or until_fraction")
+    values = given or OptimizerValues(
+        args.learning_rate, args.weight_decay, (args.adam_beta1, args.adam_beta2), args.adam_epsilon
+    )
     recipe = Recipe(
         reference_batch_size=batch,
         unit=cast(Literal["samples", "seconds", "tokens"], args.batch_unit),
         max_steps=reference_steps,
-        learning_rate=args.learning_rate,
+        learning_rate=values.learning_rate,
         ema_momentum=args.momentum(steps_per_epoch),
         optimizer=optimizer,
-        weight_decay=args.weight_decay,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
+        weight_decay=values.weight_decay,
+        betas=values.betas or (0.0, 0.0),
+        eps=values.eps or 0.0,
+        sgd_momentum=values.momentum or 0.0,
         max_grad_norm=args.max_grad_norm or None,
         ema_start=args.ema_start,
         pl_start=pl_start,
@@ -86,10 +95,10 @@ def lay_out(
     )
     plan = ScalingPlan(
         recipe,
-        args.schedule(small_batch_until=pl_start or 0.0),
+        schedule,
         lr_multiplier=lr_multiplier(
             str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-            learning_rate=args.learning_rate,
+            learning_rate=values.learning_rate,
             warmup_steps=args.get_warmup_steps(reference_steps),
             reference_steps=reference_steps,
             specific=cast("dict[str, Any] | None", args.lr_scheduler_kwargs),
@@ -118,6 +127,7 @@ def lay_out(
     identity = {
         "reference_batch_size": batch,
         "batch_unit": args.batch_unit,
+        "optimizer": plan.rule.name,
         "seed": seed,
         "bucket_window": args.bucket_window,
         "pl_start": pl_start,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelA
 from hf_ema_scaling.training.augment import Augmentation, augment
 from hf_ema_scaling.training.checks import (
     LivenessWatch,
+    batch_statistics_of,
     check_ctc_targets,
     frozen_statistics,
     has_batch_statistics,
@@ -37,6 +39,7 @@ from hf_ema_scaling.training.layout import RunLayout, lay_out
 from hf_ema_scaling.training.losses import ExampleLoss, cap_losses, is_ctc, loss_for
 from hf_ema_scaling.training.run_state import RunState, optimizer_family, read_run_state
 from hf_ema_scaling.training.scheduler import PlanScheduler, reference_values
+from hf_ema_scaling.training.stock import learns
 
 logger = logging.get_logger(__name__)
 
@@ -82,12 +85,15 @@ class EMATrainerMixin(Trainer):
             self.data_collator = CTCCollator.from_processor(self.processing_class)
         self.batch_statistics = has_batch_statistics(self.model)
         self._optimizer_family = optimizer_family(args.optim, self.optimizer)
+        self._given = None if self.optimizer is None else reference_values(self.optimizer.param_groups[0])
         if args.scaling_rule == "auto":
             scaling_rule(self._optimizer_family)
         self._reference: list[OptimizerValues] | None = None
         self._resumed: RunState | None = None
         self._watch: LivenessWatch | None = None
         self._skipped = False
+        self._statistics: list[tuple[Tensor, Tensor]] = []
+        self._student: WeightAverage | None = None
         self._clipped = 0
         self._logged_before = 0
         self._last_step: SampledStep | None = None
@@ -122,6 +128,7 @@ class EMATrainerMixin(Trainer):
             self.args,
             self.train_dataset,
             optimizer=self._optimizer_family,
+            given=self._given,
             unlabelled=unlabelled,
             pseudo=pseudo,
             world_size=self.accelerator.num_processes,
@@ -137,6 +144,7 @@ class EMATrainerMixin(Trainer):
             if checkpoint is None:
                 raise ValueError(f"there is no checkpoint to resume from in {self.args.output_dir}")
         self._resumed = None if checkpoint is None else read_run_state(checkpoint)
+        self._student = None
         return super().train(checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -146,6 +154,11 @@ class EMATrainerMixin(Trainer):
         self.layout = self._lay_out(None if self._resumed is None else self._resumed.done)
         if self._resumed is not None:
             self._resumed.check_identity(self.layout.identity)
+            if self._resumed.momentum != self.plan.recipe.ema_momentum:
+                logger.warning(
+                    f"The momentum per reference step was {self._resumed.momentum:g} when the checkpoint was written "
+                    f"and is {self.plan.recipe.ema_momentum:g} from here on."
+                )
         unlabelled, _ = self.unlabelled_data()
         keep = None
         if self.args.remove_unused_columns:
@@ -198,6 +211,9 @@ class EMATrainerMixin(Trainer):
     def begin_training(self) -> None:
         """At the start of `train()`: the average, the counters of the log, the liveness watch."""
         self._last_step = None
+        if self.is_world_process_zero():
+            for warning in self.plan.warnings():
+                logger.warning(f"Plan: {warning}")
         if self._resumed is None:
             self._ensure_average()
             self.load_counters({})
@@ -230,6 +246,8 @@ class EMATrainerMixin(Trainer):
         """
         step = self._last_step = self.sampler.step(self.state.global_step)
         self.lr_scheduler.begin(step)
+        if self.batch_statistics:
+            self._statistics = [(buffer, buffer.clone()) for buffer in batch_statistics_of(self.model)]
         micro_batches: list[MicroBatch] = inputs["micro_batches"]
         if self.ctc:
             for micro_batch in micro_batches:
@@ -281,6 +299,10 @@ class EMATrainerMixin(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         self._skipped = not math.isfinite(float(norm))
         # A gradient scaler meets such gradients in the normal course of things and skips the step itself.
+        if self._skipped:
+            # Forward passes on bad input have already entered the running statistics of BatchNorm.
+            for buffer, before in self._statistics:
+                buffer.copy_(before)
         if self._skipped and getattr(self.accelerator, "scaler", None) is None:
             if self.args.on_nonfinite == "raise":
                 raise FloatingPointError(
@@ -301,7 +323,8 @@ class EMATrainerMixin(Trainer):
         step = self._last_step
         weight = weight_from_log_momentum(self.plan.log_momentum(step.start, step.end))
         self.average.blend(self.model, weight)
-        if self._watch is not None and weight < 1 and self._watch.after_update(self.model, self.average, weight):
+        watched = self._watch is not None and weight < 1 and learns(self.optimizer)
+        if watched and self._watch is not None and self._watch.after_update(self.model, self.average, weight):
             self._watch = None
 
     # ---- Evaluate
@@ -324,8 +347,11 @@ class EMATrainerMixin(Trainer):
             logits = model(**inputs).logits
             loss = None
             if labels is not None:
-                losses = self.example_loss(self.model, inputs, logits, labels)
-                loss = cap_losses(losses, self.args.max_example_loss).mean()
+                # An utterance without words has a word error rate, but no CTC loss per token.
+                rows = (labels >= 0).any(-1) if self.ctc else torch.ones(len(labels), dtype=torch.bool)
+                chosen = {name: value[rows] for name, value in inputs.items()} if self.ctc else inputs
+                losses = self.example_loss(self.model, chosen, logits[rows], labels[rows])
+                loss = cap_losses(losses, self.args.max_example_loss).sum() / max(1, int(rows.sum()))
         if prediction_loss_only:
             return loss, None, None
         if self.ctc and self.preprocess_logits_for_metrics is None:
@@ -345,9 +371,13 @@ class EMATrainerMixin(Trainer):
         """Once per weight set: `<prefix>_*` for the student, `<prefix>_ema_*` (`eval_ema_<set>_*`) for the average."""
         passed = (dataloader, description, prediction_loss_only, ignore_keys)
         which = self.args.evaluate_weights
+        student = None
+        if self.average is None or which != "ema":
+            with self._as_student():
+                student = super().evaluation_loop(*passed, metric_key_prefix)
         if self.average is None or which == "student":
-            return super().evaluation_loop(*passed, metric_key_prefix)
-        student = super().evaluation_loop(*passed, metric_key_prefix) if which == "both" else None
+            assert student is not None
+            return student
         split, _, rest = metric_key_prefix.partition("_")
         with self.average.swapped(self.model):
             output = super().evaluation_loop(*passed, f"{split}_ema" + (f"_{rest}" if rest else ""))
@@ -379,9 +409,14 @@ class EMATrainerMixin(Trainer):
 
     # ---- Save, resume, best model
 
+    def _as_student(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model holds the student, also after the best average was loaded into it."""
+        return contextlib.nullcontext() if self._student is None else self._student.swapped(self.model)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The student at the root of `output_dir`, the average in `ema/`; both before any push."""
-        super().save_model(output_dir, _internal_call=True)
+        with self._as_student():
+            super().save_model(output_dir, _internal_call=True)
         if self.average is not None:
             folder = Path(output_dir or self.args.output_dir or ".") / "ema"
             state = self._run_state().to_dict()
@@ -430,4 +465,12 @@ class EMATrainerMixin(Trainer):
         load_average(Path(self.state.best_model_checkpoint) / "ema", self.model, self.average)
         metric = (self.args.metric_for_best_model or "").removeprefix("eval_")
         if metric.startswith("ema_"):
+            self._student = WeightAverage(self.model)
             self.average.copy_to(self.model)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer copies the files that it knows; the average belongs to them.
+        average = Path(checkpoint_folder) / "ema"
+        if self.is_world_process_zero() and average.is_dir():
+            shutil.copytree(average, Path(str(self.args.output_dir)) / "ema", dirs_exist_ok=True)
+        super()._push_from_checkpoint(checkpoint_folder)

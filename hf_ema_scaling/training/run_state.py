@@ -97,8 +97,17 @@ OPTIMIZER_FAMILIES: dict[type[torch.optim.Optimizer], str] = {
 
 
 def optimizer_family(name: str, optimizer: Any | None) -> str:
-    """Name for the scaling rule: of the optimizer given to the trainer, else of `args.optim`."""
+    """Name for the scaling rule: of the optimizer given to the trainer, else of `args.optim`.
+
+    Raises:
+        ValueError: for SGD with dampening, for which no rule is known.
+    """
     if optimizer is None:
         return str(getattr(name, "value", name))
     kind = type(getattr(optimizer, "optimizer", optimizer))
-    return OPTIMIZER_FAMILIES.get(kind, kind.__name__)
+    family = OPTIMIZER_FAMILIES.get(kind, kind.__name__)
+    if family == "adam" and optimizer.defaults.get("decoupled_weight_decay"):
+        return "adamw"
+    if family == "sgd" and any(group.get("dampening") for group in optimizer.param_groups):
+        raise ValueError("SGD with dampening has no scaling rule: set dampening=0")
+    return family

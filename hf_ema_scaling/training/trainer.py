@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from hf_ema_scaling.data.collator import MicroBatch, TwoSourceDataset
 from hf_ema_scaling.data.sampler import Draw, SampledStep
@@ -17,6 +18,8 @@ from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelA
 from hf_ema_scaling.training.diagnostics import LabelStatistics
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 from hf_ema_scaling.training.pseudo_label_step import drop_too_long, label_rows, with_targets, without_targets
+
+logger = logging.get_logger(__name__)
 
 
 class EMATrainer(EMATrainerMixin):
@@ -64,6 +67,11 @@ class PseudoLabelTrainer(EMATrainerMixin):
         super().__init__(model, args, **kwargs)
         if labeler is None and not self.ctc:
             raise ValueError(f"no labeler is known for {type(self.model).__name__}: pass labeler=")
+        if getattr(self.model.config, "feat_extract_norm", None) == "group":
+            logger.warning(
+                "This model's group norm sees the padding of a batch (feat_extract_norm='group'): labels depend on "
+                "their neighbours. Set bucket_window, or use a model with feat_extract_norm='layer'."
+            )
         self.labeler: Labeler = labeler or self._ctc_labeler()
 
     def _ctc_labeler(self) -> CTCLabeler:

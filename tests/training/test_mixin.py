@@ -197,11 +197,17 @@ def test_the_best_model_scores_exactly_the_best_metric(tmp_path: Path, metric: s
     assert made.state.best_metric == values[step]
     scores = made.evaluate()
     assert scores[key] == made.state.best_metric
-    if "ema" in metric:
-        assert scores[key.replace("ema_", "")] == made.state.best_metric
+    student = {entry["step"]: entry for entry in made.state.log_history if key in entry}[step]
+    other = key.replace("ema_", "") if "ema" in metric else key.replace("eval_", "eval_ema_", 1)
+    assert scores[other] == student[other]
     folder = best / "ema" if "ema" in metric else best
     model = BertForSequenceClassification.from_pretrained(folder)
     assert tiny.same_bits(tiny.parameters(made.model), tiny.parameters(model))
+    made.save_model(str(tmp_path / "saved"))
+    assert tiny.same_bits(tiny.parameters(made.model), tiny.parameters(model))
+    for saved, kept in ((tmp_path / "saved", best), (tmp_path / "saved" / "ema", best / "ema")):
+        pair = [tiny.parameters(BertForSequenceClassification.from_pretrained(at)) for at in (saved, kept)]
+        assert tiny.same_bits(*pair)
     average = BertForSequenceClassification.from_pretrained(best / "ema")
     assert tiny.same_bits(
         {name: tiny.average(made)[name] for name in tiny.parameters(average)}, tiny.parameters(average)
@@ -341,6 +347,7 @@ RELIED_ON = {
     "_load_best_model": ["self"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_prepare_inputs": ["self", "inputs"],
+    "_push_from_checkpoint": ["self", "checkpoint_folder"],
     "_set_signature_columns_if_needed": ["self"],
     "create_optimizer": ["self", "model"],
     "create_scheduler": ["self", "num_training_steps", "optimizer"],
