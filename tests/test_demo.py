@@ -1,4 +1,4 @@
-"""The demo on a corpus of seconds: its arms share their labelled phase, and its summary says what its logs say."""
+"""The demo on a corpus of seconds: its arms run the plan, and its summary says what its logs say."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_summary_has_the_promised_keys_and_finite_numbers(runs: tuple[Path, dict
 
 
 @pytest.mark.slow
-def test_arms_share_the_labelled_phase(runs: tuple[Path, dict[str, Any]]) -> None:
+def test_arms_take_large_batches_from_the_labelled_phase_on(runs: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = runs
     start = round(demo.DemoConfig().pl_start * STEPS / demo.DemoConfig().steps)
     logs = {arm: json.loads((folder / arm / "ema" / "ema_state.json").read_text())["state"] for arm in demo.ARMS}
