@@ -36,7 +36,13 @@ def demo(
     unknown = [name for name in names if name not in ARMS]
     if unknown or not names:
         raise typer.BadParameter(f"arms are {', '.join(ARMS)}; got {arms!r}", param_hint="--arms")
-    summary = run_demo(output_dir, arms=names, kappa=kappa, seed=seed, steps=steps, scale_ema=scale_ema)
+    try:
+        summary = run_demo(output_dir, arms=names, kappa=kappa, seed=seed, steps=steps, scale_ema=scale_ema)
+    except FileExistsError as error:
+        raise typer.BadParameter(str(error), param_hint="--output-dir") from error
+    except ImportError as error:
+        typer.secho(str(error), fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from error
     if as_json:
         typer.echo(json.dumps(summary))
         return

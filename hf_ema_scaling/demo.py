@@ -32,7 +32,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from hf_ema_scaling.data.collator import MicroBatch
-from hf_ema_scaling.data.speech import SpecAugment, build_character_processor, prepare_ctc
+from hf_ema_scaling.data.speech import SpecAugment, build_character_processor, longest_first, prepare_ctc
 from hf_ema_scaling.data.synthetic import SyntheticCorpusConfig, build_corpus
 from hf_ema_scaling.labels import PseudoLabel
 from hf_ema_scaling.metrics import CTCMetrics
@@ -136,8 +136,7 @@ def prepare_data(config: SyntheticCorpusConfig, cache: Path) -> _Data:
         processor=processor,
         labelled=prepare_ctc(corpus["labelled"], processor),
         unlabelled=truth.remove_columns("labels"),
-        # Of like length side by side: evaluation spends less on padding.
-        evaluation=prepare_ctc(corpus["evaluation"], processor).sort("duration"),
+        evaluation=longest_first(prepare_ctc(corpus["evaluation"], processor)),
         references=[[int(token) for token in row] for row in truth["labels"]],
     )
 
@@ -188,7 +187,9 @@ def run_demo(
         corpus: another corpus than the one of about 7 + 45 + 6 minutes for this seed.
 
     Raises:
-        ValueError: for an unknown arm, or an output folder that holds something else.
+        ValueError: for an unknown arm.
+        FileExistsError: when the output folder holds something else.
+        ImportError: without the extra `demo`.
     """
     chosen = tuple(dict.fromkeys(arms))
     unknown = [arm for arm in chosen if arm not in ARMS]
@@ -229,6 +230,7 @@ def run_demo(
         run = trainer(arm, [])
         run.train(resume_from_checkpoint=branch)
         run.save_model()
+        run.save_state()
         last = next(row for row in reversed(run.state.log_history) if "eval_ema_wer" in row)
         results[arm] = {
             "student_wer": last["eval_wer"],
@@ -360,7 +362,7 @@ def _clear(folder: Path) -> None:
             "summary.json",
         }
         if strangers:
-            raise ValueError(
+            raise FileExistsError(
                 f"{folder} holds other things than a demo ({', '.join(sorted(strangers)[:5])}): choose another"
             )
         for name in (*ARMS, "labelled_phase"):

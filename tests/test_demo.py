@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,45 @@ import pytest
 pytest.importorskip("espeakng_loader")
 pytest.importorskip("matplotlib")
 
+import tiny
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from typer.testing import CliRunner
+
 from hf_ema_scaling import demo
+from hf_ema_scaling.cli import main
 from hf_ema_scaling.data.synthetic import SyntheticCorpusConfig
 
 CORPUS = SyntheticCorpusConfig(
     labelled_minutes=0.3, unlabelled_minutes=0.5, evaluation_minutes=0.2, labelled_voices=3, unlabelled_voices=4
 )
 STEPS = 20
+STARTS: dict[str, tuple[int, tiny.Tensors, tiny.Tensors]] = {}
+
+
+class Starts(TrainerCallback):
+    """Notes step, student and average of an arm before its first step."""
+
+    def __init__(self, arm: str, trainer: Any) -> None:
+        self.arm, self.trainer = arm, trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        STARTS[self.arm] = state.global_step, tiny.parameters(self.trainer.model), tiny.average(self.trainer)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("demo")
-    return folder, demo.run_demo(folder, arms=demo.ARMS, steps=STEPS, corpus=CORPUS, kappa=8.0)
+    build = demo._trainer
+
+    def observed(config: demo.DemoConfig, arm: str, *rest: Any) -> Any:
+        made = build(config, arm, *rest)
+        made.add_callback(Starts(arm, made))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "_trainer", observed)
+        return folder, demo.run_demo(folder, arms=demo.ARMS, steps=STEPS, corpus=CORPUS, kappa=8.0)
 
 
 @pytest.mark.slow
@@ -56,6 +83,46 @@ def test_arms_take_large_batches_from_the_labelled_phase_on(runs: tuple[Path, di
     assert {log["borders"][1]["kappa"] for log in logs.values()} == {8.0}
 
 
+@pytest.mark.slow
+def test_arms_start_from_the_weights_and_the_average_of_one_labelled_phase(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = runs
+    start = round(demo.DemoConfig().pl_start * STEPS / demo.DemoConfig().steps)
+    branch = folder / "labelled_phase" / f"checkpoint-{start}"
+    student, average = load_file(branch / "model.safetensors"), load_file(branch / "ema" / "model.safetensors")
+    assert tiny.difference(student, average) > 1e-3
+    for arm in demo.ARMS:
+        step, first_student, first_average = STARTS[arm]
+        assert step == start
+        assert tiny.same_bits(first_student, {name: student[name] for name in first_student}), arm
+        assert tiny.same_bits(first_average, {name: average[name] for name in first_average}), arm
+    ends = [load_file(folder / arm / "model.safetensors") for arm in demo.ARMS]
+    assert all(tiny.difference(student, end) > 1e-3 for end in ends)
+    assert min(tiny.difference(ends[i], ends[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-4
+
+
+@pytest.mark.slow
+def test_json_is_one_object_and_the_ablation_leaves_the_momentum_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "SyntheticCorpusConfig", lambda seed: dataclasses.replace(CORPUS, seed=seed))
+    options = ["--arms", "labelled", "--steps", str(STEPS), "--kappa", "8", "--no-scale-ema", "--json"]
+    done = CliRunner().invoke(main, ["demo", *options, "--output-dir", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    summary = json.loads(done.stdout)
+    assert summary["kappa"] == 8.0 and summary["seed"] == 0 and summary["gap_recovered"] is None
+    written = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert written["scale_ema"] is False and {key: written[key] for key in summary} == summary
+    logs = json.loads((tmp_path / "run" / "labelled" / "trainer_state.json").read_text())["log_history"]
+    scaled = [row for row in logs if row.get("ema/kappa") == 8.0]
+    assert scaled and {row["ema/momentum"] for row in scaled} == {pytest.approx(demo.DemoConfig().ema_momentum)}
+
+
+def test_the_command_names_what_is_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    done = CliRunner().invoke(main, ["demo", "--output-dir", str(tmp_path)])
+    assert done.exit_code == 2 and "thesis.tex" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_gap_is_the_share_of_the_averages_error() -> None:
     wers = {"labelled": 0.5, "pseudo": 0.3, "topline": 0.1}
     arms = {name: {"student_wer": 1.0, "average_wer": wer} for name, wer in wers.items()}
@@ -66,7 +133,7 @@ def test_gap_is_the_share_of_the_averages_error() -> None:
 
 def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match=r"thesis\.tex"):
+    with pytest.raises(FileExistsError, match=r"thesis\.tex"):
         demo.run_demo(tmp_path, steps=STEPS, corpus=CORPUS)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 

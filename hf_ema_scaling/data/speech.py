@@ -249,6 +249,11 @@ def prepare_ctc(
     return prepared.select([row for row, reason in enumerate(reasons) if not reason])
 
 
+def longest_first(dataset: Dataset) -> Dataset:
+    """The rows by falling `duration`, for evaluation: batches hold little padding, and one too large shows at once."""
+    return dataset.select(np.argsort(-np.asarray(dataset["duration"][:]), kind="stable"))
+
+
 def _bins(extractor: Any) -> int:
     """Width of a row of features, measured: extractors that stack frames give more than their `feature_size`."""
     noise = np.random.default_rng(0).standard_normal(extractor.sampling_rate).astype(np.float32)

@@ -20,11 +20,12 @@ from transformers import (
     set_seed,
 )
 
-from hf_ema_scaling.data.speech import SpecAugment, build_character_processor, prepare_ctc
+from hf_ema_scaling.data.speech import SpecAugment, build_character_processor, longest_first, prepare_ctc
 from hf_ema_scaling.metrics import CTCMetrics
 from hf_ema_scaling.recipe.config import close_names
 from hf_ema_scaling.recipe.sources import load_speech
 from hf_ema_scaling.training import EMATrainer, EMATrainingArguments, PseudoLabelArguments, PseudoLabelTrainer
+from hf_ema_scaling.training.checks import drop_unfitting
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 
 
@@ -127,7 +128,8 @@ def build_asr_ctc(
 ) -> EMATrainerMixin:
     """The trainer of a CTC recipe: with pseudo-labels if there is unlabelled speech, else on labelled speech alone.
 
-    Data is prepared by the main process first; features stay in the cache of `datasets`.
+    Data is prepared by the main process first; features stay in the cache of `datasets`. Labelled rows whose text
+    needs more frames than the model makes of their audio are dropped and counted.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError: for what cannot be used, by name.
@@ -160,8 +162,7 @@ def build_asr_ctc(
         processor = _processor(model, config, labelled[data.text_column])
         train = prepare(data.labelled, labelled, **limits)
         sets = {
-            # Longest first: rows of a batch are of like length, and a batch that does not fit shows at once.
-            name: prepare(source, load(source, data.max_evaluation)).sort("duration", reverse=True)
+            name: longest_first(prepare(source, load(source, data.max_evaluation)))
             for name, source in data.evaluation_sources().items()
         }
         unlabelled = None
@@ -173,10 +174,11 @@ def build_asr_ctc(
             "spec_augment masks log-mel features, and this model reads samples: set spec_augment to false"
         )
     set_seed(args.seed)
+    network = _network(model, config, processor.tokenizer)
     shared: dict[str, Any] = {
-        "model": _network(model, config, processor.tokenizer),
+        "model": network,
         "args": args,
-        "train_dataset": train,
+        "train_dataset": drop_unfitting(network, train, data.labelled),
         "eval_dataset": sets.get("", sets or None),
         "processing_class": processor,
         "compute_metrics": CTCMetrics(processor.tokenizer, processor.tokenizer.pad_token_id).compute,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -101,10 +102,8 @@ def drop_unfitting(model: nn.Module, dataset: Dataset, name: str) -> Dataset:
         ValueError: when no row fits.
     """
     column = next(key for key in ("input_features", "input_values") if key in dataset.column_names)
-    rows = dataset.with_format("numpy")
-    lengths = torch.tensor([len(row[column]) for row in rows.select_columns([column])])
-    needed = [min_ctc_frames([int(token) for token in labels]) for labels in rows["labels"]]
-    fits = frames_of(model, lengths) >= torch.tensor(needed)
+    needed = [min_ctc_frames([int(token) for token in labels]) for labels in dataset["labels"]]
+    fits = frames_of(model, _row_lengths(dataset, column)) >= torch.tensor(needed)
     if not fits.any():
         raise ValueError(f"no row of {name} fits: the model makes fewer frames of each than its labels need")
     if fits.all():
@@ -114,6 +113,15 @@ def drop_unfitting(model: nn.Module, dataset: Dataset, name: str) -> Dataset:
         "dropped %d of %d rows of %s: their labels need more frames than there are", dropped, len(fits), name
     )
     return dataset.select(fits.nonzero().flatten().tolist())
+
+
+def _row_lengths(dataset: Dataset, column: str) -> Tensor:
+    """Lengths of the rows of a column of lists, int64, without reading what the lists hold."""
+    lengths: list[int] = []
+    for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+        for chunk in table[column].chunks:
+            lengths += pc.list_value_length(getattr(chunk, "storage", chunk)).to_pylist()
+    return torch.tensor(lengths)
 
 
 def gradient_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:

@@ -72,11 +72,12 @@ class LabelStatistics:
 
     def state_dict(self, total: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """The counters, over all processes where `total` sums a float64 vector over them."""
+        counts = {**self.counts, "dropped_in_a_row": float(self.dropped_in_a_row)}
         if total is None:
-            return dict(self.counts)
-        mine = torch.tensor([self.counts[name] for name in self.FIELDS], dtype=torch.float64)
-        return dict(zip(self.FIELDS, total(mine).tolist(), strict=True))
+            return counts
+        return dict(zip(counts, total(torch.tensor(list(counts.values()), dtype=torch.float64)).tolist(), strict=True))
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Restore the counters."""
         self.counts = {name: float(state.get(name, 0.0)) for name in self.FIELDS}
+        self.dropped_in_a_row = int(state.get("dropped_in_a_row", 0))

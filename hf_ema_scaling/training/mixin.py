@@ -6,22 +6,22 @@ import contextlib
 import copy
 import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_callback import DefaultFlowCallback
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_ema_scaling.data.collator import CTCCollator, MicroBatch, MicroBatchCollator, TwoSourceDataset, pad_labels
+from hf_ema_scaling.data.collator import CTCCollator, MicroBatch, MicroBatchCollator, TwoSourceDataset
 from hf_ema_scaling.data.sampler import SampledStep, ScheduledBatchSampler
 from hf_ema_scaling.data.stream import LABELLED
 from hf_ema_scaling.ema import WeightAverage, load_average, save_average
-from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths, greedy_ctc
 from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan, StepBorders, scaling_rule, weight_from_log_momentum
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.augment import Augmentation, augment
@@ -34,6 +34,7 @@ from hf_ema_scaling.training.checks import (
     refuse_unsupported,
     share_statistics,
 )
+from hf_ema_scaling.training.evaluation import BothWeightsEvaluation
 from hf_ema_scaling.training.flow import AverageUpdate, ReferenceFlow
 from hf_ema_scaling.training.layout import RunLayout, lay_out
 from hf_ema_scaling.training.losses import ExampleLoss, cap_losses, is_ctc, loss_for
@@ -44,7 +45,7 @@ from hf_ema_scaling.training.stock import learns
 logger = logging.get_logger(__name__)
 
 
-class EMATrainerMixin(Trainer):
+class EMATrainerMixin(BothWeightsEvaluation):
     """Trainer on the reference clock, with an average of its weights.
 
     Args:
@@ -56,8 +57,6 @@ class EMATrainerMixin(Trainer):
         ValueError, TypeError, NotImplementedError: for what is not supported, with the reason and the way out.
     """
 
-    args: EMATrainingArguments
-    model: Any
     lr_scheduler: Any
     optimizer: Any
 
@@ -154,11 +153,10 @@ class EMATrainerMixin(Trainer):
         self.layout = self._lay_out(None if self._resumed is None else self._resumed.done)
         if self._resumed is not None:
             self._resumed.check_identity(self.layout.identity)
-            if self._resumed.momentum != self.plan.recipe.ema_momentum:
-                logger.warning(
-                    f"The momentum per reference step was {self._resumed.momentum:g} when the checkpoint was written "
-                    f"and is {self.plan.recipe.ema_momentum:g} from here on."
-                )
+            changed = self._resumed.changed_values(asdict(self.plan.recipe))
+            if changed:
+                listed = ", ".join(f"{key} {then} then, {now} now" for key, (then, now) in changed.items())
+                logger.warning(f"The recipe is another from here on than before the checkpoint: {listed}.")
         unlabelled, _ = self.unlabelled_data()
         keep = None
         if self.args.remove_unused_columns:
@@ -327,63 +325,7 @@ class EMATrainerMixin(Trainer):
         if watched and self._watch is not None and self._watch.after_update(self.model, self.average, weight):
             self._watch = None
 
-    # ---- Evaluate
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss as in training, predictions and labels.
-
-        Predictions of a CTC model are its greedy labels, int64 `(rows, tokens)` padded with -100, unless
-        `preprocess_logits_for_metrics` asks for the logits.
-        """
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels", None)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs).logits
-            loss = None
-            if labels is not None:
-                # An utterance without words has a word error rate, but no CTC loss per token.
-                rows = (labels >= 0).any(-1) if self.ctc else torch.ones(len(labels), dtype=torch.bool)
-                chosen = {name: value[rows] for name, value in inputs.items()} if self.ctc else inputs
-                losses = self.example_loss(self.model, chosen, logits[rows], labels[rows])
-                loss = cap_losses(losses, self.args.max_example_loss).sum() / max(1, int(rows.sum()))
-        if prediction_loss_only:
-            return loss, None, None
-        if self.ctc and self.preprocess_logits_for_metrics is None:
-            frames = ctc_frame_lengths(self.model, inputs)
-            predicted = greedy_ctc(logits, frames, blank_id(self.model.config))
-            return loss, pad_labels(predicted).to(logits.device), labels
-        return loss, logits.detach(), labels
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Once per weight set: `<prefix>_*` for the student, `<prefix>_ema_*` (`eval_ema_<set>_*`) for the average."""
-        passed = (dataloader, description, prediction_loss_only, ignore_keys)
-        which = self.args.evaluate_weights
-        student = None
-        if self.average is None or which != "ema":
-            with self._as_student():
-                student = super().evaluation_loop(*passed, metric_key_prefix)
-        if self.average is None or which == "student":
-            assert student is not None
-            return student
-        split, _, rest = metric_key_prefix.partition("_")
-        with self.average.swapped(self.model):
-            output = super().evaluation_loop(*passed, f"{split}_ema" + (f"_{rest}" if rest else ""))
-        if student is None:
-            return output
-        return student._replace(metrics={**(student.metrics or {}), **(output.metrics or {})})
+    # ---- Log
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the reference clock to every log of a run, and the state of scaling to the training logs."""
@@ -408,10 +350,6 @@ class EMATrainerMixin(Trainer):
         }
 
     # ---- Save, resume, best model
-
-    def _as_student(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the model holds the student, also after the best average was loaded into it."""
-        return contextlib.nullcontext() if self._student is None else self._student.swapped(self.model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The student at the root of `output_dir`, the average in `ema/`; both before any push."""
@@ -442,7 +380,7 @@ class EMATrainerMixin(Trainer):
             clock=float(self.sampler.stream.clock(int(self.sampler.positions[done]))),
             borders=self.sampler.done(done).to_json(),
             identity=self._laid_out().identity,
-            momentum=self.plan.recipe.ema_momentum,
+            recipe=asdict(self.plan.recipe),
             loss=loss if math.isfinite(loss) else 0.0,
             last_logged=self._globalstep_last_logged if running else done,
             counters=self.counters(),

@@ -25,7 +25,7 @@ class RunState:
         clock: reference steps done.
         borders: the steps done, as `StepBorders.to_json`; a resumed run keeps them.
         identity: `RunLayout.identity`.
-        momentum: rho per reference step, for whoever reads the file.
+        recipe: the recipe at the reference batch, as a dictionary.
         loss: sum of the losses since the last log.
         last_logged: optimizer step of the last log.
         counters: what is counted between logs.
@@ -35,7 +35,7 @@ class RunState:
     clock: float
     borders: list[dict[str, float]]
     identity: dict[str, Any]
-    momentum: float
+    recipe: dict[str, Any]
     loss: float = 0.0
     last_logged: int = 0
     counters: dict[str, Any] = field(default_factory=dict)
@@ -48,6 +48,16 @@ class RunState:
     def done(self) -> StepBorders:
         """The steps done."""
         return StepBorders.from_json(self.borders)
+
+    def changed_values(self, recipe: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Values of the recipe that may change on resume and did: name to then and now."""
+        open_keys = {"pl_start", "steps_per_epoch"}  # `check_identity` knows when these may
+        now = json.loads(json.dumps(recipe))  # tuples as the file has them
+        return {
+            key: (self.recipe.get(key), value)
+            for key, value in now.items()
+            if key not in open_keys and self.recipe.get(key) != value
+        }
 
     def check_identity(self, identity: dict[str, Any]) -> None:
         """Refuses to continue with other data or another reference recipe.

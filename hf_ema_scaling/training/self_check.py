@@ -88,8 +88,9 @@ def check_data(trainer: EMATrainerMixin, rows: int) -> tuple[str, str]:
                 raise ValueError(f"{name} rows {picked[0]} to {picked[-1]}: {error}") from error
         columns = list(getattr(dataset, "column_names", None) or [])
         column = trainer.args.duration_column
-        minutes = f" ({sum(dataset[column][:]) / 60:.1f} min)" if column in columns else ""
-        found.append(f"{name} {len(dataset)} rows{minutes}")
+        notes = [f"{sum(dataset[column][:]) / 60:.1f} min"] if column in columns else []
+        notes += [f"the first {rows} looked at"] if len(dataset) > rows else []
+        found.append(f"{name} {len(dataset)} rows" + (f" ({', '.join(notes)})" if notes else ""))
     return PASSED, ", ".join(found)
 
 

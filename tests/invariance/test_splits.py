@@ -64,8 +64,10 @@ def test_nor_with_dropped_pseudo_labels(tmp_path: Path) -> None:
             assert tiny.difference(whole.recorder.averages[step], split.recorder.averages[step]) < TOLERANCE
 
 
-def test_stock_trainer_multiplies_the_gradient_by_the_accumulation_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_trainer_multiplies_the_gradient_by_the_accumulation_steps(tmp_path: Path, family: str) -> None:
     """What these trainers exist to avoid; if it fails, transformers has changed and this library may say so."""
+    build, data = FAMILIES[family]
 
     def norm(batch: int, accumulation: int) -> float:
         seen: list[float] = []
@@ -86,7 +88,12 @@ def test_stock_trainer_multiplies_the_gradient_by_the_accumulation_steps(tmp_pat
             disable_tqdm=True,
             save_strategy="no",
         )
-        Trainer(tiny.bert(), args, train_dataset=tiny.sentences(16), callbacks=[Spy()]).train()
+        model = build()
+        # One mean per utterance, as here; a sum would not depend on the split, but grow with the batch.
+        model.config.ctc_loss_reduction = "mean"
+        collator = tiny.CTCCollator() if family == "wav2vec2" else None
+        train = data().select(range(16))
+        Trainer(model, args, train_dataset=train, data_collator=collator, callbacks=[Spy()]).train()
         return seen[0]
 
     assert norm(4, 4) / norm(16, 1) == pytest.approx(4.0, rel=1e-3)

@@ -37,13 +37,12 @@ def test_what_the_plan_warns_of_does_not_fail(config: Path) -> None:
     assert found["plan"][0] == WARNING and "the teacher still holds 0.99" in found["plan"][1]
 
 
-def test_a_label_too_long_for_its_audio_fails(config: Path, tmp_path: Path, manifest: Callable[..., Path]) -> None:
+def test_labels_all_too_long_for_their_audio_fail(config: Path, tmp_path: Path, manifest: Callable[..., Path]) -> None:
     path = manifest(tmp_path / "long.jsonl", 3, seed=0, text="abc" * 20)
     code, found = check(str(config), "--labelled", str(path), "--unlabelled", "null")
     assert code == 1
-    result, detail = found["labels"]
-    assert result == FAILED
-    assert "labelled row 0 needs 60 frames for its labels, but the model makes" in detail
+    assert found["recipe"][0] == FAILED
+    assert f"no row of {path} fits" in found["recipe"][1]
 
 
 def test_a_recipe_that_cannot_be_built_fails(config: Path) -> None:
@@ -54,10 +53,21 @@ def test_a_recipe_that_cannot_be_built_fails(config: Path) -> None:
 
 
 def test_rows_beyond_the_first_are_not_looked_at(config: Path, tmp_path: Path, manifest: Callable[..., Path]) -> None:
-    path = manifest(tmp_path / "mixed.jsonl", 3, seed=0, text="ab")
-    path.write_text(path.read_text().replace('"ab"}', '"' + "abc" * 20 + '"}').replace("abc" * 20, "ab", 2))
+    path = manifest(tmp_path / "three.jsonl", 3, seed=0, text="ab")
     _, found = check(str(config), "--labelled", str(path), "--rows", "2")
     assert found["labels"][1] == "the labels of 2 of 3 rows fit their frames"
+    assert "labelled 3 rows (" in found["data"][1] and "the first 2 looked at" in found["data"][1]
+
+
+def test_a_row_whose_label_does_not_fit_is_dropped(
+    config: Path, tmp_path: Path, manifest: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = manifest(tmp_path / "mixed.jsonl", 3, seed=0, text="ab")
+    path.write_text(path.read_text().replace('"ab"}', '"' + "abc" * 20 + '"}', 1))
+    code, found = check(str(config), "--labelled", str(path))
+    assert code == 0
+    assert found["labels"][1] == "the labels of 2 of 2 rows fit their frames"
+    assert f"dropped 1 of 3 rows of {path}: their labels need more frames than there are" in caplog.text
     assert check(str(config), "--labelled", str(path), "--rows", "3")[1]["labels"][0] == FAILED
 
 

@@ -75,6 +75,22 @@ def test_logs_carry_the_clock_and_the_state_of_scaling(tmp_path: Path) -> None:
     assert [entry["learning_rate"] for entry in logs] == [rates[2], rates[3], rates[4]]
 
 
+def test_logs_say_what_a_step_cut_at_a_stage_end_did(tmp_path: Path) -> None:
+    made = run(
+        tmp_path, max_steps=8, kappa=3.0, small_batch_until=1, logging_steps=1, eval_strategy="no", save_strategy="no"
+    )
+    logs = [entry for entry in made.state.log_history if "loss" in entry]
+    assert [entry["clock/reference_step"] for entry in logs] == [1, 4, 7, 8]
+    assert [entry["ema/kappa"] for entry in logs] == [1, 3, 3, 1]
+    assert [entry["ema/momentum"] for entry in logs] == pytest.approx([0.9, 0.729, 0.729, 0.9], rel=1e-12)
+    assert [entry["batch/units"] for entry in logs] == [4, 12, 12, 4]
+    for step, weight in enumerate((0.1, 0.271, 0.271, 0.1)):
+        before = made.recorder.averages[step - 1] if step else made.recorder.initial
+        for name, average in made.recorder.averages[step].items():
+            expected = before[name] + weight * (made.recorder.weights[step][name] - before[name])
+            assert (average - expected).abs().max() < 1e-7, (step, name)
+
+
 def test_below_the_reference_batch_events_wait_for_the_clock(tmp_path: Path) -> None:
     made = run(tmp_path, max_steps=4, kappa=0.5, logging_steps=1, eval_steps=2, save_steps=3)
     assert made.state.max_steps == 8 and [len(drawn) for drawn in made.drawn] == [2] * 8

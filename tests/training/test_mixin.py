@@ -150,6 +150,26 @@ def test_an_exception_in_an_evaluation_leaves_the_students_bits(tmp_path: Path, 
     assert math.isfinite(made.evaluate()["eval_ema_loss"])
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+def test_also_during_training(tmp_path: Path, failing: int) -> None:
+    calls = []
+
+    def fails(prediction: EvalPrediction) -> dict[str, float]:
+        calls.append(tiny.parameters(made.model))
+        if len(calls) == failing:
+            raise ZeroDivisionError("a metric")
+        return {}
+
+    made = bert_run(tmp_path, compute_metrics=fails, eval_strategy="steps", eval_steps=4)
+    with pytest.raises(ZeroDivisionError, match="a metric"):
+        made.train()
+    student, average = made.recorder.weights[-1], made.recorder.averages[-1]
+    assert made.state.global_step == len(made.recorder.weights) > 1 and not tiny.same_bits(student, average)
+    assert tiny.same_bits(tiny.parameters(made.model), student)
+    assert tiny.same_bits(tiny.average(made), average)
+    assert tiny.same_bits(calls[-1], student if failing == 1 else average)
+
+
 def test_ctc_predictions_are_greedy_labels(tmp_path: Path) -> None:
     seen: list[EvalPrediction] = []
     made = tiny.trainer(

@@ -296,7 +296,7 @@ def test_the_root_of_a_checkpoint_is_the_student_and_ema_the_average(
     reference, folder = whole("semi_supervised")
     checkpoint = folder / "checkpoint-6"
     state = read_run_state(checkpoint)
-    assert (state.global_step, state.clock, state.momentum) == (6, 8.0, 0.9)
+    assert (state.global_step, state.clock, state.recipe["ema_momentum"]) == (6, 8.0, 0.9)
     names = reference.recorder.weights[5]
     student, average = load_file(checkpoint / "model.safetensors"), load_file(checkpoint / "ema/model.safetensors")
     assert tiny.same_bits({name: student[name] for name in names}, names)

@@ -1,0 +1,90 @@
+"""Evaluation of both weight sets, student and average, on the loss of training."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_ema_scaling.data.collator import pad_labels
+from hf_ema_scaling.ema import WeightAverage
+from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths, greedy_ctc
+from hf_ema_scaling.training.arguments import EMATrainingArguments
+from hf_ema_scaling.training.losses import ExampleLoss, cap_losses
+
+
+class BothWeightsEvaluation(Trainer):
+    """Trainer that evaluates the student as `eval_*` and the average of its weights as `eval_ema_*`."""
+
+    args: EMATrainingArguments
+    model: Any
+    average: WeightAverage | None
+    example_loss: ExampleLoss
+    ctc: bool
+    _student: WeightAverage | None
+    """The student, while the model holds the best average."""
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss as in training, predictions and labels.
+
+        Predictions of a CTC model are its greedy labels, int64 `(rows, tokens)` padded with -100, unless
+        `preprocess_logits_for_metrics` asks for the logits.
+        """
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels", None)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits
+            loss = None
+            if labels is not None:
+                # An utterance without words has a word error rate, but no CTC loss per token.
+                rows = (labels >= 0).any(-1) if self.ctc else torch.ones(len(labels), dtype=torch.bool)
+                chosen = {name: value[rows] for name, value in inputs.items()} if self.ctc else inputs
+                losses = self.example_loss(self.model, chosen, logits[rows], labels[rows])
+                loss = cap_losses(losses, self.args.max_example_loss).sum() / max(1, int(rows.sum()))
+        if prediction_loss_only:
+            return loss, None, None
+        if self.ctc and self.preprocess_logits_for_metrics is None:
+            frames = ctc_frame_lengths(self.model, inputs)
+            predicted = greedy_ctc(logits, frames, blank_id(self.model.config))
+            return loss, pad_labels(predicted).to(logits.device), labels
+        return loss, logits.detach(), labels
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Once per weight set: `<prefix>_*` for the student, `<prefix>_ema_*` (`eval_ema_<set>_*`) for the average."""
+        passed = (dataloader, description, prediction_loss_only, ignore_keys)
+        which = self.args.evaluate_weights
+        student = None
+        if self.average is None or which != "ema":
+            with self._as_student():
+                student = super().evaluation_loop(*passed, metric_key_prefix)
+        if self.average is None or which == "student":
+            assert student is not None
+            return student
+        split, _, rest = metric_key_prefix.partition("_")
+        with self.average.swapped(self.model):
+            output = super().evaluation_loop(*passed, f"{split}_ema" + (f"_{rest}" if rest else ""))
+        if student is None:
+            return output
+        return student._replace(metrics={**(student.metrics or {}), **(output.metrics or {})})
+
+    def _as_student(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model holds the student, also after the best average was loaded into it."""
+        return contextlib.nullcontext() if self._student is None else self._student.swapped(self.model)
