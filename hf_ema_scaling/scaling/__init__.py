@@ -10,7 +10,8 @@ from .momentum import (
     weight_from_log_momentum,
 )
 from .optimizers import AdamRule, AdamWRule, OptimizerValues, ScalingRule, SGDRule, scaling_rule
-from .plan import Recipe, ScalingPlan, StepValues
+from .plan import ScalingPlan, StepValues
+from .recipe import Recipe
 from .schedule import BatchSchedule, ReferenceClock, ResolvedStage, Segment, Stage, StepBorders, step_borders
 
 __all__ = [

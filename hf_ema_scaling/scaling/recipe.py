@@ -1,0 +1,80 @@
+"""A training recipe as it was tuned, at the reference batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .momentum import check_below_one, check_not_negative, check_positive
+from .optimizers import OptimizerValues
+
+__all__ = ["Recipe", "Unit"]
+
+Unit = Literal["samples", "seconds", "tokens"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training recipe as tuned at the reference batch. All steps are reference steps.
+
+    Args:
+        reference_batch_size: B, units per reference step over all processes.
+        unit: What is counted: "samples", "seconds" of audio, or "tokens".
+        max_steps: Length of the run.
+        learning_rate: Peak learning rate.
+        ema_momentum: Share rho of the average that one step keeps, in [0, 1).
+        optimizer: A name that `scaling_rule` knows, unless the plan is given a rule.
+        weight_decay: As the optimizer defines it.
+        betas: Adam's decay rates; unused by SGD.
+        eps: Adam's denominator offset; unused by SGD.
+        sgd_momentum: SGD's momentum; unused by Adam.
+        max_grad_norm: Clip norm; `None` or 0 for no clipping.
+        warmup_steps: Linear warm-up, used when the plan is given no learning-rate schedule.
+        ema_start: Before this step the average equals the student.
+        pl_start: Where pseudo-labelling starts; `None` without pseudo-labels. No optimizer step crosses it.
+        steps_per_epoch: Needed only by stages that end after a number of epochs.
+
+    Raises:
+        ValueError: If a value is outside its range.
+    """
+
+    reference_batch_size: float
+    unit: Unit
+    max_steps: float
+    learning_rate: float
+    ema_momentum: float
+    optimizer: str = "adamw_torch"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    sgd_momentum: float = 0.0
+    max_grad_norm: float | None = None
+    warmup_steps: float = 0
+    ema_start: float = 0
+    pl_start: float | None = None
+    steps_per_epoch: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.unit not in get_args(Unit):
+            raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
+        check_positive("reference_batch_size", self.reference_batch_size)
+        check_positive("max_steps", self.max_steps)
+        check_below_one("ema_momentum", self.ema_momentum)
+        check_not_negative("max_grad_norm", self.max_grad_norm or 0.0)
+        check_not_negative("warmup_steps", self.warmup_steps)
+        if self.steps_per_epoch is not None:
+            check_positive("steps_per_epoch", self.steps_per_epoch)
+        for name, value in (("ema_start", self.ema_start), ("pl_start", self.pl_start)):
+            if check_not_negative(name, value or 0.0) >= self.max_steps:
+                raise ValueError(f"{name}={value:g} must be before the end of the run (max_steps={self.max_steps:g})")
+        OptimizerValues(self.learning_rate, self.weight_decay, self.betas, self.eps, self.sgd_momentum)
+
+    def optimizer_values(self) -> OptimizerValues:
+        """Hyper-parameters at the reference batch and the peak learning rate, as the optimizer's family has them."""
+        if self.optimizer == "sgd":
+            return OptimizerValues(self.learning_rate, self.weight_decay, momentum=self.sgd_momentum)
+        return OptimizerValues(self.learning_rate, self.weight_decay, betas=self.betas, eps=self.eps)
+
+    def warmup_multiplier(self, step: int) -> float:
+        """Linear warm-up from 0 over `warmup_steps`, then 1."""
+        return min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
