@@ -30,14 +30,15 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
 ) -> None:
     """Trains a small speech model from scratch that learns from the pseudo-labels of its own EMA teacher."""
-    from hf_ema_scaling.demo import ARMS, run_demo, table
+    from hf_ema_scaling.demo import ARMS, DemoConfig, run_demo, table
 
     names = [arm.strip() for arm in arms.split(",") if arm.strip()]
     unknown = [name for name in names if name not in ARMS]
     if unknown or not names:
         raise typer.BadParameter(f"arms are {', '.join(ARMS)}; got {arms!r}", param_hint="--arms")
+    config = DemoConfig() if steps is None else DemoConfig().of_length(steps)
     try:
-        summary = run_demo(output_dir, arms=names, kappa=kappa, seed=seed, steps=steps, scale_ema=scale_ema)
+        summary = run_demo(output_dir, arms=names, kappa=kappa, seed=seed, scale_ema=scale_ema, config=config)
     except FileExistsError as error:
         raise typer.BadParameter(str(error), param_hint="--output-dir") from error
     except ImportError as error:

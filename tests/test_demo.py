@@ -20,11 +20,13 @@ from typer.testing import CliRunner
 from hf_ema_scaling import demo
 from hf_ema_scaling.cli import main
 from hf_ema_scaling.data.synthetic import SyntheticCorpusConfig
+from hf_ema_scaling.demo import arms, run
 
 CORPUS = SyntheticCorpusConfig(
     labelled_minutes=0.3, unlabelled_minutes=0.5, evaluation_minutes=0.2, labelled_voices=3, unlabelled_voices=4
 )
 STEPS = 20
+CONFIG = demo.DemoConfig().of_length(STEPS)
 STARTS: dict[str, tuple[int, tiny.Tensors, tiny.Tensors]] = {}
 
 
@@ -41,22 +43,22 @@ class Starts(TrainerCallback):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("demo")
-    build = demo._trainer
+    build = arms.build_trainer
 
-    def observed(config: demo.DemoConfig, arm: str, *rest: Any) -> Any:
-        made = build(config, arm, *rest)
-        made.add_callback(Starts(arm, made))
+    def observed(job: arms.ArmJob, *rest: Any) -> Any:
+        made = build(job, *rest)
+        made.add_callback(Starts(job.name, made))
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "_trainer", observed)
-        return folder, demo.run_demo(folder, arms=demo.ARMS, steps=STEPS, corpus=CORPUS, kappa=8.0)
+        patch.setattr(arms, "build_trainer", observed)
+        return folder, demo.run_demo(folder, arms=demo.ARMS, config=CONFIG, corpus=CORPUS, kappa=8.0, processes=1)
 
 
 @pytest.mark.slow
 def test_arms_take_the_steps_of_the_plan(runs: tuple[Path, dict[str, Any]]) -> None:
     _, summary = runs
-    start = round(demo.DemoConfig().pl_start * STEPS / demo.DemoConfig().steps)
+    start = CONFIG.pl_start
     steps = start + -(-(STEPS - start) // 8)
     assert {name: arm["steps"] for name, arm in summary["arms"].items()} == dict.fromkeys(demo.ARMS, steps)
 
@@ -77,7 +79,7 @@ def test_summary_has_the_promised_keys_and_finite_numbers(runs: tuple[Path, dict
 @pytest.mark.slow
 def test_arms_take_large_batches_from_the_labelled_phase_on(runs: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = runs
-    start = round(demo.DemoConfig().pl_start * STEPS / demo.DemoConfig().steps)
+    start = CONFIG.pl_start
     logs = {arm: json.loads((folder / arm / "ema" / "ema_state.json").read_text())["state"] for arm in demo.ARMS}
     assert {log["borders"][0]["count"] for log in logs.values()} == {start}
     assert {log["borders"][1]["kappa"] for log in logs.values()} == {8.0}
@@ -86,7 +88,7 @@ def test_arms_take_large_batches_from_the_labelled_phase_on(runs: tuple[Path, di
 @pytest.mark.slow
 def test_arms_start_from_the_weights_and_the_average_of_one_labelled_phase(runs: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = runs
-    start = round(demo.DemoConfig().pl_start * STEPS / demo.DemoConfig().steps)
+    start = CONFIG.pl_start
     branch = folder / "labelled_phase" / f"checkpoint-{start}"
     student, average = load_file(branch / "model.safetensors"), load_file(branch / "ema" / "model.safetensors")
     assert tiny.difference(student, average) > 1e-3
@@ -104,7 +106,7 @@ def test_arms_start_from_the_weights_and_the_average_of_one_labelled_phase(runs:
 def test_json_is_one_object_and_the_ablation_leaves_the_momentum_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "SyntheticCorpusConfig", lambda seed: dataclasses.replace(CORPUS, seed=seed))
+    monkeypatch.setattr(run, "SyntheticCorpusConfig", lambda seed: dataclasses.replace(CORPUS, seed=seed))
     options = ["--arms", "labelled", "--steps", str(STEPS), "--kappa", "8", "--no-scale-ema", "--json"]
     done = CliRunner().invoke(main, ["demo", *options, "--output-dir", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
@@ -114,13 +116,26 @@ def test_json_is_one_object_and_the_ablation_leaves_the_momentum_alone(
     assert written["scale_ema"] is False and {key: written[key] for key in summary} == summary
     logs = json.loads((tmp_path / "run" / "labelled" / "trainer_state.json").read_text())["log_history"]
     scaled = [row for row in logs if row.get("ema/kappa") == 8.0]
-    assert scaled and {row["ema/momentum"] for row in scaled} == {pytest.approx(demo.DemoConfig().ema_momentum)}
+    assert scaled
+    assert [row["ema/momentum"] for row in scaled] == pytest.approx([demo.DemoConfig().ema_momentum] * len(scaled))
 
 
 def test_the_command_names_what_is_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     done = CliRunner().invoke(main, ["demo", "--output-dir", str(tmp_path)])
     assert done.exit_code == 2 and "thesis.tex" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_arms_side_by_side_give_the_figures_of_arms_in_turn(runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, alone = runs
+    together = demo.run_demo(
+        tmp_path, arms=("labelled", "pseudo"), config=CONFIG, corpus=CORPUS, kappa=8.0, processes=2
+    )
+    for arm, figures in together["arms"].items():
+        assert {**figures, "seconds": 0} == {**alone["arms"][arm], "seconds": 0}
+        saved = [load_file(path / arm / "ema" / "model.safetensors") for path in (folder, tmp_path)]
+        assert tiny.same_bits(*saved), arm
 
 
 def test_gap_is_the_share_of_the_averages_error() -> None:
@@ -134,7 +149,7 @@ def test_gap_is_the_share_of_the_averages_error() -> None:
 def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(FileExistsError, match=r"thesis\.tex"):
-        demo.run_demo(tmp_path, steps=STEPS, corpus=CORPUS)
+        demo.run_demo(tmp_path, corpus=CORPUS)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
