@@ -34,7 +34,7 @@ from hf_ema_scaling.data.synthetic import SyntheticCorpusConfig, build_corpus
 from hf_ema_scaling.labels import PseudoLabel
 from hf_ema_scaling.metrics import CTCMetrics
 from hf_ema_scaling.training import EMATrainer, EMATrainingArguments, PseudoLabelArguments, PseudoLabelTrainer
-from hf_ema_scaling.training.checks import drop_unfitting
+from hf_ema_scaling.training.checks import drop_unfitting, fitting_rows
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 
 ARMS = ("labelled", "pseudo", "topline")
@@ -168,7 +168,10 @@ def load_data(job: ArmJob) -> DemoData:
     data = prepare_data(job.corpus, job.cache)
     # Dense text on fast speech may need more frames than there are; which rows, only the model knows.
     model = build_model(job.config, data.processor, job.seed)
-    data.labelled = drop_unfitting(model, data.labelled, "the labelled set")
+    if job.branch is None:
+        data.labelled = drop_unfitting(model, data.labelled, "the labelled set")
+    else:  # the labelled phase has said it
+        data.labelled = data.labelled.select(fitting_rows(model, data.labelled))
     return data
 
 

@@ -90,29 +90,34 @@ def check_ctc_targets(model: nn.Module, inputs: Mapping[str, Tensor], indices: l
         )
 
 
-def drop_unfitting(model: nn.Module, dataset: Dataset, name: str) -> Dataset:
-    """The rows whose labels fit the frames that the model makes of their audio; says how many do not.
+def fitting_rows(model: nn.Module, dataset: Dataset) -> list[int]:
+    """Numbers of the rows whose labels fit the frames that the model makes of their audio.
 
     Args:
         model: a CTC model.
         dataset: rows with `labels` and `input_features` or `input_values`, as `prepare_ctc` makes them.
-        name: of the data set, for messages.
-
-    Raises:
-        ValueError: when no row fits.
     """
     column = next(key for key in ("input_features", "input_values") if key in dataset.column_names)
     needed = [min_ctc_frames([int(token) for token in labels]) for labels in dataset["labels"]]
     fits = frames_of(model, _row_lengths(dataset, column)) >= torch.tensor(needed)
-    if not fits.any():
+    rows: list[int] = fits.nonzero().flatten().tolist()
+    return rows
+
+
+def drop_unfitting(model: nn.Module, dataset: Dataset, name: str) -> Dataset:
+    """The `fitting_rows` of a data set; says how many do not fit.
+
+    Raises:
+        ValueError: when no row fits.
+    """
+    rows, total = fitting_rows(model, dataset), len(dataset)
+    if not rows:
         raise ValueError(f"no row of {name} fits: the model makes fewer frames of each than its labels need")
-    if fits.all():
+    if len(rows) == total:
         return dataset
-    dropped = len(fits) - int(fits.sum())
-    logger.warning(
-        "dropped %d of %d rows of %s: their labels need more frames than there are", dropped, len(fits), name
-    )
-    return dataset.select(fits.nonzero().flatten().tolist())
+    dropped = total - len(rows)
+    logger.warning("dropped %d of %d rows of %s: their labels need more frames than there are", dropped, total, name)
+    return dataset.select(rows)
 
 
 def _row_lengths(dataset: Dataset, column: str) -> Tensor:

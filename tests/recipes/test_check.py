@@ -68,7 +68,6 @@ def test_a_row_whose_label_does_not_fit_is_dropped(
     assert code == 0
     assert found["labels"][1] == "the labels of 2 of 2 rows fit their frames"
     assert f"dropped 1 of 3 rows of {path}: their labels need more frames than there are" in caplog.text
-    assert check(str(config), "--labelled", str(path), "--rows", "3")[1]["labels"][0] == FAILED
 
 
 @pytest.fixture
