@@ -90,7 +90,7 @@ class SyntheticCorpusConfig:
     noise: float = 0.02
     """White noise of the labelled split, which is spoken in a quiet room: its standard deviation is uniform in
     [0, noise) per utterance, at a speech peak of 0.5."""
-    wild_noise: float = 0.08
+    wild_noise: float = 0.12
     """The same for the unlabelled and the evaluation split, which are recorded anywhere."""
     rate: tuple[int, int] = (140, 210)
     """Words per minute, lowest and highest."""

@@ -47,13 +47,13 @@ ALPHABET = string.ascii_lowercase + "'"
 class DemoConfig:
     """The recipe of the demo, at its reference batch of 16 utterances."""
 
-    steps: int = 1600
-    pl_start: int = 500
+    steps: int = 2000
+    pl_start: int = 600
     unlabeled_ratio: float = 3.0
     reference_batch_size: int = 16
     learning_rate: float = 3e-3
     warmup_steps: int = 100
-    ema_momentum: float = 0.98
+    ema_momentum: float = 0.985
     hidden_size: int = 128
     layers: int = 3
     intermediate_size: int = 256
