@@ -17,6 +17,7 @@ _HOME = {
     "ScalingPlan": "scaling",
     "half_life_from_momentum": "scaling",
     "momentum_from_half_life": "scaling",
+    "register_scaling_rule": "scaling",
     "scale_momentum": "scaling",
     "EMATeacher": "ema",
     "WeightAverage": "ema",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from hf_ema_scaling.scaling import ScalingPlan as ScalingPlan
     from hf_ema_scaling.scaling import half_life_from_momentum as half_life_from_momentum
     from hf_ema_scaling.scaling import momentum_from_half_life as momentum_from_half_life
+    from hf_ema_scaling.scaling import register_scaling_rule as register_scaling_rule
     from hf_ema_scaling.scaling import scale_momentum as scale_momentum
     from hf_ema_scaling.training import EMACallback as EMACallback
     from hf_ema_scaling.training import EMATrainer as EMATrainer

@@ -196,7 +196,10 @@ class Recorder(TrainerCallback):
 
     def _optimizer_state(self, optimizer: Any) -> dict[str, Tensors]:
         return {
-            name: {key: value.detach().clone() for key, value in optimizer.state[p].items()}
+            name: {
+                key: value.detach().clone() if isinstance(value, Tensor) else value
+                for key, value in optimizer.state[p].items()
+            }
             for name, p in self.trainer.model.named_parameters()
             if p in optimizer.state
         }

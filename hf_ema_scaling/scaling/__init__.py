@@ -9,16 +9,29 @@ from .momentum import (
     scale_momentum,
     weight_from_log_momentum,
 )
-from .optimizers import AdamRule, AdamWRule, OptimizerValues, ScalingRule, SGDRule, scaling_rule
+from .optimizers import (
+    AdagradRule,
+    AdamRule,
+    AdamWRule,
+    OptimizerValues,
+    RMSpropRule,
+    ScalingRule,
+    SGDRule,
+    known_rule,
+    register_scaling_rule,
+    scaling_rule,
+)
 from .plan import ScalingPlan, StepValues
 from .recipe import Recipe
 from .schedule import BatchSchedule, ReferenceClock, ResolvedStage, Segment, Stage, StepBorders, step_borders
 
 __all__ = [
+    "AdagradRule",
     "AdamRule",
     "AdamWRule",
     "BatchSchedule",
     "OptimizerValues",
+    "RMSpropRule",
     "Recipe",
     "ReferenceClock",
     "ResolvedStage",
@@ -31,9 +44,11 @@ __all__ = [
     "StepValues",
     "ema_weight",
     "half_life_from_momentum",
+    "known_rule",
     "log_momentum",
     "momentum_from_epoch_weight",
     "momentum_from_half_life",
+    "register_scaling_rule",
     "scale_momentum",
     "scaling_rule",
     "step_borders",

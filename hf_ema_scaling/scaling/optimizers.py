@@ -1,243 +1,135 @@
-"""How an optimizer's hyper-parameters and state change with the batch size.
-
-Two ratios appear. `kappa` is the ratio of one step (its units over the reference batch; a step may be cut short) and
-governs learning rate and weight decay. `stage_kappa` is the nominal ratio of the batch stage and governs what has a
-memory across steps: betas, eps and SGD's momentum.
-
-At `kappa == stage_kappa == 1` every rule returns its input bit for bit.
-"""
+"""Which scaling rule belongs to which optimizer."""
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import MutableMapping
-from dataclasses import dataclass, replace
-from typing import Any
+from .rules import (
+    AdagradRule,
+    AdamRule,
+    AdamWRule,
+    OptimizerValues,
+    RMSpropRule,
+    ScalingRule,
+    SGDRule,
+)
 
-from .momentum import check_below_one, check_not_negative, check_positive, ema_weight, scale_momentum
+__all__ = [
+    "AdagradRule",
+    "AdamRule",
+    "AdamWRule",
+    "OptimizerValues",
+    "RMSpropRule",
+    "SGDRule",
+    "ScalingRule",
+    "known_rule",
+    "register_scaling_rule",
+    "scaling_rule",
+]
 
-__all__ = ["AdamRule", "AdamWRule", "OptimizerValues", "SGDRule", "ScalingRule", "scaling_rule"]
-
-
-@dataclass(frozen=True)
-class OptimizerValues:
-    """Hyper-parameters of one param group.
-
-    Args:
-        learning_rate: Step size, at least 0.
-        weight_decay: As the optimizer defines it, at least 0.
-        betas: Adam's two decay rates, each in [0, 1); `None` for optimizers without them.
-        eps: Adam's denominator offset, at least 0; `None` for optimizers without it.
-        momentum: SGD's momentum, in [0, 1); `None` for optimizers without it.
-
-    Raises:
-        ValueError: If a value is outside its range or not finite.
-    """
-
-    learning_rate: float
-    weight_decay: float = 0.0
-    betas: tuple[float, float] | None = None
-    eps: float | None = None
-    momentum: float | None = None
-
-    def __post_init__(self) -> None:
-        check_not_negative("learning_rate", self.learning_rate)
-        check_not_negative("weight_decay", self.weight_decay)
-        if self.betas is not None:
-            for beta in self.betas:
-                check_below_one("betas", beta)
-        if self.eps is not None:
-            check_not_negative("eps", self.eps)
-        if self.momentum is not None:
-            check_below_one("momentum", self.momentum)
-
-
-@dataclass(frozen=True)
-class ScalingRule:
-    """The rule "none": nothing changes with the batch size. The other rules derive from it."""
-
-    name: str
-
-    def scale(self, reference: OptimizerValues, *, kappa: float, stage_kappa: float) -> OptimizerValues:
-        """Hyper-parameters of a step of `kappa` reference batches.
-
-        Args:
-            reference: Values at the reference batch; the learning rate is the scheduled one of this moment.
-            kappa: Units of this step over the reference batch; above 0.
-            stage_kappa: Nominal ratio of the current batch stage; above 0.
-
-        Raises:
-            ValueError: If a ratio is not a finite number above 0.
-        """
-        check_positive("kappa", kappa)
-        check_positive("stage_kappa", stage_kappa)
-        return self._scale(reference, kappa, stage_kappa)
-
-    def _scale(self, reference: OptimizerValues, kappa: float, stage_kappa: float) -> OptimizerValues:
-        return reference
-
-    def clip_norm(self, max_norm: float, kappa: float) -> float:
-        """Gradient-norm limit of a step of `kappa` reference batches."""
-        check_positive("kappa", kappa)
-        return max_norm
-
-    def rescale_state(
-        self, state: MutableMapping[str, Any], *, old_kappa: float, new_kappa: float, reference: OptimizerValues
-    ) -> None:
-        """Adapt one parameter's optimizer state, in place, when the batch goes from `old_kappa` to `new_kappa`.
-
-        Args:
-            state: `optimizer.state[parameter]`; entries that are missing or `None` are left alone.
-            old_kappa: Ratio of the stage that ends.
-            new_kappa: Ratio of the stage that begins.
-            reference: Values of the param group at the reference batch.
-
-        Raises:
-            ValueError: If a ratio is not a finite number above 0.
-        """
-        check_positive("old_kappa", old_kappa)
-        check_positive("new_kappa", new_kappa)
-        if old_kappa != new_kappa:
-            self._rescale_state(state, old_kappa, new_kappa, reference)
-
-    def _rescale_state(
-        self, state: MutableMapping[str, Any], old_kappa: float, new_kappa: float, reference: OptimizerValues
-    ) -> None:
-        return None
-
-
-@dataclass(frozen=True)
-class SGDRule(ScalingRule):
-    """Linear rule for SGD with or without momentum, in PyTorch's form (`v <- mu v + g`, dampening 0).
-
-    - learning rate without momentum: `kappa * lr` (published, see arXiv 2205.10287).
-    - momentum: `mu ** k`, learning rate `kappa * lr * (1 - mu ** k) / (1 - mu)`, `k = stage_kappa` (derived): the
-      time constant of the buffer, counted in data, and the total displacement per unit of data both stay. Keeping `mu`
-      itself would stretch that time constant by `kappa`.
-    - weight decay is L2 in the gradient, scales with the learning rate, and stays (derived by algebra).
-    - clip norm: unchanged.
-    """
-
-    def _scale(self, reference: OptimizerValues, kappa: float, stage_kappa: float) -> OptimizerValues:
-        learning_rate = kappa * reference.learning_rate
-        if not reference.momentum:
-            return replace(reference, learning_rate=learning_rate)
-        mu = reference.momentum
-        return replace(
-            reference,
-            learning_rate=learning_rate * (ema_weight(mu, stage_kappa) / ema_weight(mu)),
-            momentum=scale_momentum(mu, stage_kappa),
-        )
-
-    def _rescale_state(
-        self, state: MutableMapping[str, Any], old_kappa: float, new_kappa: float, reference: OptimizerValues
-    ) -> None:
-        # The buffer is near g / (1 - mu ** k) and the learning rate holds the inverse factor: only both together keep
-        # the displacement per unit of data across the switch.
-        buffer = state.get("momentum_buffer")
-        if buffer is not None and reference.momentum:
-            buffer.mul_(ema_weight(reference.momentum, old_kappa) / ema_weight(reference.momentum, new_kappa))
-
-
-@dataclass(frozen=True)
-class AdamRule(ScalingRule):
-    """Square-root rule for Adam with L2 weight decay in the gradient.
-
-    - learning rate `sqrt(kappa) * lr` and eps `eps / sqrt(k)` (published: arXiv 2205.10287), `k = stage_kappa`. The
-      rule needs gradient noise to dominate the mean gradient (arXiv 2402.18824): it fails first early in training and
-      at very large batches.
-    - betas `beta ** k` (published for beta2: arXiv 2507.07101). The linear form `1 - k (1 - beta)` of arXiv 2205.10287
-      is its first order and negative past `1 / (1 - beta)`.
-    - weight decay: unchanged (derived by algebra).
-    - clip norm: `/ sqrt(kappa)`, since the norm of a noise-dominated gradient falls like that (derived).
-    - state at a switch of ratio q: second moments `/ q`, since noise variance falls like that; `step / q`, so that the
-      bias correction `beta' ** step'` equals `beta ** step` (derived).
-    """
-
-    def _scale(self, reference: OptimizerValues, kappa: float, stage_kappa: float) -> OptimizerValues:
-        betas, eps = reference.betas, reference.eps
-        if betas is not None:
-            betas = (scale_momentum(betas[0], stage_kappa), scale_momentum(betas[1], stage_kappa))
-        if eps is not None:
-            eps = eps / math.sqrt(stage_kappa)
-        return replace(reference, learning_rate=math.sqrt(kappa) * reference.learning_rate, betas=betas, eps=eps)
-
-    def clip_norm(self, max_norm: float, kappa: float) -> float:
-        """Gradient-norm limit of a step of `kappa` reference batches: `max_norm / sqrt(kappa)`."""
-        return max_norm / math.sqrt(check_positive("kappa", kappa))
-
-    def _rescale_state(
-        self, state: MutableMapping[str, Any], old_kappa: float, new_kappa: float, reference: OptimizerValues
-    ) -> None:
-        ratio = new_kappa / old_kappa
-        for key in ("exp_avg_sq", "max_exp_avg_sq"):
-            if state.get(key) is not None:
-                state[key].div_(ratio)
-        step = state.get("step")
-        if step is None:
-            return
-        if hasattr(step, "div_"):
-            step.div_(ratio)
-        else:
-            state["step"] = step / ratio
-
-
-@dataclass(frozen=True)
-class AdamWRule(AdamRule):
-    """Square-root rule for AdamW, whose decay is `theta <- (1 - lr * weight_decay) * theta`.
-
-    As `AdamRule`, and weight decay `lam_hat = (1 - (1 - lr * lam) ** kappa) / (sqrt(kappa) * lr)` at the current
-    learning rate (derived), so that one step shrinks the weights exactly as `kappa` reference steps do; its limit at
-    learning rate 0 is `sqrt(kappa) * lam`.
-    """
-
-    def _scale(self, reference: OptimizerValues, kappa: float, stage_kappa: float) -> OptimizerValues:
-        scaled = super()._scale(reference, kappa, stage_kappa)
-        shrink = reference.learning_rate * reference.weight_decay
-        if shrink >= 1:
-            raise ValueError(
-                f"learning_rate * weight_decay is {shrink:g} (learning_rate={reference.learning_rate:g}, "
-                f"weight_decay={reference.weight_decay:g}): one step would erase the weights; it must be below 1"
-            )
-        if kappa == 1:
-            return scaled
-        # Below the normal range the product has lost its digits, and the limit is exact to float64.
-        if shrink < sys.float_info.min:
-            return replace(scaled, weight_decay=math.sqrt(kappa) * reference.weight_decay)
-        lost = -math.expm1(kappa * math.log1p(-shrink))
-        return replace(scaled, weight_decay=lost / scaled.learning_rate)
-
-
-_NONE = ScalingRule("none")
-_SGD = SGDRule("sgd")
-_ADAM = AdamRule("adam")
 _ADAMW = AdamWRule("adamw")
+# The Trainer's names for plain updates of these families. Missing on purpose: `adamw_torch_npu_fused`, whose step
+# count lies outside the optimizer's state, where a change of batch cannot reach it, and low-bit optimizers, whose
+# state is quantized.
 _RULES: dict[str, ScalingRule] = {
-    "none": _NONE,
-    "sgd": _SGD,
-    "adam": _ADAM,
+    "none": ScalingRule("none"),
+    "sgd": SGDRule("sgd"),
+    "adam": AdamRule("adam"),
     "adamw": _ADAMW,
     "adamw_torch": _ADAMW,
     "adamw_torch_fused": _ADAMW,
+    "adamw_torch_xla": _ADAMW,
+    "rmsprop": RMSpropRule("rmsprop"),
+    "adagrad": AdagradRule("adagrad"),
 }
+# Values of the training argument `scaling_rule` with a meaning of their own.
+_RESERVED = ("auto", "none")
+
+
+def known_rule(name: str) -> ScalingRule | None:
+    """The rule of an optimizer, or `None` where `scaling_rule` would raise."""
+    return _RULES.get(_key(name))
 
 
 def scaling_rule(name: str) -> ScalingRule:
-    """The rule of an optimizer, by family name or by the Trainer's `optim` name.
+    """The rule of an optimizer, by family name, by the Trainer's `optim` name, or by a registered name.
 
     Args:
-        name: "sgd", "adam", "adamw", "adamw_torch", "adamw_torch_fused", or "none" (nothing is scaled). A string enum
-            such as `OptimizerNames.ADAMW_TORCH` is taken by its value.
+        name: "sgd", "adam", "adamw", "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "rmsprop", "adagrad",
+            "none" (nothing is scaled), or what `register_scaling_rule` was given. A string enum such as
+            `OptimizerNames.ADAMW_TORCH` is taken by its value.
 
     Raises:
         ValueError: If no rule is known for `name`.
     """
-    # A string enum hashes by its member name, so it must be looked up by its value.
-    key = str(getattr(name, "value", name))
-    if key not in _RULES:
+    rule = known_rule(name)
+    if rule is None:
         raise ValueError(
-            f"no scaling rule for optimizer {key!r}; known: {', '.join(_RULES)}. Use one of these optimizers, or the "
-            "rule 'none' to scale nothing but the average's momentum"
+            f"no scaling rule for optimizer {_key(name)!r}; known: {', '.join(_RULES)}. Use one of these optimizers, "
+            f"or state how this one scales, hf_ema_scaling.register_scaling_rule({_key(name)!r}, rule), or set "
+            "scaling_rule='none' to scale nothing but the average's momentum"
         )
-    return _RULES[key]
+    return rule
+
+
+def register_scaling_rule(name: str, rule: ScalingRule, *, replace: bool = False) -> None:
+    """Make the rule of an optimizer known, in this process; every process of a run has to do so.
+
+    A worked example. LAMB divides Adam's update u, with its decay, by the norm of both:
+    `theta <- theta - lr * |theta| / |u + lam * theta| * (u + lam * theta)`. Betas, eps, clip norm and state scale as
+    Adam's do, two values differ (derived, for dominating noise):
+
+    - u stands outside Adam's denominator, as the decay does; its mean grows with `sqrt(kappa)`, so the decay must too.
+    - Averaging over fewer steps, `beta1 ** k` for `beta1`, makes u longer, by `c(beta1 ** k) / c(beta1)` with
+      `c(b) = sqrt((1 - b) / (1 + b))`; the division takes that away again, and the learning rate has to give it back.
+
+    ```python
+    class LAMBRule(AdamRule):
+        def scale(self, reference, *, kappa, stage_kappa):
+            scaled = super().scale(reference, kappa=kappa, stage_kappa=stage_kappa)
+            before, after = reference.betas[0], scaled.betas[0]
+            longer = math.sqrt((1 - after) / (1 + after) * (1 + before) / (1 - before))
+            return dataclasses.replace(
+                scaled,
+                learning_rate=scaled.learning_rate * longer,
+                weight_decay=math.sqrt(kappa) * reference.weight_decay,
+            )
+
+
+    register_scaling_rule("Lamb", LAMBRule("lamb"))
+    trainer = EMATrainer(model, args, train_dataset=data, optimizers=(Lamb(model.parameters(), lr=2e-3), None))
+    ```
+
+    Args:
+        name: Class name of an optimizer that is passed to the trainer, or a name that the training argument `optim`
+            takes.
+        rule: A `ScalingRule`. Its `hyper_parameters` say what is read from and written to the param groups beside
+            learning rate and weight decay.
+        replace: Whether a rule that is already known under this name may be replaced.
+
+    Raises:
+        TypeError: If `rule` is not a `ScalingRule` or `name` not a string.
+        ValueError: If `name` is empty, reserved, or known and `replace` is not set; if the rule has
+            `hyper_parameters` other than betas, eps, momentum and alpha.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be the name of an optimizer, got {name!r}: for a class pass its __name__")
+    if not isinstance(rule, ScalingRule):
+        raise TypeError(f"rule must be an instance of ScalingRule, got {rule!r}")
+    key = _key(name)
+    if not key or key in _RESERVED:
+        raise ValueError(f"{key!r} cannot be the name of an optimizer: empty, or a word of the argument scaling_rule")
+    unknown = sorted(set(rule.hyper_parameters) - {"betas", "eps", "momentum", "alpha"})
+    if unknown:
+        raise ValueError(
+            f"hyper_parameters of {type(rule).__name__} may be betas, eps, momentum and alpha, got {unknown}"
+        )
+    if key in _RULES and not replace:
+        raise ValueError(
+            f"optimizer {key!r} already has a scaling rule ({_RULES[key]!r}): pass replace=True to put another in its "
+            "place"
+        )
+    _RULES[key] = rule
+
+
+def _key(name: str) -> str:
+    # A string enum hashes by its member name, so it must be looked up by its value.
+    return str(getattr(name, "value", name))

@@ -32,6 +32,7 @@ class StepValues:
     betas: tuple[float, float] | None
     eps: float | None
     sgd_momentum: float | None
+    alpha: float | None
     max_grad_norm: float | None
     momentum: float
     ema_weight: float
@@ -142,7 +143,7 @@ class ScalingPlan:
             raise IndexError(f"optimizer step {t} is outside the plan of {len(self)} steps")
         start, end = float(self.borders[t]), float(self.borders[t + 1])
         stage_kappa = float(self.stage_kappa[t])
-        reference = self.recipe.optimizer_values()
+        reference = self.recipe.optimizer_values(self.rule)
         values = self.optimizer_values(reference, start=start, end=end, stage_kappa=stage_kappa)
         log_rho = self.log_momentum(start, end)
         return StepValues(
@@ -155,6 +156,7 @@ class ScalingPlan:
             betas=values.betas,
             eps=values.eps,
             sgd_momentum=values.momentum,
+            alpha=values.alpha,
             max_grad_norm=self.max_grad_norm(end - start),
             momentum=math.exp(log_rho),
             ema_weight=weight_from_log_momentum(log_rho),
@@ -176,7 +178,7 @@ class ScalingPlan:
         return row | {"kappa": 1.0, "steps": self.recipe.max_steps} | self._at_peak(1.0)
 
     def _at_peak(self, kappa: float) -> dict[str, Any]:
-        values = self.rule.scale(self.recipe.optimizer_values(), kappa=kappa, stage_kappa=kappa)
+        values = self.rule.scale(self.recipe.optimizer_values(self.rule), kappa=kappa, stage_kappa=kappa)
         log_rho = self._log_rho * kappa if self.scale_ema else self._log_rho
         half_life = math.log(2.0) / -log_rho
         return asdict(values) | {

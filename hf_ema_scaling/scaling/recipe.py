@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from .momentum import check_below_one, check_not_negative, check_positive
-from .optimizers import OptimizerValues
+from .optimizers import OptimizerValues, ScalingRule, known_rule
 
 __all__ = ["Recipe", "Unit"]
 
@@ -25,9 +25,10 @@ class Recipe:
         ema_momentum: Share rho of the average that one step keeps, in [0, 1).
         optimizer: A name that `scaling_rule` knows, unless the plan is given a rule.
         weight_decay: As the optimizer defines it.
-        betas: Adam's decay rates; unused by SGD.
-        eps: Adam's denominator offset; unused by SGD.
-        sgd_momentum: SGD's momentum; unused by Adam.
+        betas: Adam's decay rates.
+        eps: Denominator offset of Adam, RMSprop or Adagrad.
+        sgd_momentum: Momentum of SGD or RMSprop.
+        alpha: Decay rate of RMSprop's square average.
         max_grad_norm: Clip norm; `None` or 0 for no clipping.
         warmup_steps: Linear warm-up, used when the plan is given no learning-rate schedule.
         ema_start: Before this step the average equals the student.
@@ -48,6 +49,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     sgd_momentum: float = 0.0
+    alpha: float = 0.99
     max_grad_norm: float | None = None
     warmup_steps: float = 0
     ema_start: float = 0
@@ -67,13 +69,24 @@ class Recipe:
         for name, value in (("ema_start", self.ema_start), ("pl_start", self.pl_start)):
             if check_not_negative(name, value or 0.0) >= self.max_steps:
                 raise ValueError(f"{name}={value:g} must be before the end of the run (max_steps={self.max_steps:g})")
-        OptimizerValues(self.learning_rate, self.weight_decay, self.betas, self.eps, self.sgd_momentum)
+        OptimizerValues(self.learning_rate, self.weight_decay, self.betas, self.eps, self.sgd_momentum, self.alpha)
 
-    def optimizer_values(self) -> OptimizerValues:
-        """Hyper-parameters at the reference batch and the peak learning rate, as the optimizer's family has them."""
-        if self.optimizer == "sgd":
-            return OptimizerValues(self.learning_rate, self.weight_decay, momentum=self.sgd_momentum)
-        return OptimizerValues(self.learning_rate, self.weight_decay, betas=self.betas, eps=self.eps)
+    def optimizer_values(self, rule: ScalingRule | None = None) -> OptimizerValues:
+        """Hyper-parameters at the reference batch and the peak learning rate, those that the optimizer has.
+
+        Args:
+            rule: Says what it has where no rule is known for the optimizer; without one that is only learning rate
+                and weight decay.
+        """
+        rule = known_rule(self.optimizer) or rule
+        stated: dict[str, Any] = {
+            "betas": self.betas,
+            "eps": self.eps,
+            "momentum": self.sgd_momentum,
+            "alpha": self.alpha,
+        }
+        has = () if rule is None else rule.hyper_parameters
+        return OptimizerValues(self.learning_rate, self.weight_decay, **{name: stated[name] for name in has})
 
     def warmup_multiplier(self, step: int) -> float:
         """Linear warm-up from 0 over `warmup_steps`, then 1."""

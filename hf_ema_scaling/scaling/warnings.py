@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from .momentum import half_life_from_momentum, log_momentum
-from .optimizers import AdamRule
+from .optimizers import AdamRule, RMSpropRule
 
 if TYPE_CHECKING:
     from .plan import ScalingPlan
@@ -75,10 +75,16 @@ def _kappa_warnings(plan: ScalingPlan, kappa: float) -> list[str]:
             f"the momentum of one step is {math.exp(log_rho):.3g} at kappa={kappa:g}, below 0.37: the average is "
             "the student within one step, and so is a teacher; lower kappa or raise ema_momentum"
         )
-    betas = plan.recipe.optimizer_values().betas
+    values = plan.recipe.optimizer_values(plan.rule)
+    betas, alpha = values.betas, values.alpha
     if isinstance(plan.rule, AdamRule) and betas is not None and kappa * log_momentum(betas[1]) < -1:
         found.append(
             f"Adam's beta2={betas[1]:g} becomes {betas[1] ** kappa:.3g} at kappa={kappa:g}, below 0.37: second "
             "moments average less than one step; lower kappa"
+        )
+    if isinstance(plan.rule, RMSpropRule) and alpha is not None and kappa * log_momentum(alpha) < -1:
+        found.append(
+            f"RMSprop's alpha={alpha:g} becomes {alpha**kappa:.3g} at kappa={kappa:g}, below 0.37: the square average "
+            "spans less than one step; lower kappa"
         )
     return found

@@ -13,6 +13,7 @@ from hf_ema_scaling.data.sampler import ScheduledBatchSampler
 from hf_ema_scaling.data.stream import DataSource, ReferenceStream
 from hf_ema_scaling.scaling import OptimizerValues, Recipe, ScalingPlan, StepBorders
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
+from hf_ema_scaling.training.optimizer_values import hyper_parameters, stated_values
 from hf_ema_scaling.training.scheduler import lr_multiplier
 
 
@@ -74,9 +75,7 @@ def lay_out(
     schedule = args.schedule(small_batch_until=pl_start or 0.0)
     if pseudo is not None and any(stage.unit == "epochs" for stage in schedule.stages):
         raise ValueError("until_epochs is ambiguous with unlabelled data: end stages by until or until_fraction")
-    values = given or OptimizerValues(
-        args.learning_rate, args.weight_decay, (args.adam_beta1, args.adam_beta2), args.adam_epsilon
-    )
+    values = given or stated_values(args, optimizer, hyper_parameters(optimizer, args.scaling_rule))
     recipe = Recipe(
         reference_batch_size=batch,
         unit=cast(Literal["samples", "seconds", "tokens"], args.batch_unit),
@@ -88,6 +87,7 @@ def lay_out(
         betas=values.betas or (0.0, 0.0),
         eps=values.eps or 0.0,
         sgd_momentum=values.momentum or 0.0,
+        alpha=values.alpha or 0.0,
         max_grad_norm=args.max_grad_norm or None,
         ema_start=args.ema_start,
         pl_start=pl_start,

@@ -22,7 +22,7 @@ from hf_ema_scaling.data.collator import CTCCollator, MicroBatch, MicroBatchColl
 from hf_ema_scaling.data.sampler import SampledStep, ScheduledBatchSampler
 from hf_ema_scaling.data.stream import LABELLED
 from hf_ema_scaling.ema import WeightAverage, load_average, save_average
-from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan, StepBorders, scaling_rule, weight_from_log_momentum
+from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan, StepBorders, weight_from_log_momentum
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.augment import Augmentation, augment
 from hf_ema_scaling.training.checks import (
@@ -38,8 +38,9 @@ from hf_ema_scaling.training.evaluation import BothWeightsEvaluation
 from hf_ema_scaling.training.flow import AverageUpdate, ReferenceFlow
 from hf_ema_scaling.training.layout import RunLayout, lay_out
 from hf_ema_scaling.training.losses import ExampleLoss, cap_losses, is_ctc, loss_for
+from hf_ema_scaling.training.optimizer_values import hyper_parameters, reference_values
 from hf_ema_scaling.training.run_state import RunState, optimizer_family, read_run_state
-from hf_ema_scaling.training.scheduler import PlanScheduler, reference_values
+from hf_ema_scaling.training.scheduler import PlanScheduler
 from hf_ema_scaling.training.stock import learns
 
 logger = logging.get_logger(__name__)
@@ -84,9 +85,8 @@ class EMATrainerMixin(BothWeightsEvaluation):
             self.data_collator = CTCCollator.from_processor(self.processing_class)
         self.batch_statistics = has_batch_statistics(self.model)
         self._optimizer_family = optimizer_family(args.optim, self.optimizer)
-        self._given = None if self.optimizer is None else reference_values(self.optimizer.param_groups[0])
-        if args.scaling_rule == "auto":
-            scaling_rule(self._optimizer_family)
+        self._has = hyper_parameters(self._optimizer_family, args.scaling_rule)
+        self._given = None if self.optimizer is None else reference_values(self.optimizer.param_groups[0], self._has)
         self._reference: list[OptimizerValues] | None = None
         self._resumed: RunState | None = None
         self._watch: LivenessWatch | None = None
@@ -188,7 +188,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
         created = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if created or self._reference is None:
-            self._reference = [reference_values(group) for group in optimizer.param_groups]
+            self._reference = [reference_values(group, self._has) for group in optimizer.param_groups]
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any | None = None) -> Any:

@@ -11,7 +11,7 @@ import torch
 
 from hf_ema_scaling.ema import AverageStateError
 from hf_ema_scaling.ema.storage import STATE_NAME
-from hf_ema_scaling.scaling import StepBorders
+from hf_ema_scaling.scaling import StepBorders, known_rule
 
 UNLABELLED_KEYS = ("pl_start", "unlabeled_ratio", "unlabelled_items", "unlabelled_sizes")
 
@@ -54,9 +54,9 @@ class RunState:
         open_keys = {"pl_start", "steps_per_epoch"}  # `check_identity` knows when these may
         now = json.loads(json.dumps(recipe))  # tuples as the file has them
         return {
-            key: (self.recipe.get(key), value)
+            key: (self.recipe[key], value)
             for key, value in now.items()
-            if key not in open_keys and self.recipe.get(key) != value
+            if key not in open_keys and key in self.recipe and self.recipe[key] != value
         }
 
     def check_identity(self, identity: dict[str, Any]) -> None:
@@ -99,25 +99,37 @@ def read_run_state(checkpoint: str | Path) -> RunState:
         ) from error
 
 
+# Exact types: a subclass may do anything else, as NAdam and its like do.
 OPTIMIZER_FAMILIES: dict[type[torch.optim.Optimizer], str] = {
     torch.optim.AdamW: "adamw",
     torch.optim.Adam: "adam",
     torch.optim.SGD: "sgd",
+    torch.optim.RMSprop: "rmsprop",
+    torch.optim.Adagrad: "adagrad",
 }
 
 
 def optimizer_family(name: str, optimizer: Any | None) -> str:
     """Name for the scaling rule: of the optimizer given to the trainer, else of `args.optim`.
 
+    A rule registered under the name of the optimizer's class comes first.
+
     Raises:
-        ValueError: for SGD with dampening, for which no rule is known.
+        ValueError: for SGD with dampening and Adagrad with lr_decay, for which no rule is known.
     """
     if optimizer is None:
         return str(getattr(name, "value", name))
     kind = type(getattr(optimizer, "optimizer", optimizer))
+    if known_rule(kind.__name__) is not None:
+        return kind.__name__
     family = OPTIMIZER_FAMILIES.get(kind, kind.__name__)
     if family == "adam" and optimizer.defaults.get("decoupled_weight_decay"):
         return "adamw"
     if family == "sgd" and any(group.get("dampening") for group in optimizer.param_groups):
         raise ValueError("SGD with dampening has no scaling rule: set dampening=0")
+    if family == "adagrad" and any(group.get("lr_decay") for group in optimizer.param_groups):
+        raise ValueError(
+            "Adagrad's lr_decay has no scaling rule, since it counts optimizer steps and not reference steps: set "
+            "lr_decay=0 and choose lr_scheduler_type, which runs on the reference clock"
+        )
     return family

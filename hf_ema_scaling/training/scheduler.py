@@ -41,28 +41,17 @@ def lr_multiplier(
     return functions[0]
 
 
-def reference_values(group: dict[str, Any]) -> OptimizerValues:
-    """The hyper-parameters of a param group, as the recipe states them."""
-    betas = group.get("betas")
-    return OptimizerValues(
-        learning_rate=float(group["lr"]),
-        weight_decay=float(group.get("weight_decay", 0.0)),
-        betas=None if betas is None else (float(betas[0]), float(betas[1])),
-        eps=group.get("eps"),
-        momentum=group.get("momentum"),
-    )
-
-
 class PlanScheduler:
-    """Sets learning rate, betas, eps and weight decay of every param group at the start of a step.
+    """Sets learning rate, weight decay, and betas, alpha, eps, momentum of every param group at the start of a step.
 
-    At a change of batch stage it also rescales the optimizer's state (Adam's second moment and step count, SGD's
-    buffer). It has the methods that Trainer calls on a scheduler; `step()` does nothing, because values belong to the
-    clock, not to a count of calls.
+    At a change of batch stage it also rescales the optimizer's state (Adam's second moment and step count, buffers,
+    Adagrad's sum). It has the methods that Trainer calls on a scheduler; `step()` does nothing, because values belong
+    to the clock, not to a count of calls.
 
     Args:
         plan: the run's plan.
-        optimizer: the optimizer, prepared or not, not yet loaded from a checkpoint.
+        optimizer: the optimizer, prepared or not, not yet loaded from a checkpoint. A state that it already has is
+            that of the reference batch (Adagrad's first sum, for one).
         reference: values of each param group at the reference batch.
     """
 
@@ -70,7 +59,7 @@ class PlanScheduler:
         self.plan = plan
         self.optimizer = optimizer
         self.reference = reference
-        self.stage_kappa = float(plan.stage_kappa[0])
+        self.stage_kappa = 1.0
 
     def begin(self, step: SampledStep) -> None:
         """Write the values of `step` into the optimizer."""
@@ -82,12 +71,10 @@ class PlanScheduler:
             )
             group["lr"] = values.learning_rate
             group["weight_decay"] = values.weight_decay
-            if values.betas is not None:
-                group["betas"] = values.betas
-            if values.eps is not None:
-                group["eps"] = values.eps
-            if values.momentum is not None:
-                group["momentum"] = values.momentum
+            for name in ("betas", "alpha", "eps", "momentum"):
+                value = getattr(values, name)
+                if value is not None:
+                    group[name] = value
 
     def _rescale_state(self, stage_kappa: float) -> None:
         for group, reference in zip(self.optimizer.param_groups, self.reference, strict=True):

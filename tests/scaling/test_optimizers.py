@@ -1,209 +1,104 @@
+"""Which rule belongs to which name."""
+
 from __future__ import annotations
 
 import enum
-import math
+import re
 from typing import Any
 
 import pytest
-import torch
+from lamb import LAMBRule
 
-from hf_ema_scaling.scaling import OptimizerValues, scaling_rule
-
-ADAM = OptimizerValues(1e-3, 0.1, betas=(0.9, 0.999), eps=1e-8)
-KAPPAS = [0.125, 0.5, 3, 8, 64, 1024]
-
-
-class FakeTensor:
-    """In-place arithmetic only, as a torch tensor has it."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-    def div_(self, other: float) -> FakeTensor:
-        self.value /= other
-        return self
-
-    def mul_(self, other: float) -> FakeTensor:
-        self.value *= other
-        return self
+import hf_ema_scaling
+from hf_ema_scaling.scaling import (
+    AdamRule,
+    BatchSchedule,
+    OptimizerValues,
+    Recipe,
+    ScalingPlan,
+    ScalingRule,
+    known_rule,
+    register_scaling_rule,
+    scaling_rule,
+)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adamw_torch", "adamw_torch_fused", "none"])
-def test_kappa_one_changes_no_bit(name: str) -> None:
-    reference = OptimizerValues(3e-4, 0.07, betas=(0.9, 0.98), eps=1e-6, momentum=0.9)
-    rule = scaling_rule(name)
-    assert rule.scale(reference, kappa=1, stage_kappa=1) == reference
-    assert rule.clip_norm(0.3, 1) == 0.3
-
-
-def test_none_changes_nothing_at_any_kappa() -> None:
-    rule = scaling_rule("none")
-    state: dict[str, Any] = {"step": 3.0, "exp_avg_sq": FakeTensor(1.0)}
-    rule.rescale_state(state, old_kappa=1, new_kappa=8, reference=ADAM)
-    assert rule.scale(ADAM, kappa=8, stage_kappa=8) == ADAM and rule.clip_norm(1.0, 8) == 1.0
-    assert state["step"] == 3.0 and state["exp_avg_sq"].value == 1.0
-
-
-@pytest.mark.parametrize("kappa", KAPPAS)
-def test_adam(kappa: float) -> None:
-    values = scaling_rule("adam").scale(ADAM, kappa=kappa, stage_kappa=kappa)
-    assert values.learning_rate == pytest.approx(1e-3 * math.sqrt(kappa), rel=1e-15)
-    assert values.betas == pytest.approx((0.9**kappa, 0.999**kappa), rel=1e-14)
-    assert values.eps == pytest.approx(1e-8 / math.sqrt(kappa), rel=1e-15)
-    assert values.weight_decay == 0.1
-    assert scaling_rule("adam").clip_norm(1.0, kappa) == pytest.approx(kappa**-0.5, rel=1e-15)
-
-
-def test_step_kappa_and_stage_kappa_govern_different_values() -> None:
-    cut_short = scaling_rule("adamw").scale(ADAM, kappa=2, stage_kappa=8)
-    full = scaling_rule("adamw").scale(ADAM, kappa=8, stage_kappa=8)
-    assert (cut_short.betas, cut_short.eps) == (full.betas, full.eps)
-    assert cut_short.learning_rate == pytest.approx(1e-3 * math.sqrt(2), rel=1e-15)
-    assert 1 - cut_short.learning_rate * cut_short.weight_decay == pytest.approx((1 - 1e-4) ** 2, rel=1e-15)
-
-
-@pytest.mark.parametrize("kappa", KAPPAS)
-@pytest.mark.parametrize("learning_rate", [1e-320, 1e-300, 1e-12, 1e-6, 1e-3, 0.1, 5.0])
-def test_adamw_decay_identity(kappa: float, learning_rate: float) -> None:
-    values = scaling_rule("adamw").scale(OptimizerValues(learning_rate, 0.1), kappa=kappa, stage_kappa=kappa)
-    shrink = learning_rate * 0.1
-    assert 1 - values.learning_rate * values.weight_decay == pytest.approx((1 - shrink) ** kappa, rel=1e-12)
-    # In the small: the share lost, not 1 minus it.
-    lost = -math.expm1(kappa * math.log1p(-shrink))
-    if learning_rate > 1e-310:
-        assert values.learning_rate * values.weight_decay == pytest.approx(lost, rel=1e-12, abs=0)
-    if learning_rate < 1e-200:
-        assert values.weight_decay == pytest.approx(math.sqrt(kappa) * 0.1, rel=1e-12)
-
-
-def test_adamw_numbers_and_limits() -> None:
-    rule = scaling_rule("adamw_torch")
-    assert rule.scale(ADAM, kappa=1024, stage_kappa=1024).weight_decay == pytest.approx(3.04, abs=5e-3)
-    at_zero = rule.scale(OptimizerValues(0.0, 0.1), kappa=16, stage_kappa=16)
-    assert (at_zero.learning_rate, at_zero.weight_decay) == (0.0, 0.4)
-    assert rule.scale(OptimizerValues(1e-3, 0.0), kappa=16, stage_kappa=16).weight_decay == 0.0
-    for kappa in (1, 8):
-        with pytest.raises(ValueError, match=r"learning_rate \* weight_decay is 1 .* must be below 1"):
-            rule.scale(OptimizerValues(2.0, 0.5), kappa=kappa, stage_kappa=kappa)
-    assert scaling_rule("adam").scale(OptimizerValues(2.0, 0.5), kappa=4, stage_kappa=4).weight_decay == 0.5
-
-
-@pytest.mark.parametrize("kappa", [0.25, 2, 7])
-@pytest.mark.parametrize("mu", [0.5, 0.9, 0.999])
-def test_sgd_keeps_displacement_and_time_constant(mu: float, kappa: float) -> None:
-    values = scaling_rule("sgd").scale(OptimizerValues(0.1, 1e-4, momentum=mu), kappa=kappa, stage_kappa=kappa)
-    assert values.momentum is not None
-    assert values.momentum == pytest.approx(mu**kappa, rel=1e-15)
-    # Displacement per reference step under a constant gradient of 1: lr / (1 - mu), before and after.
-    assert values.learning_rate / (1 - values.momentum) / kappa == pytest.approx(0.1 / (1 - mu), rel=1e-11)
-    assert values.weight_decay == 1e-4 and scaling_rule("sgd").clip_norm(1.0, kappa) == 1.0
-
-
-@pytest.mark.parametrize("mu", [None, 0.0])
-def test_sgd_without_momentum_is_linear(mu: float | None) -> None:
-    values = scaling_rule("sgd").scale(OptimizerValues(0.1, momentum=mu), kappa=3, stage_kappa=8)
-    assert values == OptimizerValues(3 * 0.1, momentum=mu)
-
-
-@pytest.mark.parametrize(("old", "new"), [(1.0, 4.0), (4.0, 1.0), (2.0, 3.0)])
-@pytest.mark.parametrize("tensor_step", [True, False])
-def test_adam_state_at_a_switch(old: float, new: float, tensor_step: bool) -> None:
-    rule = scaling_rule("adamw")
-    state: dict[str, Any] = {
-        "step": FakeTensor(600.0) if tensor_step else 600.0,
-        "exp_avg": FakeTensor(7.0),
-        "exp_avg_sq": FakeTensor(12.0),
-        "max_exp_avg_sq": FakeTensor(24.0),
-    }
-    second, largest = state["exp_avg_sq"], state["max_exp_avg_sq"]
-    rule.rescale_state(state, old_kappa=old, new_kappa=new, reference=ADAM)
-    step = state["step"].value if tensor_step else state["step"]
-    before = rule.scale(ADAM, kappa=old, stage_kappa=old).betas
-    after = rule.scale(ADAM, kappa=new, stage_kappa=new).betas
-    assert before is not None and after is not None
-    for beta_before, beta_after in zip(before, after, strict=True):
-        assert beta_after**step == pytest.approx(beta_before**600, rel=1e-12)
-    assert state["exp_avg_sq"] is second and second.value == pytest.approx(12 * old / new, rel=1e-15)
-    assert state["max_exp_avg_sq"] is largest and largest.value == pytest.approx(24 * old / new, rel=1e-15)
-    assert state["exp_avg"].value == 7.0
-
-
-@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}])
-@pytest.mark.parametrize("ratio", [4.0, 0.25])
-def test_torch_adamw_takes_the_right_step_at_once_after_a_switch(ratio: float, options: dict[str, bool]) -> None:
-    # Pure noise of variance 1 / kappa: the bias-corrected second moment must be 1 / kappa right after the switch.
-    rule, reference = scaling_rule("adamw"), OptimizerValues(1e-3, betas=(0.9, 0.999), eps=1e-8)
-    parameter = torch.nn.Parameter(torch.zeros(3))
-    optimizer = torch.optim.AdamW([parameter], lr=1e-3, weight_decay=0.0, betas=(0.9, 0.999), **options)
-    sign = 1.0
-    for t in range(120):
-        kappa = 1.0 if t < 100 else ratio
-        if t == 100:
-            rule.rescale_state(optimizer.state[parameter], old_kappa=1.0, new_kappa=ratio, reference=reference)
-            values = rule.scale(reference, kappa=ratio, stage_kappa=ratio)
-            optimizer.param_groups[0].update(lr=values.learning_rate, betas=values.betas, eps=values.eps)
-        sign = -sign
-        parameter.grad = torch.full((3,), sign / math.sqrt(kappa))
-        optimizer.step()
-        state = optimizer.state[parameter]
-        corrected = state["exp_avg_sq"] / (1 - optimizer.param_groups[0]["betas"][1] ** float(state["step"]))
-        assert corrected.tolist() == pytest.approx([1 / kappa] * 3, rel=1e-4)
-    assert float(state["step"]) == pytest.approx(100 / ratio + 20)
-
-
-def test_adam_state_that_is_empty_stays_empty() -> None:
-    state: dict[str, Any] = {}
-    scaling_rule("adamw").rescale_state(state, old_kappa=1, new_kappa=2, reference=ADAM)
-    assert state == {}
-
-
-def test_sgd_buffer_at_a_switch_keeps_the_step() -> None:
-    rule, reference = scaling_rule("sgd"), OptimizerValues(0.1, momentum=0.9)
-    state: dict[str, Any] = {"momentum_buffer": FakeTensor(5.0)}
-    rule.rescale_state(state, old_kappa=2, new_kappa=6, reference=reference)
-    before = rule.scale(reference, kappa=2, stage_kappa=2).learning_rate * 5.0 / 2
-    after = rule.scale(reference, kappa=6, stage_kappa=6).learning_rate * state["momentum_buffer"].value / 6
-    assert after == pytest.approx(before, rel=1e-14)
-    state = {"momentum_buffer": None}
-    rule.rescale_state(state, old_kappa=2, new_kappa=6, reference=reference)
-    assert state == {"momentum_buffer": None}
+class Names(str, enum.Enum):  # noqa: UP042  (the Trainer's enum is built like this)
+    ADAMW_TORCH = "adamw_torch"
+    LION = "lion_32bit"
 
 
 def test_names() -> None:
-    class Names(str, enum.Enum):  # noqa: UP042  (the Trainer's enum is built like this)
-        ADAMW_TORCH = "adamw_torch"
+    assert scaling_rule(Names.ADAMW_TORCH) is scaling_rule("adamw") is scaling_rule("adamw_torch_xla")
+    families = {name: scaling_rule(name).name for name in ("none", "sgd", "adam", "rmsprop", "adagrad")}
+    assert all(name == family for name, family in families.items())
 
-    assert scaling_rule(Names.ADAMW_TORCH) is scaling_rule("adamw")
-    for name in ("adamw_anyprecision", "adafactor", ""):
-        with pytest.raises(ValueError, match=f"optimizer '{name}'; known: none, sgd, adam, adamw, adamw_torch"):
-            scaling_rule(name)
+
+@pytest.mark.parametrize("name", ["adamw_anyprecision", "adafactor", "NAdam", "adamw_torch_npu_fused", ""])
+def test_a_refusal_says_what_is_known_and_how_to_register(name: str) -> None:
+    with pytest.raises(ValueError) as error:
+        scaling_rule(name)
+    message = str(error.value)
+    assert f"optimizer '{name}'; known: none, sgd, adam, adamw, adamw_torch, adamw_torch_fused" in message
+    assert f"register_scaling_rule('{name}', rule)" in message and "rmsprop, adagrad" in message
+    assert known_rule(name) is None
+
+
+def test_a_registered_rule_is_the_one_a_plan_uses() -> None:
+    hf_ema_scaling.register_scaling_rule("Lamb", LAMBRule("lamb"))
+    recipe = Recipe(
+        reference_batch_size=64,
+        unit="samples",
+        max_steps=100,
+        learning_rate=1e-3,
+        ema_momentum=0.9,
+        optimizer="Lamb",
+        weight_decay=0.1,
+        betas=(0.9, 0.99),
+    )
+    plan = ScalingPlan(recipe, BatchSchedule.constant(256))
+    values = plan.step(0)
+    assert values.betas == pytest.approx((0.9**4, 0.99**4), rel=1e-14) and values.weight_decay == 0.2
+    longer = (1 - 0.9**4) / (1 + 0.9**4) * (1 + 0.9) / (1 - 0.9)
+    assert values.learning_rate == pytest.approx(2e-3 * longer**0.5, rel=1e-14)
+    assert plan.to_dict()["rule"] == "lamb" and "Rule: lamb." in plan.explain()
+    one = LAMBRule("lamb").scale(recipe.optimizer_values(), kappa=1, stage_kappa=1)
+    assert one == OptimizerValues(1e-3, 0.1, betas=(0.9, 0.99), eps=1e-8)
+
+
+def test_tests_do_not_see_what_others_registered() -> None:
+    assert known_rule("Lamb") is None
+
+
+def test_a_name_is_registered_once() -> None:
+    register_scaling_rule(Names.LION, AdamRule("lion"))
+    assert scaling_rule("lion_32bit").name == "lion"
+    for name in ("lion_32bit", "adamw_torch"):
+        before = scaling_rule(name)
+        with pytest.raises(ValueError, match=f"optimizer '{name}' already has a scaling rule .* replace=True"):
+            register_scaling_rule(name, ScalingRule("other"))
+        assert scaling_rule(name) is before
+        register_scaling_rule(name, ScalingRule("other"), replace=True)
+        assert scaling_rule(name).name == "other"
+    assert scaling_rule("adamw").name == "adamw"
+
+
+class Unknown(AdamRule):
+    hyper_parameters = ("betas", "weight_decay", "rho")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "rule", "kind", "message"),
     [
-        ({"learning_rate": -1.0}, "learning_rate must be a finite number of at least 0, got -1.0"),
-        ({"learning_rate": math.nan}, "learning_rate"),
-        ({"learning_rate": 1.0, "weight_decay": math.inf}, "weight_decay"),
-        ({"learning_rate": 1.0, "betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\), got 1.0"),
-        ({"learning_rate": 1.0, "eps": -1e-8}, "eps"),
-        ({"learning_rate": 1.0, "momentum": 1.0}, "momentum"),
+        ("Lamb", LAMBRule, TypeError, "rule must be an instance of ScalingRule, got <class"),
+        ("Lamb", lambda values: values, TypeError, "rule must be an instance of ScalingRule"),
+        (LAMBRule, LAMBRule("lamb"), TypeError, "name must be the name of an optimizer, got <class"),
+        ("", LAMBRule("lamb"), ValueError, "'' cannot be the name of an optimizer"),
+        ("none", LAMBRule("lamb"), ValueError, "'none' cannot be the name of an optimizer"),
+        ("auto", LAMBRule("lamb"), ValueError, "'auto' cannot be the name of an optimizer"),
+        ("Lamb", Unknown("x"), ValueError, "hyper_parameters of Unknown may be .* got ['rho', 'weight_decay']"),
     ],
 )
-def test_bad_values_are_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        OptimizerValues(**arguments)
-
-
-@pytest.mark.parametrize("bad", [0, -1, math.nan])
-def test_bad_ratios_are_refused(bad: float) -> None:
-    for name in ("none", "sgd", "adamw"):
-        rule = scaling_rule(name)
-        with pytest.raises(ValueError, match="kappa must be a finite number above 0"):
-            rule.scale(ADAM, kappa=bad, stage_kappa=1)
-        with pytest.raises(ValueError, match="kappa must be a finite number above 0"):
-            rule.scale(ADAM, kappa=1, stage_kappa=bad)
-        with pytest.raises(ValueError, match="kappa must be a finite number above 0"):
-            rule.clip_norm(1.0, bad)
-        with pytest.raises(ValueError, match="new_kappa must be a finite number above 0"):
-            rule.rescale_state({}, old_kappa=1, new_kappa=bad, reference=ADAM)
+def test_what_cannot_be_registered(name: Any, rule: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=re.escape(message).replace(r"\.\*", ".*")):
+        register_scaling_rule(name, rule, replace=True)

@@ -71,6 +71,64 @@ def test_sgd_plan() -> None:
     assert values.learning_rate == pytest.approx(2e-3 * 1.9, rel=1e-14)
 
 
+def test_rmsprop_plan() -> None:
+    tuned = recipe(optimizer="rmsprop", sgd_momentum=0.9, alpha=0.995, eps=1e-6, weight_decay=0.1)
+    plan = ScalingPlan(tuned, BatchSchedule.two_stage(64, 4, 500))
+    first, values = plan.step(0), plan.step(500)
+    assert (first.learning_rate, first.alpha, first.eps, first.sgd_momentum) == (1e-3, 0.995, 1e-6, 0.9)
+    assert (values.betas, values.weight_decay) == (None, 0.1)
+    assert values.alpha == pytest.approx(0.995**4, rel=1e-14) and values.eps == 5e-7
+    assert values.sgd_momentum == pytest.approx(0.9**4, rel=1e-14)
+    assert values.learning_rate == pytest.approx(2e-3 * (1 - 0.9**4) / (1 - 0.9), rel=1e-13)
+    table = {line[:30].strip(): line[30:].split() for line in plan.explain().splitlines()}
+    assert table["alpha"] == ["0.995", "0.995", "0.9801495"]
+    assert table["optimizer momentum"] == ["0.9", "0.9", "0.6561"]
+    assert "betas" not in table and plan.stage_values()[1]["alpha"] == values.alpha
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rows"),
+    [
+        ("sgd", {"optimizer momentum"}),
+        ("adamw_torch", {"betas", "eps"}),
+        ("rmsprop", {"alpha", "eps", "optimizer momentum"}),
+        ("adagrad", {"eps"}),
+    ],
+)
+def test_a_table_has_the_rows_of_its_optimizer(optimizer: str, rows: set[str]) -> None:
+    plan = ScalingPlan(recipe(optimizer=optimizer), BatchSchedule.constant(256))
+    labels = {line[:30].strip() for line in plan.explain().splitlines()}
+    assert labels & {"betas", "alpha", "eps", "optimizer momentum"} == rows
+    values = plan.step(0)
+    found = {
+        "betas": values.betas,
+        "alpha": values.alpha,
+        "eps": values.eps,
+        "optimizer momentum": values.sgd_momentum,
+    }
+    assert {name for name, value in found.items() if value is not None} == rows
+
+
+def test_adagrad_plan() -> None:
+    plan = ScalingPlan(
+        recipe(optimizer="adagrad", eps=1e-4, max_grad_norm=1.0, max_steps=10), BatchSchedule.constant(256)
+    )
+    found = [plan.step(t) for t in range(3)]
+    assert [values.kappa for values in found] == [4, 4, 2]
+    # The last step has half the data of the others.
+    assert [values.learning_rate for values in found] == [1e-3, 1e-3, 5e-4]
+    assert [values.eps for values in found] == [2.5e-5] * 3
+    assert [values.max_grad_norm for values in found] == pytest.approx([0.5, 0.5, 2**-0.5])
+
+
+def test_an_optimizer_without_a_rule_has_the_values_of_the_rule_it_is_given() -> None:
+    foreign = recipe(optimizer="paged_adamw_32bit")
+    scaled = ScalingPlan(foreign, BatchSchedule.constant(256), scaling_rule="adamw").step(0)
+    assert scaled.betas == pytest.approx((0.9**4, 0.999**4)) and scaled.learning_rate == 2e-3
+    left = ScalingPlan(foreign, BatchSchedule.constant(256), scaling_rule="none").step(0)
+    assert (left.betas, left.eps, left.learning_rate) == (None, None, 1e-3)
+
+
 def test_lr_factor_is_the_mean_over_the_interval() -> None:
     plan = ScalingPlan(recipe(), BatchSchedule.constant(64), lr_multiplier=cosine)
     for k in (0, 17, 999):
@@ -157,6 +215,7 @@ def test_resumed_plan_keeps_what_was_run() -> None:
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"sgd_momentum": 1.0}, "momentum"),
+        ({"alpha": 1.0}, "alpha"),
         ({"max_grad_norm": -1.0}, "max_grad_norm"),
         ({"max_grad_norm": math.nan}, "max_grad_norm"),
         ({"warmup_steps": -1}, "warmup_steps"),
@@ -199,6 +258,11 @@ def test_impossible_weight_decay_is_refused_at_construction() -> None:
             "half-life of the average",
             {"ema_momentum": 0.5 ** (1 / 999), "ema_start": 2},
             {"ema_momentum": 0.5 ** (1 / 997)},
+        ),
+        (
+            "alpha=0.9 becomes 0.368",
+            {"optimizer": "rmsprop", "alpha": 0.9, "kappa": 9.5},
+            {"optimizer": "rmsprop", "alpha": 0.9, "kappa": 9.4},
         ),
         ("beta2=0.9 becomes", {"betas": (0.9, 0.9), "kappa": 9.5}, {"betas": (0.9, 0.9), "kappa": 9.4}),
     ],
