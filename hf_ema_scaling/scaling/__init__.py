@@ -1,14 +1,17 @@
 """Arithmetic of batch-size scaling: momentum, optimizer rules, batch schedules, and the plan of a run."""
 
 from .momentum import (
+    PathWeights,
     ema_weight,
     half_life_from_momentum,
     log_momentum,
     momentum_from_epoch_weight,
     momentum_from_half_life,
+    path_correction,
     scale_momentum,
     weight_from_log_momentum,
 )
+from .momentum_schedule import MomentumSchedule
 from .optimizers import AdamRule, AdamWRule, OptimizerValues, ScalingRule, SGDRule, scaling_rule
 from .plan import ScalingPlan, StepValues
 from .recipe import Recipe
@@ -18,7 +21,9 @@ __all__ = [
     "AdamRule",
     "AdamWRule",
     "BatchSchedule",
+    "MomentumSchedule",
     "OptimizerValues",
+    "PathWeights",
     "Recipe",
     "ReferenceClock",
     "ResolvedStage",
@@ -34,6 +39,7 @@ __all__ = [
     "log_momentum",
     "momentum_from_epoch_weight",
     "momentum_from_half_life",
+    "path_correction",
     "scale_momentum",
     "scaling_rule",
     "step_borders",
