@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_ema_scaling.ema import kernels
-from hf_ema_scaling.ema.names import Entry, canonical_name, entries_of, local_shard, unwrap
+from hf_ema_scaling.ema.names import Entry, canonical_name, check_names, entries_of, local_shard, unwrap
 from hf_ema_scaling.scaling.momentum import ema_weight
 
 BufferPolicy = Literal["average", "copy"]
+_Lists = tuple[list[Tensor], list[Tensor]]
 
 # Models that currently hold an average in place of their own weights, whichever average put it there.
 _SWAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -29,8 +30,9 @@ class _Binding:
     modules: list[tuple[nn.Module, tuple[Tensor | None, ...], int]]
     sources: list[Tensor]
     traits: list[tuple[torch.device, torch.dtype, bool]]
-    lerps: list[tuple[list[Tensor], list[Tensor]]] = field(default_factory=list)
-    copies: list[tuple[list[Tensor], list[Tensor]]] = field(default_factory=list)
+    parameters: list[_Lists] = field(default_factory=list)
+    buffers: list[_Lists] = field(default_factory=list)
+    copies: list[_Lists] = field(default_factory=list)
 
     def holds_for(self, model: nn.Module) -> bool:
         if model is not self.modules[0][0]:
@@ -103,12 +105,13 @@ class WeightAverage:
         self.blend(model, ema_weight(momentum, kappa))
 
     @torch.no_grad()
-    def blend(self, model: nn.Module, weight: float) -> None:
+    def blend(self, model: nn.Module, weight: float, *, buffer_weight: float | None = None) -> None:
         """Does one update with a given weight: `shadow += weight * (student - shadow)`.
 
         Args:
             model: The student after its optimizer step.
             weight: `1 - rho**kappa`, in [0, 1].
+            buffer_weight: Another weight for averaged buffers, where `lead` has already moved the parameters.
 
         Raises:
             ValueError: Names or shapes do not match, or the weight is out of range.
@@ -116,11 +119,29 @@ class WeightAverage:
         """
         _refuse_swapped(model, "update the average from")
         binding = self._bind(model)
-        for shadow, source in binding.lerps:
+        for shadow, source in binding.parameters:
             kernels.lerp_(shadow, source, weight)
+        for shadow, source in binding.buffers:
+            kernels.lerp_(shadow, source, weight if buffer_weight is None else buffer_weight)
         for shadow, source in binding.copies:
             kernels.copy_(shadow, source)
         self.num_updates += 1
+
+    @torch.no_grad()
+    def lead(self, model: nn.Module, weight: float) -> None:
+        """Does the first of the two moves of a path-corrected update, on trainable parameters alone; `blend` ends it.
+
+        Args:
+            model: The student before its optimizer step.
+            weight: `PathWeights.before`; below 0 it moves the average away from the student.
+
+        Raises:
+            ValueError: Names or shapes do not match, or the weight is above 1 or not finite.
+            RuntimeError: The model holds swapped-in weights.
+        """
+        _refuse_swapped(model, "update the average from")
+        for shadow, source in self._bind(model).parameters:
+            kernels.lerp_(shadow, source, weight, away=True)
 
     @torch.no_grad()
     def rebind(self, model: nn.Module) -> None:
@@ -249,7 +270,7 @@ class WeightAverage:
         """
         wanted = self.tensors()
         found = {self.resolve(name) or name: tensor for name, tensor in mapping.items()}
-        _check_names(set(wanted), set(found), "saved average")
+        check_names(set(wanted), set(found), "saved average")
         for key, tensor in found.items():
             _check_shape(key, wanted[key], tensor)
             if tensor.dtype != wanted[key].dtype:
@@ -297,7 +318,7 @@ class WeightAverage:
         """Pairs every tensor of the model with its shadow by name; checks names, shapes and, if `tied`, tying."""
         entries = entries_of(model)
         names = {slot.name for entry in entries for slot in entry.slots if entry.persistent}
-        _check_names({n for n, key in self._key_of.items() if key in self._persistent}, names, type(model).__name__)
+        check_names({n for n, key in self._key_of.items() if key in self._persistent}, names, type(model).__name__)
         seen: set[str] = set()
         matched = []
         for entry in entries:
@@ -321,8 +342,7 @@ class WeightAverage:
                 self._add(entry)
                 self.storage_version += 1
         entries = self._match(model)
-        lerps: dict[tuple[object, ...], list[Entry]] = {}
-        copies: dict[tuple[object, ...], list[Entry]] = {}
+        groups: dict[tuple[str, torch.device, torch.dtype, torch.dtype], list[Entry]] = {}
         for entry in entries:
             source, shadow = entry.tensor, self._shadow[entry.key]
             if isinstance(shadow, DTensor) and not isinstance(source, DTensor):
@@ -335,17 +355,17 @@ class WeightAverage:
             if source.requires_grad and not source.is_floating_point():
                 raise TypeError(f"Cannot average {entry.key!r}: a trainable parameter of dtype {source.dtype}.")
             moves = source.requires_grad if entry.is_param else entry.persistent and self.buffers == "average"
-            groups = lerps if moves and source.is_floating_point() else copies
-            groups.setdefault((source.device, shadow.dtype, source.dtype), []).append(entry)
+            kind = "parameters" if entry.is_param else "buffers"
+            kind = kind if moves and source.is_floating_point() else "copies"
+            groups.setdefault((kind, source.device, shadow.dtype, source.dtype), []).append(entry)
         binding = _Binding(
             modules=[(m, (*m._parameters.values(), *m._buffers.values()), len(m._modules)) for m in model.modules()],
             sources=[entry.tensor for entry in entries],
             traits=[_trait(entry.tensor) for entry in entries],
         )
-        for groups, lists in ((lerps, binding.lerps), (copies, binding.copies)):
-            for group in groups.values():
-                shadows = [local_shard(self._shadow[entry.key]) for entry in group]
-                lists.append((shadows, [local_shard(entry.tensor) for entry in group]))
+        for (kind, *_), group in groups.items():
+            shadows = [local_shard(self._shadow[entry.key]) for entry in group]
+            getattr(binding, kind).append((shadows, [local_shard(entry.tensor) for entry in group]))
         self._binding = binding
         return binding
 
@@ -367,19 +387,6 @@ def _refuse_swapped(model: nn.Module, action: str) -> None:
         raise RuntimeError(f"Cannot {action} this model now: it holds swapped-in weights; leave `swapped` first.")
 
 
-def _check_names(wanted: set[str], found: set[str], where: str) -> None:
-    missing, unexpected = sorted(wanted - found), sorted(found - wanted)
-    if missing or unexpected:
-        raise ValueError(
-            f"Names do not match the average. Missing in {where}: {_few(missing)}; unexpected: {_few(unexpected)}."
-        )
-
-
 def _check_shape(key: str, wanted: Tensor, found: Tensor) -> None:
     if wanted.shape != found.shape:
         raise ValueError(f"{key!r} has shape {tuple(found.shape)}, the average has {tuple(wanted.shape)}.")
-
-
-def _few(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{', '.join(names[:limit])}{more}" if names else "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,7 +13,7 @@ _SCRATCH_ELEMENTS = 1 << 24
 """Upper bound on the elements cast at once when dtypes differ, so the temporary never grows with the model."""
 
 
-def lerp_(shadow: Sequence[Tensor], source: Sequence[Tensor], weight: float) -> None:
+def lerp_(shadow: Sequence[Tensor], source: Sequence[Tensor], weight: float, *, away: bool = False) -> None:
     """Moves every shadow tensor towards its source in place: `s <- s + weight * (p - s)`.
 
     This is the EMA update `s <- rho * s + (1 - rho) * p` of "How to Scale Your EMA" (arXiv 2307.13813, eq. 1) written
@@ -23,12 +24,13 @@ def lerp_(shadow: Sequence[Tensor], source: Sequence[Tensor], weight: float) -> 
         source: Tensors of the same shapes and devices. Where the dtype differs they are cast to the shadow's dtype,
             in bounded chunks, so a half-precision source never rounds the shadow.
         weight: Between 0 (the shadow keeps its bits) and 1 (the shadow becomes exactly the source).
+        away: Allows finite weights below 0, which move the shadow away from the source.
 
     Raises:
         ValueError: The lists differ in length, or `weight` is outside [0, 1] or not a number.
     """
     _check_lengths(shadow, source)
-    if not 0.0 <= weight <= 1.0:
+    if not (0.0 <= weight <= 1.0 or (away and -math.inf < weight < 0.0)):
         raise ValueError(f"The weight of an update must be between 0 and 1, got {weight!r}.")
     # Both ends are exact by definition; the formula would turn -0.0 into 0.0 and overflow into NaN.
     if weight == 0.0 or not shadow:

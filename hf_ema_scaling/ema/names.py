@@ -86,3 +86,17 @@ def entries_of(model: nn.Module) -> list[Entry]:
             slot = Slot(name, module, leaf, tensor, leaf in module._parameters, leaf not in hidden)
             by_tensor.setdefault(id(tensor), Entry(name, [])).slots.append(slot)
     return list(by_tensor.values())
+
+
+def check_names(wanted: set[str], found: set[str], where: str) -> None:
+    """Raises `ValueError` with the first few names that are missing in `where` or unexpected there."""
+    missing, unexpected = sorted(wanted - found), sorted(found - wanted)
+    if missing or unexpected:
+        raise ValueError(
+            f"Names do not match the average. Missing in {where}: {_few(missing)}; unexpected: {_few(unexpected)}."
+        )
+
+
+def _few(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{', '.join(names[:limit])}{more}" if names else "none"

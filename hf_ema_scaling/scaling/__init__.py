@@ -1,14 +1,17 @@
 """Arithmetic of batch-size scaling: momentum, optimizer rules, batch schedules, and the plan of a run."""
 
 from .momentum import (
+    PathWeights,
     ema_weight,
     half_life_from_momentum,
     log_momentum,
     momentum_from_epoch_weight,
     momentum_from_half_life,
+    path_correction,
     scale_momentum,
     weight_from_log_momentum,
 )
+from .momentum_schedule import MomentumSchedule
 from .optimizers import (
     AdagradRule,
     AdamRule,
@@ -30,7 +33,9 @@ __all__ = [
     "AdamRule",
     "AdamWRule",
     "BatchSchedule",
+    "MomentumSchedule",
     "OptimizerValues",
+    "PathWeights",
     "RMSpropRule",
     "Recipe",
     "ReferenceClock",
@@ -48,6 +53,7 @@ __all__ = [
     "log_momentum",
     "momentum_from_epoch_weight",
     "momentum_from_half_life",
+    "path_correction",
     "register_scaling_rule",
     "scale_momentum",
     "scaling_rule",

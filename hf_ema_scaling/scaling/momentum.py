@@ -8,13 +8,16 @@ batch stands for `kappa` reference steps, so its momentum is `rho ** kappa`
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 __all__ = [
+    "PathWeights",
     "ema_weight",
     "half_life_from_momentum",
     "log_momentum",
     "momentum_from_epoch_weight",
     "momentum_from_half_life",
+    "path_correction",
     "scale_momentum",
     "weight_from_log_momentum",
 ]
@@ -102,6 +105,64 @@ def ema_weight(momentum: float, kappa: float = 1.0) -> float:
         ValueError: If `momentum` is outside [0, 1] or `kappa` is not a finite number above 0.
     """
     return weight_from_log_momentum(check_positive("kappa", kappa) * log_momentum(momentum))
+
+
+class PathWeights(NamedTuple):
+    """The two moves of a path-corrected update; see `path_correction`."""
+
+    before: float
+    """Weight of the move towards the weights before the optimizer step; 0 at kappa 1, below 0 for kappa < 1."""
+    after: float
+    """w, weight of the move towards the weights after the optimizer step, in [0, 1]."""
+
+
+def path_correction(log_momentum: float, kappa: float) -> PathWeights:
+    """Weights of the update that also follows the way which the weights took during a step of `kappa`.
+
+    With r = rho ** kappa, and theta and theta' the weights before and after the optimizer step:
+
+        zeta' = r zeta + (1 - r) theta + w (theta' - theta),    w = 1 - rho (1 - r) / (kappa (1 - rho))
+
+    These are `kappa` reference updates, each with the weights after its own step, of a theta that moves evenly. The
+    ordinary update takes theta' for all of them, which is off by (kappa - 1)(1 - rho) / 2 of the step to first order.
+    For a constant gradient the corrected update is exact for any sequence of kappas, whole or not. At kappa 1 it is
+    the ordinary update bit for bit, w = 1 - rho.
+
+    No copy of theta is needed, so no memory either, only a second pass over the weights:
+
+        before the optimizer step:  zeta <- zeta + before (theta - zeta),   before = 1 - r / (1 - w)
+        after it:                   zeta <- zeta + after (theta' - zeta),   after = w
+
+    Source: derived from one step of gradient descent with a constant gradient, as a power of its matrix; the scaled
+    step that it corrects is that of "How to Scale Your EMA", arXiv 2307.13813.
+
+    Args:
+        log_momentum: log r of the step, `kappa * log(rho)` or the sum of a schedule; rho is then its geometric mean.
+        kappa: Reference steps that the step covers; any real number above 0.
+
+    Raises:
+        ValueError: If `log_momentum` is above 0 or NaN, or `kappa` is not a finite number above 0.
+    """
+    weight = weight_from_log_momentum(log_momentum)
+    if check_positive("kappa", kappa) == 1 or log_momentum in (0.0, -math.inf):
+        return PathWeights(0.0, weight)
+    # With x = -log(rho), w = (kappa g(x) + g(-kappa x)) / (kappa (e**x - 1)): two terms of one sign, where the formula
+    # above would subtract nearly equal numbers. Likewise for the first move.
+    x, y = -log_momentum / kappa, -log_momentum
+    if max(x, y) < 0.5:
+        growth, remainder = kappa * math.expm1(x), kappa * _second_order(x)
+        return PathWeights((_second_order(y) - remainder) / math.expm1(y), (remainder + _second_order(-y)) / growth)
+    lost = -math.expm1(-x)
+    before = 1 - kappa * lost / weight * math.exp(x - y)
+    return PathWeights(before, 1 - math.exp(-x) * weight / (kappa * lost))
+
+
+def _second_order(x: float) -> float:
+    """g(x) = exp(x) - 1 - x for |x| < 0.5 to the last digits: the sum of x**n / n! over n = 2 to 17."""
+    factor = 1.0
+    for n in range(17, 2, -1):
+        factor = 1.0 + x / n * factor
+    return x * x / 2 * factor
 
 
 def half_life_from_momentum(momentum: float, reference_batch_size: float) -> float:

@@ -6,9 +6,9 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
-from .momentum import log_momentum, weight_from_log_momentum
+from .momentum import PathWeights, path_correction, weight_from_log_momentum
 from .optimizers import OptimizerValues
 from .optimizers import scaling_rule as find_rule
 from .recipe import Recipe
@@ -16,12 +16,18 @@ from .schedule import DUST, BatchSchedule, FloatArray, ResolvedStage, StepBorder
 from .table import plan_table
 from .warnings import plan_warnings
 
-__all__ = ["ScalingPlan", "StepValues"]
+__all__ = ["Correction", "ScalingPlan", "StepValues"]
+
+Correction = Literal["none", "path"]
 
 
 @dataclass(frozen=True)
 class StepValues:
-    """Nominal values of one optimizer step; `start` and `end` are clock positions, `momentum` is the average's."""
+    """Nominal values of one optimizer step.
+
+    `start` and `end` are clock positions. `momentum` is the average's for this step alone; where it does not move at
+    every step, an update has the product of the momenta since the last one.
+    """
 
     start: float
     end: float
@@ -46,11 +52,15 @@ class ScalingPlan:
         schedule: Batch size over the run.
         lr_multiplier: Learning rate of reference step k over its peak; `None` for linear warm-up, then constant.
         scaling_rule: Name of a rule; `None` takes the one of `recipe.optimizer`, "none" keeps the optimizer's values.
-        scale_ema: `False` applies rho once per optimizer step at every kappa, the baseline to compare the rule with.
+        scale_ema: `False` applies the momentum at the step's start once per optimizer step, whatever its kappa: the
+            baseline to compare the rule with.
+        ema_update_every: Optimizer steps between updates of the average.
+        ema_correction: "path" for updates by `path_correction`.
         done: Steps already run, frozen; the schedule lays out the rest.
 
     Raises:
-        ValueError: If the optimizer has no rule, the schedule does not fit the run, or a stage has impossible values.
+        ValueError: If the optimizer has no rule, the schedule does not fit the run, or a stage has impossible values,
+            or the settings of the average exclude each other.
     """
 
     def __init__(
@@ -61,20 +71,41 @@ class ScalingPlan:
         lr_multiplier: Callable[[int], float] | None = None,
         scaling_rule: str | None = None,
         scale_ema: bool = True,
+        ema_update_every: int = 1,
+        ema_correction: Correction = "none",
         done: StepBorders | None = None,
     ) -> None:
         self.recipe = recipe
         self.schedule = schedule
         self.rule = find_rule(recipe.optimizer if scaling_rule is None else scaling_rule)
         self.scale_ema = scale_ema
+        self.ema_update_every = ema_update_every
+        self.ema_correction = ema_correction
+        self._check_average()
         self.done_steps = 0 if done is None else len(done)
         self.stages = schedule.resolve(recipe.max_steps, recipe.steps_per_epoch)
         cuts = () if recipe.pl_start is None else (recipe.pl_start,)
         self.step_borders = step_borders(self.stages, recipe.reference_batch_size, cuts, done)
         self._lr_multiplier = lr_multiplier or recipe.warmup_multiplier
-        self._log_rho = log_momentum(recipe.ema_momentum)
+        self.average_momentum = recipe.average_momentum()
         for stage in self.stages:
-            self._at_peak(stage.batch_size / recipe.reference_batch_size)
+            self._at_peak(stage)
+
+    def _check_average(self) -> None:
+        every = self.ema_update_every
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"ema_update_every must be a whole number of optimizer steps above 0, got {every!r}")
+        if self.ema_correction not in get_args(Correction):
+            raise ValueError(
+                f"ema_correction must be one of {', '.join(get_args(Correction))}, got {self.ema_correction!r}"
+            )
+        if self.ema_correction == "path" and every > 1:
+            raise ValueError(
+                f"ema_correction='path' follows the weights through every optimizer step, so it does not go with "
+                f"ema_update_every={every}: set one of them back"
+            )
+        if self.ema_correction == "path" and not self.scale_ema:
+            raise ValueError("ema_correction='path' corrects the scaled momentum: it does not go with scale_ema=False")
 
     def __len__(self) -> int:
         return len(self.step_borders)
@@ -120,14 +151,21 @@ class ScalingPlan:
         return self.rule.scale(current, kappa=end - start, stage_kappa=stage_kappa)
 
     def log_momentum(self, start: float, end: float) -> float:
-        """Log-momentum of the average for the step that covers a clock interval, `(end - start) * log(rho)`.
+        """Log-momentum of the average for the step that covers a clock interval: the sum of the reference schedule's.
 
         Consecutive intervals add up, so every partition of the same data decays alike. `-inf` for an
         interval that starts before `ema_start`: the average is then the student.
         """
-        if start < self.recipe.ema_start - DUST:
-            return -math.inf
-        return (end - start) * self._log_rho if self.scale_ema else self._log_rho
+        return -math.inf if start < self.recipe.ema_start - DUST else self._log_momentum(start, end)
+
+    def _log_momentum(self, start: float, end: float) -> float:
+        if self.scale_ema:
+            return self.average_momentum.log_momentum(start, end)
+        return self.average_momentum.log_at(math.floor(start + DUST))
+
+    def path_weights(self, start: float, end: float) -> PathWeights:
+        """The two moves of the path-corrected update for the step that covers a clock interval."""
+        return path_correction(self.log_momentum(start, end), end - start)
 
     def max_grad_norm(self, kappa: float) -> float | None:
         """Clip norm of a step of `kappa` reference batches; `None` without clipping."""
@@ -167,24 +205,33 @@ class ScalingPlan:
         starts = self.borders[:-1]
         rows: list[dict[str, Any]] = []
         for stage in self.stages:
-            kappa = stage.batch_size / self.recipe.reference_batch_size
+            kappa = self._kappa(stage)
             inside = (starts >= stage.start - DUST * kappa) & (starts < stage.end - DUST * kappa)
-            rows.append(asdict(stage) | {"kappa": kappa, "steps": int(inside.sum())} | self._at_peak(kappa))
+            rows.append(asdict(stage) | {"kappa": kappa, "steps": int(inside.sum())} | self._at_peak(stage))
         return rows
 
     def reference_values(self) -> dict[str, Any]:
         """The same row for the reference batch."""
-        row = asdict(ResolvedStage(0.0, self.recipe.max_steps, self.recipe.reference_batch_size))
-        return row | {"kappa": 1.0, "steps": self.recipe.max_steps} | self._at_peak(1.0)
+        stage = ResolvedStage(0.0, self.recipe.max_steps, self.recipe.reference_batch_size)
+        return asdict(stage) | {"kappa": 1.0, "steps": self.recipe.max_steps} | self._at_peak(stage)
 
-    def _at_peak(self, kappa: float) -> dict[str, Any]:
+    def _kappa(self, stage: ResolvedStage) -> float:
+        return stage.batch_size / self.recipe.reference_batch_size
+
+    def _at_peak(self, stage: ResolvedStage) -> dict[str, Any]:
+        """Values of a full step at the peak learning rate; the average's at the stage's start, and where it ends."""
+        kappa = self._kappa(stage)
         values = self.rule.scale(self.recipe.optimizer_values(self.rule), kappa=kappa, stage_kappa=kappa)
-        log_rho = self._log_rho * kappa if self.scale_ema else self._log_rho
-        half_life = math.log(2.0) / -log_rho
+        constant = self.recipe.momentum_schedule == "constant"
+        first = 0.0 if constant else stage.start
+        last = max(first, stage.end - kappa)
+        log_rho = self._log_momentum(first, first + kappa)
+        half_life = math.log(2.0) / -log_rho if log_rho else math.inf
         return asdict(values) | {
             "sgd_momentum": values.momentum,
             "max_grad_norm": self.max_grad_norm(kappa),
             "momentum": math.exp(log_rho),
+            "momentum_at_end": None if constant else math.exp(self._log_momentum(last, last + kappa)),
             "half_life_units": half_life * kappa * self.recipe.reference_batch_size,
             "half_life_steps": half_life,
         }
@@ -198,9 +245,10 @@ class ScalingPlan:
         if end <= start:
             return 0.0
         if self.scale_ema:
-            return (end - start) * self._log_rho
+            return self._log_momentum(start, end)
         starts = self.borders[:-1]
-        return int(((starts >= start - DUST) & (starts < end - DUST)).sum()) * self._log_rho
+        inside = starts[(starts >= start - DUST) & (starts < end - DUST)]
+        return math.fsum(self._log_momentum(start, start) for start in inside.tolist())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able summary: recipe, schedule, per-stage values, steps, warnings, idealised speed-up."""
@@ -209,6 +257,8 @@ class ScalingPlan:
             "schedule": self.schedule.to_json(),
             "rule": self.rule.name,
             "scale_ema": self.scale_ema,
+            "ema_update_every": self.ema_update_every,
+            "ema_correction": self.ema_correction,
             "reference": self.reference_values(),
             "stages": self.stage_values(),
             "steps": len(self),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from .momentum import check_below_one, check_not_negative, check_positive
+from .momentum_schedule import MomentumSchedule, MomentumScheduleKind
 from .optimizers import OptimizerValues, ScalingRule, known_rule
 
 __all__ = ["Recipe", "Unit"]
@@ -34,6 +35,7 @@ class Recipe:
         ema_start: Before this step the average equals the student.
         pl_start: Where pseudo-labelling starts; `None` without pseudo-labels. No optimizer step crosses it.
         steps_per_epoch: Needed only by stages that end after a number of epochs.
+        momentum_schedule: "constant", or "cosine" from `ema_momentum` at step 0 to 1 at `max_steps`.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -55,6 +57,7 @@ class Recipe:
     ema_start: float = 0
     pl_start: float | None = None
     steps_per_epoch: float | None = None
+    momentum_schedule: MomentumScheduleKind = "constant"
 
     def __post_init__(self) -> None:
         if self.unit not in get_args(Unit):
@@ -69,6 +72,7 @@ class Recipe:
         for name, value in (("ema_start", self.ema_start), ("pl_start", self.pl_start)):
             if check_not_negative(name, value or 0.0) >= self.max_steps:
                 raise ValueError(f"{name}={value:g} must be before the end of the run (max_steps={self.max_steps:g})")
+        self.average_momentum()
         OptimizerValues(self.learning_rate, self.weight_decay, self.betas, self.eps, self.sgd_momentum, self.alpha)
 
     def optimizer_values(self, rule: ScalingRule | None = None) -> OptimizerValues:
@@ -87,6 +91,10 @@ class Recipe:
         }
         has = () if rule is None else rule.hyper_parameters
         return OptimizerValues(self.learning_rate, self.weight_decay, **{name: stated[name] for name in has})
+
+    def average_momentum(self) -> MomentumSchedule:
+        """Momentum of the average at every reference step, `ema_start` aside."""
+        return MomentumSchedule(self.ema_momentum, self.momentum_schedule, self.max_steps)
 
     def warmup_multiplier(self, step: int) -> float:
         """Linear warm-up from 0 over `warmup_steps`, then 1."""

@@ -21,6 +21,7 @@ _LABELS = {
     "sgd_momentum": "optimizer momentum",
     "max_grad_norm": "clip norm",
     "momentum": "EMA momentum",
+    "momentum_at_end": "EMA momentum at the end",
     "half_life_units": "EMA half-life ({unit})",
     "half_life_steps": "EMA half-life (optimizer steps)",
 }
@@ -46,6 +47,17 @@ def plan_table(plan: ScalingPlan) -> str:
     )
     if not plan.scale_ema:
         lines.append("The EMA momentum is not scaled: it is applied once per optimizer step at every kappa.")
+    if plan.recipe.momentum_schedule != "constant":
+        lines.append(
+            f"The EMA momentum follows a {plan.recipe.momentum_schedule} to 1 at the run's end; its rows are for the "
+            "start of each stage where they do not say otherwise."
+        )
+    if plan.ema_update_every > 1:
+        lines.append(
+            f"The average moves every {plan.ema_update_every} optimizer steps, by the product of their momenta."
+        )
+    if plan.ema_correction == "path":
+        lines.append("The average follows the weights along each step (path correction).")
     if plan.done_steps:
         reached = plan.borders[plan.done_steps]
         lines.append(f"{plan.done_steps} steps are already run and fixed, up to reference step {reached:g}.")

@@ -10,13 +10,18 @@ from .optimizers import AdamRule, RMSpropRule
 
 if TYPE_CHECKING:
     from .plan import ScalingPlan
+    from .schedule import ResolvedStage
 
 
 def plan_warnings(plan: ScalingPlan) -> list[str]:
     """One text for each danger, with the value at fault and the way out."""
     found = _run_warnings(plan)
-    for kappa in dict.fromkeys(stage.batch_size / plan.recipe.reference_batch_size for stage in plan.stages):
-        found += _kappa_warnings(plan, kappa)
+    seen: set[float] = set()
+    for stage in plan.stages:
+        # Momenta never fall, so the first stage of a kappa is the worst.
+        if stage.batch_size not in seen:
+            found += _stage_warnings(plan, stage)
+        seen.add(stage.batch_size)
     return found
 
 
@@ -43,37 +48,53 @@ def _run_warnings(plan: ScalingPlan) -> list[str]:
                 f"ema_momentum={recipe.ema_momentum:g}"
             )
     if plan.log_decay(recipe.ema_start, recipe.max_steps) > math.log(0.5):
-        half_life = half_life_from_momentum(recipe.ema_momentum, 1.0)
+        if recipe.momentum_schedule == "constant":
+            half_life = half_life_from_momentum(recipe.ema_momentum, 1.0)
+            reason = (
+                f"the half-life of the average, {half_life:.4g} steps at ema_momentum={recipe.ema_momentum:g}, is "
+                "longer than the run"
+            )
+        else:
+            reason = (
+                f"with a {recipe.momentum_schedule} from ema_momentum={recipe.ema_momentum:g} less than half of the "
+                "average is replaced in the run"
+            )
         found.append(
-            f"the half-life of the average, {half_life:.4g} steps at ema_momentum={recipe.ema_momentum:g}, is "
-            f"longer than the run ({recipe.max_steps - recipe.ema_start:g} reference steps from ema_start): the "
-            "average stays mostly its start; lower ema_momentum or train longer"
+            f"{reason} ({recipe.max_steps - recipe.ema_start:g} reference steps from ema_start): the average stays "
+            "mostly its start; lower ema_momentum or train longer"
         )
     return found
 
 
-def _kappa_warnings(plan: ScalingPlan, kappa: float) -> list[str]:
-    rho = plan.recipe.ema_momentum
+def _stage_warnings(plan: ScalingPlan, stage: ResolvedStage) -> list[str]:
+    kappa = stage.batch_size / plan.recipe.reference_batch_size
     found = []
     if kappa < 1:
         found.append(
             f"kappa is {kappa:g}, below 1: batches are smaller than the one the recipe was tuned at, gradients "
             "are noisier and each update of the average is smaller; keep the average in fp32"
         )
-    residual = kappa * (1 - rho)
-    # At kappa 1 a step is a reference step, whatever rho is.
-    if plan.scale_ema and kappa != 1 and residual > 0.1:
+    log_rho = plan.average_momentum.log_at(math.floor(stage.start))
+    every = plan.ema_update_every
+    name = "ema_momentum" if plan.recipe.momentum_schedule == "constant" else f"momentum {math.exp(log_rho):.6g}"
+    update, factors, more, way_out = "step", "kappa", "", "or set ema_correction='path'"
+    if every > 1:
+        update, factors, more = "update", "kappa * ema_update_every", f" and ema_update_every={every}"
+        way_out = "or lower ema_update_every"
+    residual = kappa * every * -math.expm1(log_rho)
+    # A step of kappa 1 is a reference step, whatever rho is; the corrected update has no residual of first order.
+    if plan.scale_ema and plan.ema_correction == "none" and kappa * every != 1 and residual > 0.1:
         strong = residual > 0.2
         found.append(
-            f"{'strong warning: ' if strong else ''}kappa * (1 - ema_momentum) is {residual:.3g} at "
-            f"kappa={kappa:g}, above {0.2 if strong else 0.1}: one step no longer stands for kappa steps of the "
-            "average; lower kappa or raise ema_momentum"
+            f"{'strong warning: ' if strong else ''}{factors} * (1 - {name}) is {residual:.3g} at "
+            f"kappa={kappa:g}{more}, above {0.2 if strong else 0.1}: one {update} no longer stands for "
+            f"{factors} steps of the average; lower kappa, raise ema_momentum, {way_out}"
         )
-    log_rho = kappa * log_momentum(rho) if plan.scale_ema else log_momentum(rho)
+    log_rho *= every * (kappa if plan.scale_ema else 1)
     if log_rho < -1:
         found.append(
-            f"the momentum of one step is {math.exp(log_rho):.3g} at kappa={kappa:g}, below 0.37: the average is "
-            "the student within one step, and so is a teacher; lower kappa or raise ema_momentum"
+            f"the momentum of one {update} is {math.exp(log_rho):.3g} at kappa={kappa:g}{more}, below 0.37: the "
+            f"average is the student within one {update}, and so is a teacher; lower kappa or raise ema_momentum"
         )
     values = plan.recipe.optimizer_values(plan.rule)
     betas, alpha = values.betas, values.alpha

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import TrainingArguments
 
@@ -15,6 +15,8 @@ from hf_ema_scaling.scaling import (
     momentum_from_epoch_weight,
     momentum_from_half_life,
 )
+from hf_ema_scaling.scaling.momentum_schedule import MomentumScheduleKind
+from hf_ema_scaling.scaling.plan import Correction
 
 BATCH_UNITS = ("samples", "seconds")
 WEIGHT_SETS = ("both", "ema", "student")
@@ -77,6 +79,24 @@ class EMATrainingArguments(TrainingArguments):
     ema_start: float = field(
         default=0.0, metadata={"help": "Reference step before which the average is the student itself."}
     )
+    ema_momentum_schedule: str = field(
+        default="constant",
+        metadata={"help": "Momentum over the run: constant, or cosine from ema_momentum to 1 at the end (BYOL)."},
+    )
+    ema_update_every: int = field(
+        default=1,
+        metadata={
+            "help": "Optimizer steps between updates of the average; an update has the momentum of all steps since "
+            "the last one."
+        },
+    )
+    ema_correction: str = field(
+        default="none",
+        metadata={
+            "help": "none, or path: the average follows the weights along each step, not only where they arrive. No "
+            "memory, one more pass over the weights; not with fp16 or ema_update_every."
+        },
+    )
     ema_buffers: str = field(
         default="average", metadata={"help": "Float buffers (BatchNorm statistics): average or copy."}
     )
@@ -110,6 +130,8 @@ class EMATrainingArguments(TrainingArguments):
             )
         _one_of("batch_unit", self.batch_unit, BATCH_UNITS)
         _one_of("evaluate_weights", self.evaluate_weights, WEIGHT_SETS)
+        _one_of("ema_momentum_schedule", self.ema_momentum_schedule, get_args(MomentumScheduleKind))
+        _one_of("ema_correction", self.ema_correction, get_args(Correction))
         _one_of("ema_buffers", self.ema_buffers, ("average", "copy"))
         _one_of("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
         if self.batch_unit == "samples" and self.reference_batch_size != int(self.reference_batch_size):

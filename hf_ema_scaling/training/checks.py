@@ -213,6 +213,12 @@ def refuse_unsupported(trainer: Trainer) -> None:
         )
     if trainer.args.dataloader_drop_last:
         raise ValueError("dataloader_drop_last does nothing here: batches straddle passes and nothing is dropped")
+    scaled = trainer.args.fp16 or getattr(trainer.accelerator, "scaler", None) is not None
+    if getattr(trainer.args, "ema_correction", "none") == "path" and scaled:
+        raise ValueError(
+            "ema_correction='path' moves the average before the optimizer step, and with fp16 that step may turn out "
+            "to be skipped: use bf16, or ema_correction='none'"
+        )
     if trainer.args.n_gpu > 1:
         raise NotImplementedError("DataParallel is not supported: start one process per GPU (accelerate launch)")
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or trainer.is_distributed_loading_by_transformers:

@@ -65,7 +65,7 @@ def _fires(strategy: str, step: bool, epoch: bool) -> bool:
 
 
 class AverageUpdate(TrainerCallback):
-    """Moves the trainer's average once per real optimizer step."""
+    """Moves the trainer's average around each real optimizer step."""
 
     def __init__(self, trainer: EMATrainerMixin) -> None:
         self.trainer = trainer
@@ -75,6 +75,12 @@ class AverageUpdate(TrainerCallback):
     ) -> None:
         """Make sure that there is an average, and take up the log where the checkpoint left it."""
         self.trainer.begin_training()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What an update does with the weights before the step; gradients are known to be finite or dropped by now."""
+        self.trainer.lead_average()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from hf_ema_scaling.data.sampler import ScheduledBatchSampler
 from hf_ema_scaling.data.stream import DataSource, ReferenceStream
 from hf_ema_scaling.scaling import OptimizerValues, Recipe, ScalingPlan, StepBorders
+from hf_ema_scaling.scaling.momentum_schedule import MomentumScheduleKind
+from hf_ema_scaling.scaling.plan import Correction
+from hf_ema_scaling.scaling.recipe import Unit
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.optimizer_values import hyper_parameters, stated_values
 from hf_ema_scaling.training.scheduler import lr_multiplier
@@ -78,7 +81,7 @@ def lay_out(
     values = given or stated_values(args, optimizer, hyper_parameters(optimizer, args.scaling_rule))
     recipe = Recipe(
         reference_batch_size=batch,
-        unit=cast(Literal["samples", "seconds", "tokens"], args.batch_unit),
+        unit=cast(Unit, args.batch_unit),
         max_steps=reference_steps,
         learning_rate=values.learning_rate,
         ema_momentum=args.momentum(steps_per_epoch),
@@ -90,6 +93,7 @@ def lay_out(
         alpha=values.alpha or 0.0,
         max_grad_norm=args.max_grad_norm or None,
         ema_start=args.ema_start,
+        momentum_schedule=cast(MomentumScheduleKind, args.ema_momentum_schedule),
         pl_start=pl_start,
         steps_per_epoch=steps_per_epoch if pseudo is None else None,
     )
@@ -105,6 +109,8 @@ def lay_out(
         ),
         scaling_rule=None if args.scaling_rule == "auto" else args.scaling_rule,
         scale_ema=args.scale_ema,
+        ema_update_every=args.ema_update_every,
+        ema_correction=cast(Correction, args.ema_correction),
         done=done,
     )
     stream = ReferenceStream(

@@ -22,9 +22,10 @@ from hf_ema_scaling.data.collator import CTCCollator, MicroBatch, MicroBatchColl
 from hf_ema_scaling.data.sampler import SampledStep, ScheduledBatchSampler
 from hf_ema_scaling.data.stream import LABELLED
 from hf_ema_scaling.ema import WeightAverage, load_average, save_average
-from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan, StepBorders, weight_from_log_momentum
+from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan, StepBorders
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.augment import Augmentation, augment
+from hf_ema_scaling.training.average_update import AverageMover
 from hf_ema_scaling.training.checks import (
     LivenessWatch,
     batch_statistics_of,
@@ -93,6 +94,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
         self._skipped = False
         self._statistics: list[tuple[Tensor, Tensor]] = []
         self._student: WeightAverage | None = None
+        self._mover = AverageMover()
         self._clipped = 0
         self._logged_before = 0
         self._last_step: SampledStep | None = None
@@ -311,6 +313,12 @@ class EMATrainerMixin(BothWeightsEvaluation):
             model.zero_grad(set_to_none=True)
         return norm
 
+    def lead_average(self) -> None:
+        """What the average takes from the weights before the optimizer step; nothing if the step is dropped."""
+        assert self.average is not None and self._last_step is not None
+        if not self._skipped:
+            self._mover.before_step(self.plan, self.average, self.model, self._last_step)
+
     def update_average(self) -> None:
         """Move the average by what the step just taken drew; a skipped step moves nothing."""
         assert self.average is not None and self._last_step is not None
@@ -318,11 +326,12 @@ class EMATrainerMixin(BothWeightsEvaluation):
             share_statistics(self.model)
         if self._skipped or self.accelerator.optimizer_step_was_skipped:
             return
-        step = self._last_step
-        weight = weight_from_log_momentum(self.plan.log_momentum(step.start, step.end))
-        self.average.blend(self.model, weight)
-        watched = self._watch is not None and weight < 1 and learns(self.optimizer)
-        if watched and self._watch is not None and self._watch.after_update(self.model, self.average, weight):
+        number = self.state.global_step + 1
+        moved = (self.plan, self.average, self.model, self._last_step)
+        weight = self._mover.after_step(*moved, number=number, last=number == self.sampler.num_steps)
+        if self._watch is None or weight is None or weight == 1 or not learns(self.optimizer):
+            return
+        if self._watch.after_update(self.model, self.average, weight):
             self._watch = None
 
     # ---- Log
@@ -365,11 +374,12 @@ class EMATrainerMixin(BothWeightsEvaluation):
 
     def counters(self) -> dict[str, Any]:
         """What is counted between logs, for the checkpoint; JSON values."""
-        return {"clipped": self._clipped}
+        return {"clipped": self._clipped, "pending_log_momentum": self._mover.pending}
 
     def load_counters(self, counters: dict[str, Any]) -> None:
         """Restore `counters()`; an empty dictionary starts them anew."""
         self._clipped = int(counters.get("clipped", 0))
+        self._mover.pending = float(counters.get("pending_log_momentum", 0.0))
 
     def _run_state(self) -> RunState:
         done = self.state.global_step

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import math
 import random
+from decimal import Decimal, localcontext
 
+import numpy as np
 import pytest
 
 from hf_ema_scaling.scaling import (
@@ -11,6 +13,7 @@ from hf_ema_scaling.scaling import (
     log_momentum,
     momentum_from_epoch_weight,
     momentum_from_half_life,
+    path_correction,
     scale_momentum,
     weight_from_log_momentum,
 )
@@ -109,3 +112,84 @@ def test_epoch_weight() -> None:
     )
     with pytest.raises(ValueError, match="weight must lie in"):
         momentum_from_epoch_weight(1.5, 100)
+
+
+# ---- Path correction
+
+
+@pytest.mark.parametrize("kappa", [1e-3, 0.3, 0.999, 1 + 1e-9, 1.5, 2, 7.3, 64, 1024.5])
+@pytest.mark.parametrize("distance", [1e-14, 1e-9, 1e-4, 0.01, 0.0681, 0.2, 0.45, 0.9])
+def test_path_weights_keep_their_digits(kappa: float, distance: float) -> None:
+    """Against the formula in 80 digits, at rho close to 1 as well as far from it, and on both sides of the series."""
+    logarithm = kappa * math.log1p(-distance)
+    before, after = path_correction(logarithm, kappa)
+    with localcontext(prec=80):
+        k = Decimal(kappa)
+        rho, r = (Decimal(logarithm) / k).exp(), Decimal(logarithm).exp()
+        w = 1 - rho * (1 - r) / (k * (1 - rho))
+        lead = 1 - r / (1 - w)
+    assert after == pytest.approx(float(w), rel=2e-14, abs=0)
+    # Towards kappa 1 the first move vanishes; there only its share of the whole update counts.
+    assert before == pytest.approx(float(lead), rel=2e-14, abs=3e-16 * float(1 - r))
+    # Both moves together leave r of the average.
+    assert before + after - before * after == pytest.approx(float(1 - r), rel=1e-13, abs=1e-15)
+
+
+def test_path_weights_at_kappa_one_and_at_the_ends() -> None:
+    for rho in (0.0, 0.3, 0.99, 1 - 1e-9, 1.0):
+        logarithm = log_momentum(rho)
+        assert path_correction(logarithm, 1.0) == (0.0, weight_from_log_momentum(logarithm))
+    assert path_correction(-math.inf, 8) == (0.0, 1.0) and path_correction(0.0, 8) == (0.0, 0.0)
+    # Small kappa (1 - rho): w ~ (kappa + 1)(1 - rho) / 2.
+    assert path_correction(8 * math.log1p(-1e-9), 8).after == pytest.approx(4.5e-9, rel=1e-8)
+    assert path_correction(8 * math.log1p(-1e-9), 8).before == pytest.approx(3.5e-9, rel=1e-8)
+    assert path_correction(0.5 * math.log(0.99), 0.5).before < 0
+    # Far beyond one step the average is the mean over the last reference steps of the way, and no bit is lost to inf.
+    assert path_correction(-5000.0, 100) == pytest.approx((1.0, 1 - 1 / (100 * math.expm1(50.0))), rel=1e-15)
+    for bad in (0.1, math.nan):
+        with pytest.raises(ValueError, match="at most 0"):
+            path_correction(bad, 2)
+    with pytest.raises(ValueError, match="kappa must be"):
+        path_correction(-0.1, 0)
+
+
+def reference_steps(count: int, eta: float, rho: float) -> np.ndarray:
+    """(theta, zeta, g) after `count` reference steps at a constant gradient, as a power of the matrix of one."""
+    one = np.array([[1, 0, -eta], [1 - rho, rho, -(1 - rho) * eta], [0, 0, 1]])
+    return np.linalg.matrix_power(one, count)
+
+
+@pytest.mark.parametrize("rho", [0.5, 0.9, 0.999])
+@pytest.mark.parametrize(
+    "kappas", [(8.0,), (3.0, 1.0, 5.0), (0.25,) * 8, (2.5, 0.5, 1.7, 3.3), (0.1, 12.9, 1 / 3, 2 / 3)], ids=str
+)
+def test_path_correction_is_exact_for_a_constant_gradient(rho: float, kappas: tuple[float, ...]) -> None:
+    eta = 0.01
+    total = round(sum(kappas))
+    expected = reference_steps(total, eta, rho) @ np.array([1.0, 2.0, 3.0])
+    theta, zeta, ordinary = 1.0, 2.0, 2.0
+    for kappa in kappas:
+        after = theta - kappa * eta * 3.0
+        weights = path_correction(kappa * math.log(rho), kappa)
+        zeta += weights.before * (theta - zeta)
+        zeta += weights.after * (after - zeta)
+        ordinary += ema_weight(rho, kappa) * (after - ordinary)
+        theta = after
+    assert theta == pytest.approx(expected[0], abs=1e-12)
+    assert zeta == pytest.approx(expected[1], abs=1e-12)
+    assert abs(ordinary - expected[1]) > 1e-5
+
+
+@pytest.mark.parametrize("kappa", [2, 8, 64])
+@pytest.mark.parametrize("rho", [0.9, 0.999])
+def test_residual_of_the_ordinary_update(kappa: int, rho: float) -> None:
+    """-eta g (kappa r - rho (1 - r) / (1 - rho)), about eta g kappa (kappa - 1)(1 - rho) / 2."""
+    eta, g, r = 0.01, 3.0, rho**kappa
+    true = reference_steps(kappa, eta, rho) @ np.array([1.0, 2.0, g])
+    ordinary = r * 2.0 + (1 - r) * (1.0 - kappa * eta * g)
+    residual = -eta * g * (kappa * r - rho * (1 - r) / (1 - rho))
+    assert true[1] - ordinary == pytest.approx(residual, abs=1e-12)
+    if kappa * (1 - rho) < 0.01:
+        assert residual == pytest.approx(eta * g * kappa * (kappa - 1) * (1 - rho) / 2, rel=0.02)
+    w = path_correction(kappa * math.log(rho), kappa).after
+    assert r * 2.0 + (1 - r) * 1.0 - w * kappa * eta * g == pytest.approx(true[1], abs=1e-12)
