@@ -52,6 +52,40 @@ def demo(
 
 
 @main.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file of a recipe; other arguments of it may follow, or stand alone.")
+    ] = None,
+    kappas: Annotated[
+        str, typer.Option(help="Comma-separated: compare the recipe at these, e.g. 1,2,4,8, in one table.")
+    ] = "",
+    steps_per_epoch: Annotated[
+        float | None, typer.Option(min=0.0, help="Reference steps in a pass over the labelled set, if epochs count.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: an object, or a list with --kappas.")] = False,
+) -> None:
+    """Prints the values of a recipe at its reference batch and scaled, stage by stage, and what to beware of."""
+    from hf_ema_scaling.recipe.planning import plan_recipe
+    from hf_ema_scaling.scaling.table import comparison_table
+
+    extra = list(context.args)
+    if config is not None and str(config).startswith("--"):
+        config, extra = None, [str(config), *extra]
+    try:
+        wanted = [float(kappa) for kappa in kappas.split(",") if kappa.strip()]
+        plans = plan_recipe(config, extra, kappas=wanted, steps_per_epoch=steps_per_epoch)
+    except (ValueError, OSError) as error:
+        typer.secho(f"{error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from error
+    if as_json:
+        listed = [{"kappa": found.speedup_without_small_start} | found.to_dict() for found in plans]
+        typer.echo(json.dumps(listed if wanted else listed[0]))
+    else:
+        typer.echo(comparison_table(plans) if wanted else plans[0].explain())
+
+
+@main.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def check(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="YAML file of a recipe; other arguments of it may follow.")],

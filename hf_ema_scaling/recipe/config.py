@@ -31,7 +31,9 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+def parse(
+    dataclass_types: Sequence[Any], argv: Sequence[str] | None = None, *, ignored: Iterable[str] = ()
+) -> tuple[Any, ...]:
     """Arguments from `--config FILE.yaml` and the command line, which wins.
 
     The file is one flat mapping of argument names to values. Lists and mappings for an argument that takes a string
@@ -42,6 +44,7 @@ def parse(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None) -> 
     Args:
         dataclass_types: as for `HfArgumentParser`.
         argv: arguments; by default those of the program.
+        ignored: names of other arguments, which the file may hold and nobody reads here.
 
     Returns:
         One instance per data class.
@@ -60,7 +63,10 @@ def parse(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None) -> 
     for name, action in actions.items():
         if type(None) in get_args(hints[name]):
             action.type = _nullable(action.type or str)
-    for name, value in {} if chosen.config is None else _mapping(chosen.config).items():
+    ignored = set(ignored) - actions.keys()
+    for name, value in {} if chosen.config is None else read_mapping(chosen.config).items():
+        if name in ignored:
+            continue
         if name not in actions:
             raise ValueError(f"{chosen.config}: no argument is called {name!r}{close_names(str(name), actions)}")
         actions[name].required = False
@@ -77,7 +83,12 @@ def parse(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None) -> 
     return tuple(parsed)
 
 
-def _mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ValueError: when the file is no YAML, holds a key twice, or is no mapping.
+    """
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:

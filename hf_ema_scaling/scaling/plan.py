@@ -250,6 +250,16 @@ class ScalingPlan:
         inside = starts[(starts >= start - DUST) & (starts < end - DUST)]
         return math.fsum(self._log_momentum(start, start) for start in inside.tolist())
 
+    @property
+    def idealised_speedup(self) -> float:
+        """Reference steps per optimizer step: the gain in time if a step took as long at every batch."""
+        return self.recipe.max_steps / len(self)
+
+    @property
+    def speedup_without_small_start(self) -> float:
+        """What `idealised_speedup` would be if the whole run had the batch of its last stage."""
+        return self._kappa(self.stages[-1])
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able summary: recipe, schedule, per-stage values, steps, warnings, idealised speed-up."""
         return {
@@ -263,7 +273,8 @@ class ScalingPlan:
             "stages": self.stage_values(),
             "steps": len(self),
             "done_steps": self.done_steps,
-            "ideal_speed_up": self.recipe.max_steps / len(self),
+            "idealised_speedup": self.idealised_speedup,
+            "speedup_without_small_start": self.speedup_without_small_start,
             "warnings": self.warnings(),
         }
 

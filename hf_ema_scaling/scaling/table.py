@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,11 +40,13 @@ def plan_table(plan: ScalingPlan) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     template = "  ".join(f"{{:{'>' if index else '<'}{width}}}" for index, width in enumerate(widths))
     lines = [template.format(*row) for row in rows]
+    without = plan.speedup_without_small_start
+    lost = f" ({without:.3g}x without the smaller batches before)" if without > 1.01 * plan.idealised_speedup else ""
     lines.append(
         "\n"
         f"{len(plan)} optimizer steps for {plan.recipe.max_steps:g} reference steps "
         f"({plan.recipe.max_steps * plan.recipe.reference_batch_size:g} {unit}); idealised speed-up "
-        f"{plan.recipe.max_steps / len(plan):.3g}x. Rule: {plan.rule.name}."
+        f"{plan.idealised_speedup:.3g}x{lost}. Rule: {plan.rule.name}."
     )
     if not plan.scale_ema:
         lines.append("The EMA momentum is not scaled: it is applied once per optimizer step at every kappa.")
@@ -62,6 +65,39 @@ def plan_table(plan: ScalingPlan) -> str:
         reached = plan.borders[plan.done_steps]
         lines.append(f"{plan.done_steps} steps are already run and fixed, up to reference step {reached:g}.")
     return "\n".join([*lines, *(f"WARNING: {warning}" for warning in plan.warnings())])
+
+
+_COMPARED = {
+    "kappa": "kappa",
+    "batch_size": "batch ({unit})",
+    "learning_rate": "peak lr",
+    "momentum": "EMA momentum",
+    "half_life_steps": "half-life (steps)",
+    "steps": "steps",
+    "speedup": "speed-up",
+    "without": "without small start",
+    "warnings": "warnings",
+}
+
+
+def comparison_table(plans: Sequence[ScalingPlan]) -> str:
+    """Plans of one recipe side by side, one row each with the values of its last stage; then what each warns of."""
+    rows = [[label.format(unit=plans[0].recipe.unit) for label in _COMPARED.values()]]
+    notes: dict[str, list[str]] = {}
+    for plan in plans:
+        last = plan.stage_values()[-1] | {
+            "steps": len(plan),
+            "speedup": plan.idealised_speedup,
+            "without": plan.speedup_without_small_start,
+            "warnings": len(plan.warnings()),
+        }
+        rows.append([f"{last[key]:.4g}" if isinstance(last[key], float) else str(last[key]) for key in _COMPARED])
+        for warning in plan.warnings():
+            notes.setdefault(warning, []).append(f"{last['kappa']:g}")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines += [f"WARNING (kappa {', '.join(kappas)}): {warning}" for warning, kappas in notes.items()]
+    return "\n".join(lines)
 
 
 def _format(value: float | tuple[float, ...]) -> str:

@@ -67,52 +67,17 @@ def lay_out(
     assert batch is not None
     first = data_source(labelled, args, "train_dataset")
     second = None if unlabelled is None else data_source(unlabelled, args, "unlabeled_dataset")
-    steps_per_epoch = float(first.units.sum()) / batch
-    pl_start = None if pseudo is None else float(pseudo.pl_start)
-    ratio = 0.0 if pseudo is None else pseudo.unlabeled_ratio
-    # A pass over the labelled set takes (1 + ratio) times the clock once unlabelled items share the batches.
-    supervised = steps_per_epoch * args.num_train_epochs
-    by_epochs = supervised + ratio * max(0.0, supervised - (pl_start or 0.0))
-    reference_steps = args.max_steps if args.max_steps > 0 else int(np.ceil(by_epochs))
-    seed = args.seed if args.data_seed is None else args.data_seed
-    schedule = args.schedule(small_batch_until=pl_start or 0.0)
-    if pseudo is not None and any(stage.unit == "epochs" for stage in schedule.stages):
-        raise ValueError("until_epochs is ambiguous with unlabelled data: end stages by until or until_fraction")
-    values = given or stated_values(args, optimizer, hyper_parameters(optimizer, args.scaling_rule))
-    recipe = Recipe(
-        reference_batch_size=batch,
-        unit=cast(Unit, args.batch_unit),
-        max_steps=reference_steps,
-        learning_rate=values.learning_rate,
-        ema_momentum=args.momentum(steps_per_epoch),
+    plan = plan_of(
+        args,
         optimizer=optimizer,
-        weight_decay=values.weight_decay,
-        betas=values.betas or (0.0, 0.0),
-        eps=values.eps or 0.0,
-        sgd_momentum=values.momentum or 0.0,
-        alpha=values.alpha or 0.0,
-        max_grad_norm=args.max_grad_norm or None,
-        ema_start=args.ema_start,
-        momentum_schedule=cast(MomentumScheduleKind, args.ema_momentum_schedule),
-        pl_start=pl_start,
-        steps_per_epoch=steps_per_epoch if pseudo is None else None,
-    )
-    plan = ScalingPlan(
-        recipe,
-        schedule,
-        lr_multiplier=lr_multiplier(
-            str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-            learning_rate=values.learning_rate,
-            warmup_steps=args.get_warmup_steps(reference_steps),
-            reference_steps=reference_steps,
-            specific=cast("dict[str, Any] | None", args.lr_scheduler_kwargs),
-        ),
-        scaling_rule=None if args.scaling_rule == "auto" else args.scaling_rule,
-        scale_ema=args.scale_ema,
-        ema_update_every=args.ema_update_every,
-        ema_correction=cast(Correction, args.ema_correction),
+        given=given,
+        pseudo=pseudo,
+        steps_per_epoch=float(first.units.sum()) / batch,
         done=done,
     )
+    reference_steps, pl_start = int(plan.recipe.max_steps), plan.recipe.pl_start
+    ratio = 0.0 if pseudo is None else pseudo.unlabeled_ratio
+    seed = args.seed if args.data_seed is None else args.data_seed
     stream = ReferenceStream(
         first,
         reference_batch_size=batch,
@@ -144,6 +109,83 @@ def lay_out(
         "unlabelled_sizes": None if second is None else _checksum(second),
     }
     return RunLayout(plan, sampler, identity)
+
+
+def plan_of(
+    args: EMATrainingArguments,
+    *,
+    optimizer: str,
+    given: OptimizerValues | None = None,
+    pseudo: PseudoLabelArguments | None = None,
+    steps_per_epoch: float | None = None,
+    done: StepBorders | None = None,
+) -> ScalingPlan:
+    """The plan of a run, which needs no data but the length of a pass over it.
+
+    Args:
+        args: the run's arguments.
+        optimizer: name of the optimizer's family, for the scaling rule.
+        given: values of the optimizer that was passed to the trainer, in the place of those in `args`.
+        pseudo: when unlabelled items begin, and how many.
+        steps_per_epoch: reference steps in one pass over the labelled set; None where it is not known.
+        done: steps already run, when resuming.
+
+    Raises:
+        ValueError: for schedules, sizes or starts that do not fit, with the offending value; without
+            `steps_per_epoch`, for arguments that count epochs.
+    """
+    batch = args.reference_batch_size
+    assert batch is not None
+    pl_start = None if pseudo is None else float(pseudo.pl_start)
+    schedule = args.schedule(small_batch_until=pl_start or 0.0)
+    by_epochs = any(stage.unit == "epochs" for stage in schedule.stages)
+    if pseudo is not None and by_epochs:
+        raise ValueError("until_epochs is ambiguous with unlabelled data: end stages by until or until_fraction")
+    if steps_per_epoch is None and (args.max_steps <= 0 or args.ema_epoch_weight is not None or by_epochs):
+        counted = "max_steps" if args.max_steps <= 0 else "until_epochs" if by_epochs else "ema_epoch_weight"
+        raise ValueError(f"{counted} counts epochs of the labelled set, whose length is not known here")
+    if args.max_steps > 0:
+        reference_steps = args.max_steps
+    else:
+        # A pass over the labelled set takes (1 + ratio) times the clock once unlabelled items share the batches.
+        supervised = (steps_per_epoch or 0.0) * args.num_train_epochs
+        ratio = 0.0 if pseudo is None else pseudo.unlabeled_ratio
+        reference_steps = int(np.ceil(supervised + ratio * max(0.0, supervised - (pl_start or 0.0))))
+    values = given or stated_values(args, optimizer, hyper_parameters(optimizer, args.scaling_rule))
+    recipe = Recipe(
+        reference_batch_size=batch,
+        unit=cast(Unit, args.batch_unit),
+        max_steps=reference_steps,
+        learning_rate=values.learning_rate,
+        ema_momentum=args.momentum(steps_per_epoch or 1.0),
+        optimizer=optimizer,
+        weight_decay=values.weight_decay,
+        betas=values.betas or (0.0, 0.0),
+        eps=values.eps or 0.0,
+        sgd_momentum=values.momentum or 0.0,
+        alpha=values.alpha or 0.0,
+        max_grad_norm=args.max_grad_norm or None,
+        ema_start=args.ema_start,
+        momentum_schedule=cast(MomentumScheduleKind, args.ema_momentum_schedule),
+        pl_start=pl_start,
+        steps_per_epoch=steps_per_epoch if pseudo is None else None,
+    )
+    return ScalingPlan(
+        recipe,
+        schedule,
+        lr_multiplier=lr_multiplier(
+            str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            learning_rate=values.learning_rate,
+            warmup_steps=args.get_warmup_steps(reference_steps),
+            reference_steps=reference_steps,
+            specific=cast("dict[str, Any] | None", args.lr_scheduler_kwargs),
+        ),
+        scaling_rule=None if args.scaling_rule == "auto" else args.scaling_rule,
+        scale_ema=args.scale_ema,
+        ema_update_every=args.ema_update_every,
+        ema_correction=cast(Correction, args.ema_correction),
+        done=done,
+    )
 
 
 def data_source(dataset: Any, args: EMATrainingArguments, name: str) -> DataSource:

@@ -308,7 +308,7 @@ def test_table_and_summary() -> None:
     assert any(line.startswith("WARNING: at pl_start=5000 the teacher still holds 0.607") for line in lines)
 
     summary = json.loads(json.dumps(plan.to_dict(), allow_nan=False))
-    assert summary["steps"] == 6875 and summary["ideal_speed_up"] == pytest.approx(20_000 / 6875)
+    assert summary["steps"] == 6875 and summary["idealised_speedup"] == pytest.approx(20_000 / 6875)
     assert [stage["steps"] for stage in summary["stages"]] == [5000, 1875]
     assert summary["stages"][1]["momentum"] == pytest.approx(0.9999**8, rel=1e-14)
     assert summary["stages"][1]["half_life_units"] == pytest.approx(summary["reference"]["half_life_units"], rel=1e-14)
@@ -323,4 +323,4 @@ def test_published_speed_up() -> None:
     # 60 of 480 epochs at the small batch, then 6 times as much: 3.7x, not 6x.
     tuned = recipe(max_steps=4800, steps_per_epoch=10)
     plan = ScalingPlan(tuned, BatchSchedule((Stage(64, 60, "epochs"), Stage(384))))
-    assert plan.to_dict()["ideal_speed_up"] == pytest.approx(480 / (60 + 420 / 6)) and len(plan) == 1300
+    assert plan.to_dict()["idealised_speedup"] == pytest.approx(480 / (60 + 420 / 6)) and len(plan) == 1300
