@@ -45,10 +45,14 @@ def plan_recipe(
     given |= switched
     starts = "pl_start" in given or any(word.partition("=")[0] == "--pl_start" for word in rest)
     pseudo_labels = given.get("unlabelled") not in (None, "null") if config is not None else starts
+    # A plan is made wherever one thinks about it, not only where the run's precision and device are at hand.
+    here = ["--use_cpu", "true", "--bf16", "false", "--fp16", "false", "--report_to", "none"]
     batches = [["--kappa", str(kappa), "--batch_size", "null", "--batch_schedule", "null"] for kappa in kappas]
     plans = []
     for batch in batches or [[]]:
-        args, pseudo = parse((EMATrainingArguments, PseudoLabelArguments), [*file, *rest, *batch], ignored=others)
+        args, pseudo = parse(
+            (EMATrainingArguments, PseudoLabelArguments), [*file, *rest, *batch, *here], ignored=others
+        )
         plans.append(
             plan_of(
                 args,

@@ -302,7 +302,8 @@ def test_table_and_summary() -> None:
     assert table["clip norm"] == ["1", "1", "0.3535534"]
     assert len({*table["EMA half-life (samples)"]}) == 1
     totals = (
-        "6875 optimizer steps for 20000 reference steps (1.28e+06 samples); idealised speed-up 2.91x. Rule: adamw."
+        "6875 optimizer steps for 20000 reference steps (1.28e+06 samples); idealised speed-up 2.91x (8x without the "
+        "smaller batches before). Rule: adamw."
     )
     assert totals in lines
     assert any(line.startswith("WARNING: at pl_start=5000 the teacher still holds 0.607") for line in lines)
