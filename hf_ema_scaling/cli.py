@@ -12,6 +12,13 @@ import typer
 main = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise typer.BadParameter(f"comma-separated numbers are expected, got {text!r}", param_hint=option) from error
+
+
 @main.callback()
 def _commands() -> None:
     """Tune once at a small reference batch; run at any batch; teach with the average of the weights."""
@@ -19,14 +26,23 @@ def _commands() -> None:
 
 @main.command()
 def demo(
-    output_dir: Annotated[Path, typer.Option(help="Run folders, report.png and summary.json.")] = Path("runs/demo"),
+    output_dir: Annotated[
+        Path, typer.Option("--output_dir", "--output-dir", help="Run folders, report.png and summary.json.")
+    ] = Path("runs/demo"),
     kappa: Annotated[
         float, typer.Option(min=0.01, help="Batch over reference batch once pseudo-labels have started.")
     ] = 1.0,
     arms: Annotated[str, typer.Option(help="Comma-separated: labelled, pseudo, topline.")] = "labelled,pseudo",
     seed: Annotated[int, typer.Option(help="Of corpus, initialisation, order, dropout and augmentation.")] = 0,
     steps: Annotated[int | None, typer.Option(min=10, help="Reference steps; default: the tuned recipe's.")] = None,
-    scale_ema: Annotated[bool, typer.Option(help="--no-scale-ema leaves the momentum unscaled (an ablation).")] = True,
+    scale_ema: Annotated[
+        bool,
+        typer.Option(
+            "--scale_ema/--no_scale_ema",
+            "--scale-ema/--no-scale-ema",
+            help="--no-scale-ema leaves the momentum unscaled (an ablation).",
+        ),
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
 ) -> None:
     """Trains a small speech model from scratch that learns from the pseudo-labels of its own EMA teacher."""
@@ -61,7 +77,13 @@ def plan(
         str, typer.Option(help="Comma-separated: compare the recipe at these, e.g. 1,2,4,8, in one table.")
     ] = "",
     steps_per_epoch: Annotated[
-        float | None, typer.Option(min=0.0, help="Reference steps in a pass over the labelled set, if epochs count.")
+        float | None,
+        typer.Option(
+            "--steps_per_epoch",
+            "--steps-per-epoch",
+            min=0.0,
+            help="Reference steps in a pass over the labelled set, if epochs count.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: an object, or a list with --kappas.")] = False,
 ) -> None:
@@ -73,7 +95,7 @@ def plan(
     if config is not None and str(config).startswith("--"):
         config, extra = None, [str(config), *extra]
     try:
-        wanted = [float(kappa) for kappa in kappas.split(",") if kappa.strip()]
+        wanted = _numbers(kappas, "--kappas")
         plans = plan_recipe(config, extra, kappas=wanted, steps_per_epoch=steps_per_epoch)
     except (ValueError, OSError) as error:
         typer.secho(f"{error}", fg=typer.colors.RED, err=True)

@@ -143,7 +143,7 @@ def table(summary: dict[str, Any]) -> str:
         ratio = summary["arms"]["pseudo"]["average_wer"] / summary["arms"]["labelled"]["average_wer"]
         lines.append(f"error with pseudo-labels: {ratio:.2f} x that of labelled data only")
     memory = summary["peak_memory_bytes"] / 2**20
-    lines.append(f"kappa {summary['kappa']:g}, seed {summary['seed']}, peak memory {memory:.0f} MiB")
+    lines.append(f"kappa {summary['kappa']:g}, seed {summary['seed']}, peak memory of a process {memory:.0f} MiB")
     return "\n".join(lines)
 
 

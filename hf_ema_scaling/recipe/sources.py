@@ -125,6 +125,9 @@ def _of_files(path: Path, folder: Path, name: str, rows: list[dict[str, Any]], w
     for number, row in enumerate(rows, start=1):
         missing = [column for column in taken.values() if row.get(column) is None]
         if missing:
+            null = [column for column in missing if column in row]
+            if null:
+                raise ValueError(f"{path}, row {number}: {', '.join(null)} is null: leave such rows out")
             raise ValueError(
                 f"{path}, row {number}: no {', '.join(missing)}; it has {', '.join(row)}. Name the columns by "
                 "audio_column and text_column"

@@ -89,6 +89,11 @@ class ScalingPlan:
         self._lr_multiplier = lr_multiplier or recipe.warmup_multiplier
         self.average_momentum = recipe.average_momentum()
         for stage in self.stages:
+            if recipe.unit == "samples" and stage.batch_size < 1:
+                raise ValueError(
+                    f"a batch of {stage.batch_size:g} samples (kappa={self._kappa(stage):g}) cannot be drawn: it must "
+                    "hold at least 1"
+                )
             self._at_peak(stage)
 
     def _check_average(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,12 @@ def plan_table(plan: ScalingPlan) -> str:
         f"({plan.recipe.max_steps * plan.recipe.reference_batch_size:g} {unit}); idealised speed-up "
         f"{plan.idealised_speedup:.3g}x{lost}. Rule: {plan.rule.name}."
     )
+    if plan.recipe.pl_start is not None:
+        kept = math.exp(plan.log_decay(plan.recipe.ema_start, plan.recipe.pl_start))
+        lines.append(
+            f"Pseudo-labels from reference step {plan.recipe.pl_start:g}; there the teacher holds {kept:.3g} of the "
+            f"weights it had at {plan.recipe.ema_start:g}."
+        )
     if not plan.scale_ema:
         lines.append("The EMA momentum is not scaled: it is applied once per optimizer step at every kappa.")
     if plan.recipe.momentum_schedule != "constant":

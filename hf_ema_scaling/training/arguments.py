@@ -73,7 +73,8 @@ class EMATrainingArguments(TrainingArguments):
     ema_epoch_weight: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of the average that one pass over the labelled set leaves, instead of ema_momentum."
+            "help": "Weight of the average that one pass over the labelled set (with unlabelled data: one after "
+            "pl_start) leaves, instead of ema_momentum."
         },
     )
     ema_start: float = field(
@@ -123,6 +124,16 @@ class EMATrainingArguments(TrainingArguments):
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(ERROR_METRICS):
             self.greater_is_better = False
         super().__post_init__()
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if (
+            metric
+            and self.evaluate_weights != "both"
+            and metric.startswith("ema_") != (self.evaluate_weights == "ema")
+        ):
+            raise ValueError(
+                f"metric_for_best_model={self.metric_for_best_model} is never measured with evaluate_weights="
+                f"{self.evaluate_weights}: eval_ema_* is the average, every other name the student"
+            )
         if self.reference_batch_size is None or not self.reference_batch_size > 0:
             raise ValueError(
                 "reference_batch_size (the batch, over all processes, at which the recipe was tuned) is required and "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import pyarrow.compute as pc
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-from hf_ema_scaling.ema import WeightAverage, check_moved
-from hf_ema_scaling.labels.ctc import ctc_frame_lengths, frames_of, min_ctc_frames
+from hf_ema_scaling.ema import WeightAverage, check_moved, unwrap
+from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths, frames_of, min_ctc_frames
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,44 @@ def ctc_target_frames(labels: Tensor) -> Tensor:
     return tokens.sum(-1) + repeats.sum(-1)
 
 
+def check_labels_are_there(inputs: Mapping[str, Tensor]) -> None:
+    """Refuses labelled rows without labels.
+
+    Raises:
+        ValueError: naming the columns there are.
+    """
+    if "labels" not in inputs:
+        raise ValueError(
+            f"the rows of train_dataset have no 'labels' after collating, only {', '.join(inputs)}: add that column, "
+            "or pass the data as unlabeled_dataset"
+        )
+
+
+def check_ctc_setup(model: nn.Module, processing_class: Any, data_collator: Any) -> None:
+    """Refuses a CTC model whose blank is not its tokenizer's padding, or whose rows nobody can collate.
+
+    Args:
+        model: a CTC model, wrapped or not.
+        processing_class: processor or tokenizer, if there is one.
+        data_collator: the one given to the trainer, if any.
+
+    Raises:
+        ValueError: see above.
+    """
+    if processing_class is None:
+        if data_collator is None:
+            raise ValueError("a CTC model needs processing_class=processor (or a data_collator) to pad its rows")
+        return
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    blank, padding = blank_id(model.config), getattr(tokenizer, "pad_token_id", None)
+    if padding is not None and padding != blank:
+        raise ValueError(
+            f"the blank of the model is id {blank} (model.config.pad_token_id), the padding of the tokenizer id "
+            f"{padding}: they must be one. Set model.config.pad_token_id = {padding} before training starts, or give "
+            "the tokenizer the model was trained with"
+        )
+
+
 def check_ctc_targets(model: nn.Module, inputs: Mapping[str, Tensor], indices: list[int]) -> None:
     """Refuses labelled rows that CTC cannot learn: no tokens, or more than the model has frames for.
 
@@ -72,9 +111,20 @@ def check_ctc_targets(model: nn.Module, inputs: Mapping[str, Tensor], indices: l
         indices: their row numbers in the labelled data set, for the message.
 
     Raises:
-        ValueError: naming the first such row.
+        ValueError: naming the first such row; also for tokens that are the blank or that the model has no output for.
     """
-    needed = ctc_target_frames(inputs["labels"])
+    labels = inputs["labels"]
+    config: Any = unwrap(model).config
+    size, blank = int(config.vocab_size), blank_id(config)
+    strange = (((labels >= size) | (labels == blank)) & (labels >= 0)).nonzero().tolist()
+    if strange:
+        row, place = strange[0]
+        what = "the blank, which is no target" if labels[row, place] == blank else f"outside the vocabulary of {size}"
+        raise ValueError(
+            f"labelled row {indices[row]} holds the token {int(labels[row, place])}, {what}: were the labels made by "
+            "this model's tokenizer?"
+        )
+    needed = ctc_target_frames(labels)
     frames = ctc_frame_lengths(model, inputs).to(needed.device)
     bad = ((needed == 0) | (needed > frames)).nonzero().flatten().tolist()
     if bad:
@@ -211,6 +261,18 @@ def refuse_unsupported(trainer: Trainer) -> None:
             f"train_sampling_strategy={trainer.args.train_sampling_strategy} is not used: set bucket_window to put "
             "items of like length together"
         )
+    if trainer.args.gradient_accumulation_steps != 1:  # accelerator_config can set it behind the arguments' back
+        raise ValueError(
+            f"gradient accumulation over {trainer.args.gradient_accumulation_steps} batches (accelerator_config): one "
+            "dataloader batch is one optimizer step here; choose the batch by kappa, batch_size or batch_schedule"
+        )
+    for option in ("dispatch_batches", "split_batches"):
+        if getattr(trainer.args.accelerator_config, option, None):
+            raise ValueError(f"{option} (accelerator_config) would cut the steps up: leave it off")
+    if isinstance(trainer.eval_dataset, dict):
+        for name in trainer.eval_dataset:
+            if name == "ema" or name.startswith("ema_"):
+                raise ValueError(f"an evaluation set cannot be called {name!r}: eval_ema_* is the average")
     if trainer.args.dataloader_drop_last:
         raise ValueError("dataloader_drop_last does nothing here: batches straddle passes and nothing is dropped")
     scaled = trainer.args.fp16 or getattr(trainer.accelerator, "scaler", None) is not None

@@ -72,10 +72,12 @@ class LabelStatistics:
 
     def state_dict(self, total: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """The counters, over all processes where `total` sums a float64 vector over them."""
-        counts = {**self.counts, "dropped_in_a_row": float(self.dropped_in_a_row)}
-        if total is None:
-            return counts
-        return dict(zip(counts, total(torch.tensor(list(counts.values()), dtype=torch.float64)).tolist(), strict=True))
+        counts = self.counts
+        if total is not None:
+            summed = total(torch.tensor([counts[name] for name in self.FIELDS], dtype=torch.float64)).tolist()
+            counts = dict(zip(self.FIELDS, summed, strict=True))
+        # Rows in a row are those of one process: their sum over processes would be a row that never was.
+        return {**counts, "dropped_in_a_row": float(self.dropped_in_a_row)}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Restore the counters."""

@@ -68,7 +68,10 @@ class BothWeightsEvaluation(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Once per weight set: `<prefix>_*` for the student, `<prefix>_ema_*` (`eval_ema_<set>_*`) for the average."""
+        """Once per weight set: `<prefix>_*` for the student, `<prefix>_ema_*` (`eval_ema_<set>_*`) for the average.
+
+        Predictions are those of the weights in the model: the student's, or after load-best by the average its own.
+        """
         passed = (dataloader, description, prediction_loss_only, ignore_keys)
         which = self.args.evaluate_weights
         student = None
@@ -83,7 +86,8 @@ class BothWeightsEvaluation(Trainer):
             output = super().evaluation_loop(*passed, f"{split}_ema" + (f"_{rest}" if rest else ""))
         if student is None:
             return output
-        return student._replace(metrics={**(student.metrics or {}), **(output.metrics or {})})
+        held = student if self._student is None else output
+        return held._replace(metrics={**(student.metrics or {}), **(output.metrics or {})})
 
     def _as_student(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model holds the student, also after the best average was loaded into it."""

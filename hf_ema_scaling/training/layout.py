@@ -143,13 +143,16 @@ def plan_of(
         raise ValueError("until_epochs is ambiguous with unlabelled data: end stages by until or until_fraction")
     if steps_per_epoch is None and (args.max_steps <= 0 or args.ema_epoch_weight is not None or by_epochs):
         counted = "max_steps" if args.max_steps <= 0 else "until_epochs" if by_epochs else "ema_epoch_weight"
-        raise ValueError(f"{counted} counts epochs of the labelled set, whose length is not known here")
+        raise ValueError(
+            f"{counted} counts epochs of the labelled set, whose length is not known here: give "
+            "max_steps, or steps_per_epoch (the reference steps in a pass over it)"
+        )
+    ratio = 0.0 if pseudo is None else pseudo.unlabeled_ratio
     if args.max_steps > 0:
         reference_steps = args.max_steps
     else:
         # A pass over the labelled set takes (1 + ratio) times the clock once unlabelled items share the batches.
         supervised = (steps_per_epoch or 0.0) * args.num_train_epochs
-        ratio = 0.0 if pseudo is None else pseudo.unlabeled_ratio
         reference_steps = int(np.ceil(supervised + ratio * max(0.0, supervised - (pl_start or 0.0))))
     values = given or stated_values(args, optimizer, hyper_parameters(optimizer, args.scaling_rule))
     recipe = Recipe(
@@ -157,7 +160,8 @@ def plan_of(
         unit=cast(Unit, args.batch_unit),
         max_steps=reference_steps,
         learning_rate=values.learning_rate,
-        ema_momentum=args.momentum(steps_per_epoch or 1.0),
+        # A pass over the labelled set is longer where unlabelled data shares the batches, and there momentum matters.
+        ema_momentum=args.momentum((steps_per_epoch or 1.0) * (1.0 + ratio)),
         optimizer=optimizer,
         weight_decay=values.weight_decay,
         betas=values.betas or (0.0, 0.0),

@@ -29,7 +29,9 @@ from hf_ema_scaling.training.average_update import AverageMover
 from hf_ema_scaling.training.checks import (
     LivenessWatch,
     batch_statistics_of,
+    check_ctc_setup,
     check_ctc_targets,
+    check_labels_are_there,
     frozen_statistics,
     has_batch_statistics,
     refuse_unsupported,
@@ -82,7 +84,9 @@ class EMATrainerMixin(BothWeightsEvaluation):
         self.augmentation = augmentation
         self.average: WeightAverage | None = None
         self.ctc = is_ctc(self.model)
-        if self.ctc and kwargs.get("data_collator") is None and self.processing_class is not None:
+        if self.ctc:
+            check_ctc_setup(self.model, self.processing_class, kwargs.get("data_collator"))
+        if self.ctc and kwargs.get("data_collator") is None:
             self.data_collator = CTCCollator.from_processor(self.processing_class)
         self.batch_statistics = has_batch_statistics(self.model)
         self._optimizer_family = optimizer_family(args.optim, self.optimizer)
@@ -249,9 +253,10 @@ class EMATrainerMixin(BothWeightsEvaluation):
         if self.batch_statistics:
             self._statistics = [(buffer, buffer.clone()) for buffer in batch_statistics_of(self.model)]
         micro_batches: list[MicroBatch] = inputs["micro_batches"]
-        if self.ctc:
-            for micro_batch in micro_batches:
-                if micro_batch["source"] == LABELLED:
+        for micro_batch in micro_batches:
+            if micro_batch["source"] == LABELLED:
+                check_labels_are_there(micro_batch["inputs"])
+                if self.ctc:
                     check_ctc_targets(self.model, micro_batch["inputs"], micro_batch["indices"])
         micro_batches = self.label_micro_batches(micro_batches, step)
         model.train()
