@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pyarrow.compute as pc
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
+from hf_ema_scaling.data.collator import MicroBatch
+from hf_ema_scaling.data.stream import LABELLED
 from hf_ema_scaling.ema import WeightAverage, check_moved
 from hf_ema_scaling.labels.ctc import ctc_frame_lengths, frames_of, min_ctc_frames
 
@@ -61,6 +63,13 @@ def ctc_target_frames(labels: Tensor) -> Tensor:
     tokens = labels >= 0
     repeats = (labels[:, 1:] == labels[:, :-1]) & tokens[:, 1:]
     return tokens.sum(-1) + repeats.sum(-1)
+
+
+def check_ctc_micro_batches(model: nn.Module, micro_batches: Iterable[MicroBatch]) -> None:
+    """`check_ctc_targets` for every labelled micro-batch."""
+    for micro_batch in micro_batches:
+        if micro_batch["source"] == LABELLED:
+            check_ctc_targets(model, micro_batch["inputs"], micro_batch["indices"])
 
 
 def check_ctc_targets(model: nn.Module, inputs: Mapping[str, Tensor], indices: list[int]) -> None:
@@ -134,6 +143,14 @@ def gradient_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor
     difference = sum(float((first[name].double() - second[name].double()).square().sum()) for name in first)
     size = sum(float(value.double().square().sum()) for value in first.values())
     return (difference / size) ** 0.5 if size > 0 else float(difference > 0)
+
+
+def nonfinite_gradient(norm: float, number: int, clock: float) -> FloatingPointError:
+    """The error for a gradient norm that is not finite at optimizer step `number`, at `clock` reference steps."""
+    return FloatingPointError(
+        f"the gradient norm is {norm} at optimizer step {number} (reference step {clock:.1f}); weights and average are "
+        "those of the step before. Look for corrupt inputs or too high a learning rate, or set on_nonfinite='skip'"
+    )
 
 
 def has_batch_statistics(model: nn.Module) -> bool:
