@@ -107,7 +107,7 @@ class EMATrainingArguments(TrainingArguments):
         default=0,
         metadata={
             "help": "Optimizer steps between measurements of the gradient noise scale (noise/scale in units and "
-            "noise/largest_kappa in the logs); 0 for none. Two gradient norms each; needs several micro-batches a step."
+            "noise/largest_kappa in the logs); 0 for none. Costs two gradient norms; needs several micro-batches."
         },
     )
     evaluate_weights: str = field(

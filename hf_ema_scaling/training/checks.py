@@ -148,8 +148,8 @@ def gradient_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor
 def nonfinite_gradient(norm: float, number: int, clock: float) -> FloatingPointError:
     """The error for a gradient norm that is not finite at optimizer step `number`, at `clock` reference steps."""
     return FloatingPointError(
-        f"the gradient norm is {norm} at optimizer step {number} (reference step {clock:.1f}); weights and average are "
-        "those of the step before. Look for corrupt inputs or too high a learning rate, or set on_nonfinite='skip'"
+        f"the gradient norm is {norm} at optimizer step {number} (reference step {clock:.1f}); weights and average "
+        "are those of the step before. Look for corrupt inputs or too high a learning rate, or set on_nonfinite='skip'"
     )
 
 

@@ -374,8 +374,8 @@ class EMATrainerMixin(BothWeightsEvaluation):
 
     def counters(self) -> dict[str, Any]:
         """What is counted between logs, for the checkpoint; JSON values."""
-        noise = self._noise.state_dict()
-        return {"clipped": self._clipped, "pending_log_momentum": self._mover.pending, "noise": noise}
+        state = {"pending_log_momentum": self._mover.pending, "noise": self._noise.state_dict()}
+        return {"clipped": self._clipped, **state}
 
     def load_counters(self, counters: dict[str, Any]) -> None:
         """Restore `counters()`; an empty dictionary starts them anew."""

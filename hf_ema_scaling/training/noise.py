@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import nn
 from transformers.utils import logging
 
@@ -25,6 +26,8 @@ logger = logging.get_logger(__name__)
 
 # Measurements before the estimate is compared with a stage's kappa: |G|^2 of a single one is mostly chance.
 ENOUGH = 20
+# Of shares of a step's items.
+ROUNDING = 1e-9
 
 TOO_FEW = "a source has fewer than two micro-batches per process: lower per_device_train_batch_size"
 UNEVEN = (
@@ -32,8 +35,9 @@ UNEVEN = (
     "process: lower per_device_train_batch_size"
 )
 BY_LENGTH = (
-    "its items are sorted by length, so its first micro-batches are the short items and no sample of the stream: with "
-    "batch_unit='samples' drop the duration and length columns for a measurement"
+    "its items are sorted by length, so that its first micro-batches hold the short ones and are no sample: measure "
+    "with batch_unit='samples' and without a duration or length column (models with BatchNorm: at steps of two "
+    "reference batches or more)"
 )
 
 
@@ -67,8 +71,9 @@ class Halves:
 def halve(sampler: ScheduledBatchSampler, number: int) -> Halves | str:
     """Where step `number` can be divided, as near to its middle as possible, or why it cannot.
 
-    At a valid border no item of the first part comes after one of its source in the second, and on each process the
-    first part has its share of both sources, to half an item. Parts need not be equal: the estimator knows their size.
+    At a valid border no item of the first part comes after one of its source in the second, by construction and not by
+    chance, and on each process the first part has its share of both sources, to half an item. Parts need not be equal:
+    the estimator knows their sizes.
     """
     stream, world = sampler.stream, sampler.world_size
     groups = sampler.micro_batches(number)
@@ -78,34 +83,47 @@ def halve(sampler: ScheduledBatchSampler, number: int) -> Halves | str:
     before = units.cumsum(0)[:-1]  # (borders, processes)
     total = float(units.sum())
     shared = (before > 0).all(1)
-    lowest, highest = np.full_like(before, -np.inf), np.full_like(before, np.inf)
     in_order = np.ones(len(before), dtype=bool)
+    lowest, highest = np.full_like(before, -np.inf), np.full_like(before, np.inf)
     for kind in (LABELLED, UNLABELLED):
         chosen = [group if len(group) and stream.source[group[0]] == kind else group[:0] for group in groups]
         counts = np.array([len(group) for group in chosen]).reshape(rounds, world)
         items = counts.sum()
         if items == 0:
             continue
-        if (counts.any(1)).sum() < 2:
+        if counts.any(1).sum() < 2:
             return TOO_FEW
         first = counts.cumsum(0)[:-1]
         shared &= (first > 0).all(1) & (first.sum(1) < items)
         lowest = np.maximum(lowest, (first - 0.5) / items)
         highest = np.minimum(highest, (first + 0.5) / items)
-        largest = np.array([group.max() if len(group) else -1 for group in chosen]).reshape(rounds, world).max(1)
-        smallest = np.array([group.min() if len(group) else len(stream) for group in chosen])
-        smallest = smallest.reshape(rounds, world).min(1)
-        latest = np.maximum.accumulate(largest)[:-1]
-        earliest = np.minimum.accumulate(smallest[::-1])[::-1][1:]
-        in_order &= latest < earliest
-    shared &= (lowest <= highest + 1e-9).all(1)
-    if not shared.any():
-        return UNEVEN
+        if stream.lengths_differ(np.concatenate(chosen)):
+            in_order &= _between_reference_batches(sampler, number, groups)
+    shared &= (lowest <= highest + ROUNDING).all(1)
     valid = np.flatnonzero(shared & in_order)
     if len(valid) == 0:
-        return BY_LENGTH
+        return UNEVEN if in_order.any() else BY_LENGTH
     best = int(valid[np.argmin(np.abs(before[valid].sum(1) - total / 2))])
     return Halves(best + 1, tuple(before[best].tolist()), total)
+
+
+def _between_reference_batches(
+    sampler: ScheduledBatchSampler, number: int, groups: list[NDArray[np.int64]]
+) -> NDArray[np.bool_]:
+    """Whether sorting by length kept to its side of each border between rounds of micro-batches.
+
+    It does at the borders of reference batches, for models with batch statistics.
+    """
+    world, end = sampler.world_size, len(sampler.stream)
+    if not sampler.batch_statistics:
+        return np.zeros(len(groups) // world - 1, dtype=bool)
+    latest = np.array([group.max(initial=-1) for group in groups]).reshape(-1, world).max(1)
+    earliest = np.array([group.min(initial=end) for group in groups]).reshape(-1, world).min(1)
+    latest = np.maximum.accumulate(latest)[:-1]
+    earliest = np.minimum.accumulate(earliest[::-1])[::-1][1:]
+    step = sampler.step(number)
+    borders = sampler.stream.position(np.arange(np.floor(step.start) + 1, np.ceil(step.end)))
+    return (latest < earliest) & np.isin(earliest, borders)
 
 
 def gradient_square(model: nn.Module) -> float:
