@@ -61,9 +61,10 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
     some.
 
     A micro-batch holds one source and at most `micro_batch_size` items. Every process gets the same number of them
-    from each source; where items do not suffice, a repeated item with weight 0 fills the gap. Items are sorted by
-    length inside a step. With `batch_statistics=True` (BatchNorm) micro-batches never cross a reference-batch border
-    either, so at steps of whole reference batches the statistics are those of kappa 1.
+    from each source; where items do not suffice, a repeated item with weight 0 fills the gap. Sources take turns, so
+    that the first micro-batches of a step have their share of both. Items are sorted by length inside a step. With
+    `batch_statistics=True` (BatchNorm) micro-batches never cross a reference-batch border either, so at steps of whole
+    reference batches the statistics are those of kappa 1.
 
     Args:
         stream: the items of the run in order.
@@ -144,11 +145,16 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         first, last = int(self.positions[number]), int(self.positions[number + 1])
         if self.batch_statistics:
             return self._inside_reference_batches(number)
-        groups: list[NDArray[np.int64]] = []
+        rounds: list[tuple[float, list[NDArray[np.int64]]]] = []
         for _, positions in self._by_source(first, last):
             share = -(-len(positions) // (self.world_size * self.micro_batch_size))
-            groups.extend(np.array_split(positions, share * self.world_size))
-        return groups
+            pieces, done = np.array_split(positions, share * self.world_size), 0
+            for i in range(0, len(pieces), self.world_size):
+                dealt = pieces[i : i + self.world_size]
+                rounds.append((done / len(positions), dealt))
+                done += sum(map(len, dealt))
+        rounds.sort(key=lambda item: item[0])
+        return [piece for _, pieces in rounds for piece in pieces]
 
     def _inside_reference_batches(self, number: int) -> list[NDArray[np.int64]]:
         first, last = int(self.positions[number]), int(self.positions[number + 1])

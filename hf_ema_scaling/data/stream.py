@@ -170,6 +170,11 @@ class ReferenceStream:
             return positions
         return positions[np.argsort(lengths[self.index[positions]], kind="stable")]
 
+    def lengths_differ(self, positions: NDArray[np.int64]) -> bool:
+        """Whether lengths of these `positions` of one source are known and not all equal, so that sorting matters."""
+        lengths = self._lengths[int(self.source[positions[0]])] if len(positions) else None
+        return lengths is not None and bool(np.ptp(lengths[self.index[positions]]) > 0)
+
     def labelled_passes(self, position: NDArray[np.int64]) -> NDArray[np.float64]:
         """Passes over the labelled set that the first `position` items make up."""
         drawn = np.concatenate([[0], np.cumsum(self.source == LABELLED)])

@@ -12,6 +12,7 @@ from .momentum import (
     weight_from_log_momentum,
 )
 from .momentum_schedule import MomentumSchedule
+from .noise import NoiseEstimate, NoiseScale, noise_estimate
 from .optimizers import (
     AdagradRule,
     AdamRule,
@@ -34,6 +35,8 @@ __all__ = [
     "AdamWRule",
     "BatchSchedule",
     "MomentumSchedule",
+    "NoiseEstimate",
+    "NoiseScale",
     "OptimizerValues",
     "PathWeights",
     "RMSpropRule",
@@ -53,6 +56,7 @@ __all__ = [
     "log_momentum",
     "momentum_from_epoch_weight",
     "momentum_from_half_life",
+    "noise_estimate",
     "path_correction",
     "register_scaling_rule",
     "scale_momentum",

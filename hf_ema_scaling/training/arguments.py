@@ -104,6 +104,13 @@ class EMATrainingArguments(TrainingArguments):
     scale_ema: bool = field(
         default=True, metadata={"help": "Scale the momentum with the batch; False is the ablation."}
     )
+    noise_scale_every: int = field(
+        default=0,
+        metadata={
+            "help": "Optimizer steps between measurements of the gradient noise scale (noise/scale in units and "
+            "noise/largest_kappa in the logs); 0 for none. Costs two gradient norms; needs several micro-batches."
+        },
+    )
     evaluate_weights: str = field(
         default="both", metadata={"help": "Weights to evaluate: both (eval_* and eval_ema_*), ema or student."}
     )
@@ -145,6 +152,10 @@ class EMATrainingArguments(TrainingArguments):
         _one_of("ema_correction", self.ema_correction, get_args(Correction))
         _one_of("ema_buffers", self.ema_buffers, ("average", "copy"))
         _one_of("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
+        if self.noise_scale_every < 0 or self.noise_scale_every != int(self.noise_scale_every):
+            raise ValueError(
+                f"noise_scale_every counts optimizer steps (0 for no measurement), got {self.noise_scale_every}"
+            )
         if self.batch_unit == "samples" and self.reference_batch_size != int(self.reference_batch_size):
             raise ValueError(f"reference_batch_size counts samples, got {self.reference_batch_size}")
         _at_most_one(self, ("kappa", "batch_size", "batch_schedule"))

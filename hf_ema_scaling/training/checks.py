@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow.compute as pc
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
+from hf_ema_scaling.data.collator import MicroBatch
+from hf_ema_scaling.data.stream import LABELLED
 from hf_ema_scaling.ema import WeightAverage, check_moved, unwrap
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths, frames_of, min_ctc_frames
 
@@ -64,17 +66,22 @@ def ctc_target_frames(labels: Tensor) -> Tensor:
     return tokens.sum(-1) + repeats.sum(-1)
 
 
-def check_labels_are_there(inputs: Mapping[str, Tensor]) -> None:
-    """Refuses labelled rows without labels.
+def check_labelled(model: nn.Module, micro_batches: Iterable[MicroBatch], ctc: bool) -> None:
+    """Refuses labelled micro-batches without labels; with `ctc` also what `check_ctc_targets` refuses.
 
     Raises:
-        ValueError: naming the columns there are.
+        ValueError: naming the columns there are, or the row.
     """
-    if "labels" not in inputs:
-        raise ValueError(
-            f"the rows of train_dataset have no 'labels' after collating, only {', '.join(inputs)}: add that column, "
-            "or pass the data as unlabeled_dataset"
-        )
+    for micro_batch in micro_batches:
+        if micro_batch["source"] != LABELLED:
+            continue
+        if "labels" not in micro_batch["inputs"]:
+            raise ValueError(
+                "the rows of train_dataset have no 'labels' after collating, only "
+                f"{', '.join(micro_batch['inputs'])}: add that column, or pass the data as unlabeled_dataset"
+            )
+        if ctc:
+            check_ctc_targets(model, micro_batch["inputs"], micro_batch["indices"])
 
 
 def check_ctc_setup(model: nn.Module, processing_class: Any, data_collator: Any) -> None:
@@ -184,6 +191,14 @@ def gradient_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor
     difference = sum(float((first[name].double() - second[name].double()).square().sum()) for name in first)
     size = sum(float(value.double().square().sum()) for value in first.values())
     return (difference / size) ** 0.5 if size > 0 else float(difference > 0)
+
+
+def nonfinite_gradient(norm: float, number: int, clock: float) -> FloatingPointError:
+    """The error for a gradient norm that is not finite at optimizer step `number`, at `clock` reference steps."""
+    return FloatingPointError(
+        f"the gradient norm is {norm} at optimizer step {number} (reference step {clock:.1f}); weights and average "
+        "are those of the step before. Look for corrupt inputs or too high a learning rate, or set on_nonfinite='skip'"
+    )
 
 
 def has_batch_statistics(model: nn.Module) -> bool:

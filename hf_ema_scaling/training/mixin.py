@@ -20,7 +20,6 @@ from transformers.utils import logging
 
 from hf_ema_scaling.data.collator import CTCCollator, MicroBatch, MicroBatchCollator, TwoSourceDataset
 from hf_ema_scaling.data.sampler import SampledStep, ScheduledBatchSampler
-from hf_ema_scaling.data.stream import LABELLED
 from hf_ema_scaling.ema import WeightAverage, load_average, save_average
 from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan, StepBorders
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
@@ -30,10 +29,10 @@ from hf_ema_scaling.training.checks import (
     LivenessWatch,
     batch_statistics_of,
     check_ctc_setup,
-    check_ctc_targets,
-    check_labels_are_there,
+    check_labelled,
     frozen_statistics,
     has_batch_statistics,
+    nonfinite_gradient,
     refuse_unsupported,
     share_statistics,
 )
@@ -41,6 +40,7 @@ from hf_ema_scaling.training.evaluation import BothWeightsEvaluation
 from hf_ema_scaling.training.flow import AverageUpdate, ReferenceFlow
 from hf_ema_scaling.training.layout import RunLayout, lay_out
 from hf_ema_scaling.training.losses import ExampleLoss, cap_losses, is_ctc, loss_for
+from hf_ema_scaling.training.noise import NoiseMeter
 from hf_ema_scaling.training.optimizer_values import hyper_parameters, reference_values
 from hf_ema_scaling.training.run_state import RunState, optimizer_family, read_run_state
 from hf_ema_scaling.training.scheduler import PlanScheduler
@@ -99,6 +99,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
         self._statistics: list[tuple[Tensor, Tensor]] = []
         self._student: WeightAverage | None = None
         self._mover = AverageMover()
+        self._noise = NoiseMeter(args.noise_scale_every, args.reference_batch_size or 1.0, self.accelerator)
         self._clipped = 0
         self._logged_before = 0
         self._last_step: SampledStep | None = None
@@ -253,22 +254,20 @@ class EMATrainerMixin(BothWeightsEvaluation):
         if self.batch_statistics:
             self._statistics = [(buffer, buffer.clone()) for buffer in batch_statistics_of(self.model)]
         micro_batches: list[MicroBatch] = inputs["micro_batches"]
-        for micro_batch in micro_batches:
-            if micro_batch["source"] == LABELLED:
-                check_labels_are_there(micro_batch["inputs"])
-                if self.ctc:
-                    check_ctc_targets(self.model, micro_batch["inputs"], micro_batch["indices"])
+        check_labelled(self.model, micro_batches, self.ctc)
         micro_batches = self.label_micro_batches(micro_batches, step)
         model.train()
         # Processes average their gradients, so each multiplies its share by their number.
         scale = self.accelerator.num_processes / (self.sampler.stream.examples_per_reference_batch * step.kappa)
         total = torch.zeros((), device=self.args.device)
+        self._noise.begin(self.sampler, self.state.global_step)
         for number, micro_batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss = self.micro_batch_loss(model, micro_batch) * scale
                 self.accelerator.backward(loss)
             total += loss.detach()
+            self._noise.after_micro_batch(model, number, last)
         return total
 
     def micro_batch_loss(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
@@ -310,11 +309,8 @@ class EMATrainerMixin(BothWeightsEvaluation):
                 buffer.copy_(before)
         if self._skipped and getattr(self.accelerator, "scaler", None) is None:
             if self.args.on_nonfinite == "raise":
-                raise FloatingPointError(
-                    f"the gradient norm is {float(norm)} at optimizer step {self.state.global_step} (reference step "
-                    f"{self._last_step.start if self._last_step else 0:.1f}); weights and average are those of the "
-                    "step before. Look for corrupt inputs or too high a learning rate, or set on_nonfinite='skip'"
-                )
+                clock = self._last_step.start if self._last_step else 0.0
+                raise nonfinite_gradient(float(norm), self.state.global_step, clock)
             model.zero_grad(set_to_none=True)
         return norm
 
@@ -361,6 +357,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
             "ema/distance": self.average.distance(self.model),
             "batch/units": step.units,
             "clip/rate": clipped / since,
+            **self._noise.logs(),
         }
 
     # ---- Save, resume, best model
@@ -379,12 +376,14 @@ class EMATrainerMixin(BothWeightsEvaluation):
 
     def counters(self) -> dict[str, Any]:
         """What is counted between logs, for the checkpoint; JSON values."""
-        return {"clipped": self._clipped, "pending_log_momentum": self._mover.pending}
+        state = {"pending_log_momentum": self._mover.pending, "noise": self._noise.state_dict()}
+        return {"clipped": self._clipped, **state}
 
     def load_counters(self, counters: dict[str, Any]) -> None:
         """Restore `counters()`; an empty dictionary starts them anew."""
         self._clipped = int(counters.get("clipped", 0))
         self._mover.pending = float(counters.get("pending_log_momentum", 0.0))
+        self._noise.load_state_dict(counters.get("noise", {}))
 
     def _run_state(self) -> RunState:
         done = self.state.global_step

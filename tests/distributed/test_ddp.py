@@ -95,6 +95,28 @@ def test_the_split_over_processes_changes_nothing(
         assert ranks[0][f"split-{family}"]["evaluated"][key] == pytest.approx(scores[key], rel=1e-4)
 
 
+def test_the_noise_scale_compares_each_process_alone_with_all(launched: tuple[Path, list[dict[str, Any]]]) -> None:
+    """At the last step: the first four items of each process, and all sixteen."""
+    _, ranks = launched
+    found = [rank["split-bert"]["noise"] for rank in ranks]
+    assert found[0] == found[1] and found[0][1]["count"] == 3
+    model, data = tiny.bert(), tiny.sentences(40)
+    model.load_state_dict(ranks[0]["split-bert"]["weights"][1])
+
+    def square(drawn: list[tuple[int, int, int]]) -> float:
+        model.zero_grad()
+        rows = data[[index for _, index, _ in drawn]]
+        torch.nn.functional.cross_entropy(model(input_ids=rows["input_ids"]).logits, rows["labels"]).backward()
+        return sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None)
+
+    drawn = [rank["split-bert"]["drawn"][2] for rank in ranks]
+    small = [square(side[:4]) for side in drawn]
+    assert abs(small[0] / small[1] - 1) > 0.01
+    assert found[0][0] == pytest.approx((sum(small) / 2, square(drawn[0] + drawn[1])), rel=1e-5)
+    # Durations order the items of the other run's steps.
+    assert ranks[0]["split-wav2vec2"]["noise"][1]["count"] == 0
+
+
 def test_padding_where_items_do_not_suffice(launched: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     alone = two_processes.odd(tmp_path)
     alone.train()

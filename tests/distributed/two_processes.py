@@ -29,6 +29,7 @@ def seen(made: Any) -> dict[str, Any]:
         "buffers": {name: buffer.clone() for name, buffer in made.model.named_buffers() if "running" in name},
         "optimizer": recorder.after,
         "drawn": made.drawn,
+        "noise": (made._noise.last, made._noise.state_dict()),
         "history": [
             {k: v for k, v in entry.items() if not any(x in k for x in ("runtime", "per_second", "train_loss"))}
             for entry in made.state.log_history
@@ -113,7 +114,7 @@ def main(folder: Path) -> None:
         results[name] = seen(made)
 
     for family in ("bert", "wav2vec2"):
-        made = split(folder / f"split-{family}", family, 4, save_strategy="steps", save_steps=1)
+        made = split(folder / f"split-{family}", family, 4, save_strategy="steps", save_steps=1, noise_scale_every=1)
         train(f"split-{family}", made)
         results[f"split-{family}"]["evaluated"] = made.evaluate(
             {"a": tiny.sentences(6, 9)} if family == "bert" else {"a": tiny.speech(6, 9)}

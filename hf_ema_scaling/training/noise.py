@@ -1,0 +1,233 @@
+"""Measures the gradient noise scale in training: `.grad` after the first part of a step against the whole step's.
+
+The parts are sets of whole micro-batches that follow one another in the stream, each with its share of labelled and
+unlabelled items, so that the first is a smaller step of the same kind. It costs two norms per measurement, no memory,
+and changes nothing: the same micro-batches run in the same order whether or not a step is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import nn
+from transformers.utils import logging
+
+from hf_ema_scaling.data.sampler import ScheduledBatchSampler
+from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
+from hf_ema_scaling.scaling import NoiseScale
+
+logger = logging.get_logger(__name__)
+
+# Measurements before the estimate is compared with a stage's kappa: |G|^2 of a single one is mostly chance.
+ENOUGH = 20
+# Of shares of a step's items.
+ROUNDING = 1e-9
+
+TOO_FEW = "a source has fewer than two micro-batches per process: lower per_device_train_batch_size"
+UNEVEN = (
+    "no border between its micro-batches leaves labelled and unlabelled items in proportion on both sides, on every "
+    "process: lower per_device_train_batch_size"
+)
+BY_LENGTH = (
+    "its items are sorted by length, so that its first micro-batches hold the short ones and are no sample: measure "
+    "with batch_unit='samples' and without a duration or length column (models with BatchNorm: at steps of two "
+    "reference batches or more)"
+)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Where a step is divided.
+
+    Args:
+        border: micro-batches of each process in the first part.
+        units: units of each process in its first part.
+        step_units: units of the whole step.
+    """
+
+    border: int
+    units: tuple[float, ...]
+    step_units: float
+
+    @property
+    def small_batch(self) -> float:
+        """Harmonic mean of `units`: what the mean of the processes' squared norms is a measurement at."""
+        return len(self.units) / sum(1.0 / units for units in self.units)
+
+    def rescaling(self, rank: int) -> float:
+        """From a process's `.grad` in the first part to the gradient of its items as a step of their own.
+
+        `.grad` carries the factor `processes / (n_ref * step_units / B)`, such a step `1 / (n_ref * units / B)`.
+        """
+        return self.step_units / (len(self.units) * self.units[rank])
+
+
+def halve(sampler: ScheduledBatchSampler, number: int) -> Halves | str:
+    """Where step `number` can be divided, as near to its middle as possible, or why it cannot.
+
+    At a valid border no item of the first part comes after one of its source in the second, by construction and not by
+    chance, and on each process the first part has its share of both sources, to half an item. Parts need not be equal:
+    the estimator knows their sizes.
+    """
+    stream, world = sampler.stream, sampler.world_size
+    groups = sampler.micro_batches(number)
+    rounds = len(groups) // world
+    sums = stream.cumulative_units
+    units = np.array([(sums[group + 1] - sums[group]).sum() for group in groups]).reshape(rounds, world)
+    before = units.cumsum(0)[:-1]  # (borders, processes)
+    total = float(units.sum())
+    shared = (before > 0).all(1)
+    in_order = np.ones(len(before), dtype=bool)
+    lowest, highest = np.full_like(before, -np.inf), np.full_like(before, np.inf)
+    for kind in (LABELLED, UNLABELLED):
+        chosen = [group if len(group) and stream.source[group[0]] == kind else group[:0] for group in groups]
+        counts = np.array([len(group) for group in chosen]).reshape(rounds, world)
+        items = counts.sum()
+        if items == 0:
+            continue
+        if counts.any(1).sum() < 2:
+            return TOO_FEW
+        first = counts.cumsum(0)[:-1]
+        shared &= (first > 0).all(1) & (first.sum(1) < items)
+        lowest = np.maximum(lowest, (first - 0.5) / items)
+        highest = np.minimum(highest, (first + 0.5) / items)
+        if stream.lengths_differ(np.concatenate(chosen)):
+            in_order &= _between_reference_batches(sampler, number, groups)
+    shared &= (lowest <= highest + ROUNDING).all(1)
+    valid = np.flatnonzero(shared & in_order)
+    if len(valid) == 0:
+        return UNEVEN if in_order.any() else BY_LENGTH
+    best = int(valid[np.argmin(np.abs(before[valid].sum(1) - total / 2))])
+    return Halves(best + 1, tuple(before[best].tolist()), total)
+
+
+def _between_reference_batches(
+    sampler: ScheduledBatchSampler, number: int, groups: list[NDArray[np.int64]]
+) -> NDArray[np.bool_]:
+    """Whether sorting by length kept to its side of each border between rounds of micro-batches.
+
+    It does at the borders of reference batches, for models with batch statistics.
+    """
+    world, end = sampler.world_size, len(sampler.stream)
+    if not sampler.batch_statistics:
+        return np.zeros(len(groups) // world - 1, dtype=bool)
+    latest = np.array([group.max(initial=-1) for group in groups]).reshape(-1, world).max(1)
+    earliest = np.array([group.min(initial=end) for group in groups]).reshape(-1, world).min(1)
+    latest = np.maximum.accumulate(latest)[:-1]
+    earliest = np.minimum.accumulate(earliest[::-1])[::-1][1:]
+    step = sampler.step(number)
+    borders = sampler.stream.position(np.arange(np.floor(step.start) + 1, np.ceil(step.end)))
+    return (latest < earliest) & np.isin(earliest, borders)
+
+
+def gradient_square(model: nn.Module) -> float:
+    """Squared norm of all gradients, without a copy of them."""
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(grads)) ** 2
+
+
+class NoiseMeter:
+    """Measures every so many optimizer steps, and says when a stage's batch exceeds the largest useful one.
+
+    A step that cannot be divided (`halve`) is not measured; each reason is said once. With several processes the
+    smaller batches are the processes' own: between micro-batches `.grad` holds what a process has seen alone, and the
+    mean over processes of the squared norms is a measurement at the harmonic mean of their units. (It is not the
+    squared norm of the averaged half, which would take an all-reduce of all gradients.)
+
+    Dropout and augmentation are part of the noise, as they are part of the step. Measured before clipping. Gradients
+    that are not finite are not counted. Passes over the data draw without replacement: where a step is a large part
+    of a pass, what is measured is the noise that the run sees, not that of independent draws.
+
+    Args:
+        every: optimizer steps between measurements; 0 for none.
+        reference_batch_size: B in units.
+        accelerator: for the processes and the gradient scaler.
+    """
+
+    def __init__(self, every: int, reference_batch_size: float, accelerator: Accelerator) -> None:
+        self.every = every
+        self.reference_batch_size = reference_batch_size
+        self.accelerator = accelerator
+        self.scale = NoiseScale()
+        self.last: tuple[float, float] | None = None
+        """Squared norms of the last measurement: of the first part, rescaled, and of the whole step."""
+        self._said: set[str] = set()
+        self._halves: Halves | None = None
+        self._small = 0.0
+        self._stage_kappa = 0.0
+        self._warned = False
+
+    def begin(self, sampler: ScheduledBatchSampler, number: int) -> None:
+        """Before the micro-batches of optimizer step `number`, counted from 0."""
+        self._halves = None
+        if self.every == 0:
+            return
+        stage_kappa = sampler.step(number).stage_kappa
+        if stage_kappa != self._stage_kappa:
+            self._stage_kappa, self._warned = stage_kappa, False
+        if (number + 1) % self.every:
+            return
+        halves = halve(sampler, number)
+        if isinstance(halves, Halves):
+            self._halves = halves
+        elif halves not in self._said and self.accelerator.is_main_process:
+            self._said.add(halves)
+            logger.warning(
+                f"The gradient noise scale is not measured at optimizer step {number} nor others like it, because "
+                f"{halves}."
+            )
+
+    def after_micro_batch(self, model: nn.Module, done: int, last: bool) -> None:
+        """After the backward pass of micro-batch number `done`, counted from 1; `last` of the step or not."""
+        if self._halves is None or not (last or done == self._halves.border):
+            return
+        square = gradient_square(model) / self._loss_scale() ** 2
+        if not last:
+            self._small = square * self._halves.rescaling(self.accelerator.process_index) ** 2
+            return
+        if self.accelerator.num_processes > 1:
+            mine = torch.tensor(self._small, device=self.accelerator.device)
+            self._small = float(self.accelerator.reduce(mine, reduction="mean"))
+        sizes = {"small_batch": self._halves.small_batch, "big_batch": self._halves.step_units}
+        self.last = self._small, square
+        if self.scale.add(*self.last, **sizes):
+            self._compare()
+
+    def _loss_scale(self) -> float:
+        scaler: Any = getattr(self.accelerator, "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+    def _compare(self) -> None:
+        largest = self.scale.largest_useful_kappa(self.reference_batch_size)
+        if self._warned or largest is None or self.scale.count < ENOUGH or self._stage_kappa <= largest:
+            return
+        self._warned = True
+        if self.accelerator.is_main_process:
+            logger.warning(
+                f"kappa={self._stage_kappa:g} of this stage exceeds the largest useful one, {largest:.3g}: the "
+                f"gradient noise scale is {self.scale.value:.4g} units ({self.scale.count} measurements). Beyond it a "
+                "larger batch saves few steps, and scaling rules are derived for batches well below it: lower the "
+                "batch of this stage, or begin it later"
+            )
+
+    def logs(self) -> dict[str, float]:
+        """`noise/scale` in units and `noise/largest_kappa`; nothing while there is no estimate."""
+        value, largest = self.scale.value, self.scale.largest_useful_kappa(self.reference_batch_size)
+        return {} if value is None or largest is None else {"noise/scale": value, "noise/largest_kappa": largest}
+
+    def state_dict(self) -> dict[str, float]:
+        """For the counters in a checkpoint; the same on every process."""
+        return {**self.scale.state_dict(), "stage_kappa": self._stage_kappa, "warned": float(self._warned)}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restore `state_dict()`; an empty mapping starts anew."""
+        self.scale.load_state_dict(state)
+        self._stage_kappa = float(state.get("stage_kappa", 0.0))
+        self._warned = bool(state.get("warned", 0.0))
+        self._said.clear()
