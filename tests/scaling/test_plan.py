@@ -306,6 +306,7 @@ def test_table_and_summary() -> None:
         "smaller batches before). Rule: adamw."
     )
     assert totals in lines
+    assert "Pseudo-labels from reference step 5000; there the teacher holds 0.607 of the weights it had at 0." in lines
     assert any(line.startswith("WARNING: at pl_start=5000 the teacher still holds 0.607") for line in lines)
 
     summary = json.loads(json.dumps(plan.to_dict(), allow_nan=False))

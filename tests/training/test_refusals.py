@@ -1,0 +1,145 @@
+"""What would train wrongly without a word is refused, by name and before the first step where that is possible."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+
+from hf_ema_scaling import EMATrainer
+from hf_ema_scaling.training.diagnostics import LabelStatistics
+
+
+def processor(folder: Path, tokens: list[str]) -> Wav2Vec2Processor:
+    path = folder / "vocab.json"
+    path.write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    tokenizer = Wav2Vec2CTCTokenizer(
+        str(path), pad_token="[PAD]", unk_token="[UNK]", bos_token=None, eos_token=None, word_delimiter_token="|"
+    )
+    return Wav2Vec2Processor(Wav2Vec2FeatureExtractor(return_attention_mask=True), tokenizer)
+
+
+def test_a_blank_that_is_not_the_tokenizers_padding_is_refused(tmp_path: Path) -> None:
+    last = processor(tmp_path, [*"abcde", "|", "[UNK]", "x", "[PAD]"])
+    with pytest.raises(ValueError, match=r"id 0 \(model.config.pad_token_id\), the padding of the tokenizer id 8"):
+        EMATrainer(tiny.wav2vec2(), tiny.arguments(tmp_path), train_dataset=tiny.speech(4), processing_class=last)
+    model = tiny.wav2vec2()
+    model.config.pad_token_id = 8
+    EMATrainer(model, tiny.arguments(tmp_path), train_dataset=tiny.speech(4), processing_class=last)
+
+
+def test_ctc_rows_that_nobody_can_pad_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs processing_class=processor"):
+        EMATrainer(tiny.wav2vec2(), tiny.arguments(tmp_path), train_dataset=tiny.speech(4))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1, 2, tiny.VOCABULARY], r"holds the token 9, outside the vocabulary of 9"),
+        ([1, 0, 2], r"holds the token 0, the blank, which is no target"),
+    ],
+)
+def test_tokens_that_ctc_cannot_emit_are_refused(tmp_path: Path, labels: list[int], message: str) -> None:
+    data = tiny.speech(4).map(
+        lambda row, index: {"labels": labels if index == 3 else row["labels"]}, with_indices=True
+    )
+    made = tiny.trainer(tiny.wav2vec2(), tiny.arguments(tmp_path), data)
+    before = tiny.parameters(made.model)
+    with pytest.raises(ValueError, match=f"labelled row 3 {message}"):
+        made.train()
+    assert tiny.same_bits(tiny.parameters(made.model), before)
+
+
+@pytest.mark.parametrize("family", ["wav2vec2", "bert"])
+def test_rows_without_labels_are_refused(tmp_path: Path, family: str) -> None:
+    data = tiny.speech(4, labels=False) if family == "wav2vec2" else tiny.sentences(4).remove_columns("labels")
+    made = tiny.trainer(getattr(tiny, family)(), tiny.arguments(tmp_path), data)
+    with pytest.raises(ValueError, match="have no 'labels' after collating"):
+        made.train()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"gradient_accumulation_kwargs": {"num_steps": 4}}, "gradient accumulation over 4 batches"),
+        ({"split_batches": True}, "split_batches"),
+        ({"dispatch_batches": True}, "dispatch_batches"),
+    ],
+)
+def test_accelerate_cannot_cut_the_steps_up(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    args = tiny.arguments(tmp_path, accelerator_config=config)
+    with pytest.raises(ValueError, match=message):
+        tiny.trainer(tiny.bert(), args, tiny.sentences(8))
+
+
+def test_evaluation_sets_cannot_take_the_averages_name(tmp_path: Path) -> None:
+    for name in ("ema", "ema_dev"):
+        with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
+            tiny.trainer(
+                tiny.bert(), tiny.arguments(tmp_path), tiny.sentences(8), eval_dataset={name: tiny.sentences(4)}
+            )
+
+
+@pytest.mark.parametrize(
+    ("which", "metric"), [("ema", "eval_loss"), ("ema", None), ("student", "eval_ema_loss"), ("student", "ema_wer")]
+)
+def test_a_metric_that_is_never_measured_is_refused(tmp_path: Path, which: str, metric: str | None) -> None:
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    with pytest.raises(ValueError, match="is never measured with evaluate_weights"):
+        tiny.arguments(tmp_path, evaluate_weights=which, metric_for_best_model=metric, **best)
+
+
+def test_a_batch_below_one_sample_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a batch of 0\.4 samples \(kappa=0\.1\) cannot be drawn"):
+        tiny.trainer(tiny.bert(), tiny.arguments(tmp_path, kappa=0.1), tiny.sentences(8))
+
+
+def test_after_load_best_by_the_average_predictions_are_the_averages(tmp_path: Path) -> None:
+    args = tiny.arguments(
+        tmp_path,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_ema_loss",
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+    )
+    made = tiny.trainer(tiny.bert(), args, tiny.sentences(12), eval_dataset=tiny.sentences(6, 1))
+    made.train()
+    assert tiny.same_bits(tiny.parameters(made.model), tiny.average(made))
+    found = made.predict(tiny.sentences(6, 1))
+    with torch.no_grad():
+        rows = torch.as_tensor(tiny.sentences(6, 1)["input_ids"][:])
+        expected = made.model.eval()(input_ids=rows).logits
+    assert torch.allclose(torch.as_tensor(found.predictions), expected, atol=1e-6)
+    assert found.metrics["test_loss"] != found.metrics["test_ema_loss"]
+
+
+def test_the_epoch_weight_counts_passes_that_unlabelled_data_makes_longer(tmp_path: Path) -> None:
+    values = {"ema_momentum": None, "ema_epoch_weight": 0.5, "max_steps": 40}
+    alone = tiny.trainer(tiny.wav2vec2(), tiny.arguments(tmp_path, **values), tiny.speech(20))
+    assert alone.plan.recipe.ema_momentum**5 == pytest.approx(0.5, rel=1e-12)
+    shared = tiny.trainer(
+        tiny.wav2vec2(),
+        tiny.arguments(tmp_path, **values),
+        tiny.speech(20),
+        unlabeled_dataset=tiny.speech(20, 1, labels=False),
+        pseudo_label_args=tiny.pseudo(pl_start=5, unlabeled_ratio=3.0),
+    )
+    assert shared.plan.recipe.ema_momentum**20 == pytest.approx(0.5, rel=1e-12)
+
+
+def test_dropped_rows_in_a_row_are_one_process_own() -> None:
+    mine = LabelStatistics()
+    mine.dropped_in_a_row, mine.counts["rows"] = 300, 300.0
+    state = mine.state_dict(lambda values: values * 4)
+    assert state["rows"] == 1200 and state["dropped_in_a_row"] == 300
+    resumed = LabelStatistics()
+    resumed.load_state_dict(state)
+    assert resumed.dropped_in_a_row == 300
