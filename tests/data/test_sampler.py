@@ -298,7 +298,7 @@ def plan_of(unit: Any, *stages: tuple[float, float | None], done: StepBorders | 
 
 
 @pytest.mark.parametrize("unit", ["samples", "seconds"])
-@pytest.mark.parametrize("stages", [((0.03, None),), ((0.03, 20), (1.3, None)), SCHEDULES["1-2-4"]])
+@pytest.mark.parametrize("stages", [((0.13, None),), ((0.13, 20), (1.3, None)), SCHEDULES["1-2-4"]])
 def test_a_resumed_run_lays_out_the_same_steps(unit: str, stages: tuple[tuple[float, float | None], ...]) -> None:
     stream = stream_of(unit)
     whole = ScheduledBatchSampler(stream, plan_of(unit, *stages).step_borders, micro_batch_size=4)

@@ -259,7 +259,13 @@ def test_what_is_needed_is_asked_for(tmp_path: Path) -> None:
         PseudoLabelTrainer(tiny.bert(), args, train_dataset=tiny.sentences(4), unlabeled_dataset=tiny.sentences(4))
     empty = datasets.Dataset.from_dict({"input_values": []})
     with pytest.raises(ValueError, match="unlabeled_dataset is empty"):
-        PseudoLabelTrainer(tiny.wav2vec2(), args, train_dataset=tiny.speech(4), unlabeled_dataset=empty)
+        PseudoLabelTrainer(
+            tiny.wav2vec2(),
+            args,
+            train_dataset=tiny.speech(4),
+            unlabeled_dataset=empty,
+            data_collator=tiny.CTCCollator(),
+        )
     with pytest.raises(ValueError, match="pl_start=9 must be before the end of the run"):
         PseudoLabelTrainer(
             tiny.wav2vec2(),
@@ -267,4 +273,5 @@ def test_what_is_needed_is_asked_for(tmp_path: Path) -> None:
             train_dataset=tiny.speech(4),
             unlabeled_dataset=tiny.speech(4, labels=False),
             pseudo_label_args=tiny.pseudo(pl_start=9.0),
+            data_collator=tiny.CTCCollator(),
         )
