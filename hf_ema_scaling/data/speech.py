@@ -24,6 +24,7 @@ from datasets import Array2D, Audio, Dataset, Features, List, Value
 from torch import Tensor
 from transformers import Speech2TextFeatureExtractor, Wav2Vec2BertProcessor, Wav2Vec2CTCTokenizer
 
+from hf_ema_scaling.data.wav import missing_bytes
 from hf_ema_scaling.labels.ctc import non_target_ids
 
 logger = logging.getLogger(__name__)
@@ -84,16 +85,16 @@ def _decoded(source: AudioSource) -> tuple[str, npt.NDArray[Any], int]:
             return _decoded_array(source)
         path, content = source.get("path"), source.get("bytes")
         if content is not None:
-            return _decoded_file(str(path or f"{len(content)} bytes"), io.BytesIO(content))
+            return _decoded_file(str(path or f"{len(content)} bytes"), content)
         if path is None:
             raise AudioError(f"audio row with keys {sorted(source)} holds no 'array', 'bytes' or 'path'")
         source = path
     if isinstance(source, bytes):
-        return _decoded_file(f"{len(source)} bytes", io.BytesIO(source))
+        return _decoded_file(f"{len(source)} bytes", source)
     if isinstance(source, str | Path):
         if not Path(source).is_file():
             raise AudioError(f"{source}: no such file")
-        return _decoded_file(str(source), str(source))
+        return _decoded_file(str(source))
     raise AudioError(f"audio of type {type(source).__name__}: give a path, bytes, or a row of an audio column")
 
 
@@ -114,11 +115,18 @@ def _decoded_array(source: Mapping[str, Any]) -> tuple[str, npt.NDArray[Any], in
     return name, array, int(source["sampling_rate"])
 
 
-def _decoded_file(name: str, file: str | io.BytesIO) -> tuple[str, npt.NDArray[Any], int]:
+def _decoded_file(name: str, content: bytes | None = None) -> tuple[str, npt.NDArray[Any], int]:
     try:
-        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+        with open(name, "rb") if content is None else io.BytesIO(content) as file:
+            missing = missing_bytes(file)
+            samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError) as error:
         raise AudioError(f"{name}: not readable as audio ({error})") from error
+    if missing:
+        raise AudioError(
+            f"{name}: cut short after {len(samples) / rate:.2f} s, its header promises {missing} more bytes of sound: "
+            "fetch or write the file again"
+        )
     return name, samples.mean(axis=1), int(rate)
 
 

@@ -14,6 +14,7 @@ from datasets import Audio, Dataset, Features, List, Value
 from transformers import AutoProcessor, Wav2Vec2FeatureExtractor
 
 from hf_ema_scaling.data.speech import AudioError, SpecAugment, build_character_processor, prepare_ctc, read_audio
+from hf_ema_scaling.data.wav import missing_bytes
 
 
 def tone(seconds: float, rate: int = 16_000, hertz: float = 440.0) -> np.ndarray:
@@ -81,11 +82,39 @@ def test_unusable_audio_says_what_and_why(source: Any, message: str) -> None:
         read_audio(source)
 
 
-def test_a_truncated_file_is_not_taken_for_audio(wav: Path) -> None:
-    broken = wav.with_name("broken.wav")
-    broken.write_bytes(wav.read_bytes()[:20])
-    with pytest.raises(AudioError, match=r"broken\.wav"):
+@pytest.mark.parametrize("kept", [20, 0.5, 0.99])
+@pytest.mark.parametrize("kind", ["WAV", "FLAC"])
+def test_a_file_cut_short_is_not_taken_for_audio(wav: Path, kind: str, kept: float) -> None:
+    whole = io.BytesIO()
+    soundfile.write(whole, tone(0.5), 16_000, format=kind)
+    content = whole.getvalue()
+    broken = wav.with_name(f"broken.{kind.lower()}")
+    broken.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
+    with pytest.raises(AudioError, match=r"broken\."):
         read_audio(broken)
+    with pytest.raises(AudioError):
+        read_audio({"bytes": broken.read_bytes(), "path": None})
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFF_FFFF])
+def test_a_wav_written_to_a_pipe_does_not_know_its_length_and_is_read_to_its_end(size: int) -> None:
+    whole = io.BytesIO()
+    soundfile.write(whole, tone(0.5), 16_000, format="WAV")
+    content = bytearray(whole.getvalue())
+    place = content.index(b"data") + 4
+    expected = read_audio(bytes(content))
+    content[place : place + 4] = size.to_bytes(4, "little")
+    assert missing_bytes(io.BytesIO(bytes(content))) == 0
+    if size:
+        np.testing.assert_array_equal(read_audio(bytes(content)), expected)
+
+
+def test_what_is_missing_is_counted_past_other_chunks() -> None:
+    body = b"LIST" + (3).to_bytes(4, "little") + b"abc\0" + b"data" + (100).to_bytes(4, "little") + bytes(60)
+    file = io.BytesIO(b"RIFF" + (4 + len(body)).to_bytes(4, "little") + b"WAVE" + body)
+    assert missing_bytes(file) == 40
+    assert file.tell() == 0
+    assert missing_bytes(io.BytesIO(b"fLaC" + bytes(40))) == 0
 
 
 def test_the_processor_survives_its_folder(tmp_path: Path) -> None:
