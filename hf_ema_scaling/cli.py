@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-main = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+main = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 
 def _numbers(text: str, option: str) -> list[float]:
@@ -87,7 +87,10 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: an object, or a list with --kappas.")] = False,
 ) -> None:
-    """Prints the values of a recipe at its reference batch and scaled, stage by stage, and what to beware of."""
+    """Prints the values of a recipe at its reference batch and scaled, stage by stage, and what to beware of.
+
+    Arguments of recipes are listed by their scripts: python recipes/asr_ctc.py --help
+    """
     from hf_ema_scaling.recipe.planning import plan_recipe
     from hf_ema_scaling.scaling.table import comparison_table
 
@@ -113,7 +116,10 @@ def check(
     config: Annotated[Path, typer.Argument(help="YAML file of a recipe; other arguments of it may follow.")],
     rows: Annotated[int, typer.Option(help="Rows of each data set to look at.")] = 256,
 ) -> None:
-    """Checks a recipe without training: data, labels, loss, teacher and plan. Exit code 1 if a check fails."""
+    """Checks a recipe without training: data, labels, loss, teacher and plan. Exit code 1 if a check fails.
+
+    Arguments of recipes are listed by their scripts: python recipes/asr_ctc.py --help
+    """
     from hf_ema_scaling.recipe import ASR_CTC, build_asr_ctc, parse
     from hf_ema_scaling.training.self_check import FAILED, check_table, self_check
 

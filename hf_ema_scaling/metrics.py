@@ -17,11 +17,10 @@ def _checked(references: Sequence[str], predictions: Sequence[str]) -> tuple[lis
         raise ValueError(f"{len(references)} references, but {len(predictions)} predictions: give one for each")
     if not len(references):
         raise ValueError("no references: an error rate needs at least one")
-    empty = [row for row, text in enumerate(references) if not text.strip()]
-    if empty:
+    if not any(text.strip() for text in references):
         raise ValueError(
-            f"{len(empty)} of {len(references)} references are empty (rows {empty[:10]}): an error rate divides by "
-            "their length, so drop these rows from the evaluation set"
+            f"all {len(references)} references are empty: an error rate divides by their length, so give an "
+            "evaluation set with texts"
         )
     return list(references), list(predictions)
 
@@ -30,7 +29,7 @@ def word_error_rate(references: Sequence[str], predictions: Sequence[str]) -> fl
     """Word substitutions, deletions and insertions of all rows over the words of all references.
 
     Raises:
-        ValueError: when there are no references, one of them is empty, or the numbers of rows differ.
+        ValueError: when there are no references, all of them are empty, or the numbers of rows differ.
     """
     return float(jiwer.wer(*_checked(references, predictions)))
 

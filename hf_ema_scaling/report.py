@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,16 @@ def curve(history: Sequence[Log], key: str) -> tuple[list[float], list[float]]:
     """Clock positions and values of `key` in a `log_history`."""
     rows = [row for row in history if key in row and "clock/reference_step" in row]
     return [float(row["clock/reference_step"]) for row in rows], [float(row[key]) for row in rows]
+
+
+def require_matplotlib() -> None:
+    """To be called before long work that ends in a plot.
+
+    Raises:
+        ImportError: without matplotlib, with the extra that brings it.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('plots need matplotlib: pip install "hf-ema-scaling[report]"')
 
 
 def plot_runs(
@@ -30,11 +41,10 @@ def plot_runs(
     Raises:
         ImportError: without matplotlib, with the extra that brings it.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "hf-ema-scaling[report]"') from error
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplot_mosaic([["metric", "metric"], ["momentum", "labels"]], height_ratios=[2, 1])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,15 @@ def test_evaluate_metrics_agree_and_need_no_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rate", [word_error_rate, character_error_rate])
+def test_what_is_heard_where_nothing_was_said_is_an_insertion(rate: Callable[[list[str], list[str]], float]) -> None:
+    assert rate(["", "a b c"], ["x", "a b c"]) == pytest.approx(1 / (3 if rate is word_error_rate else 5))
+
+
+@pytest.mark.parametrize("rate", [word_error_rate, character_error_rate])
 def test_what_has_no_rate_is_refused(rate: object) -> None:
     assert callable(rate)
-    with pytest.raises(ValueError, match=r"1 of 2 references are empty \(rows \[1\]\)"):
-        rate(["a", " "], ["a", "b"])
+    with pytest.raises(ValueError, match="all 2 references are empty"):
+        rate(["", " "], ["a", "b"])
     with pytest.raises(ValueError, match="no references"):
         rate([], [])
     with pytest.raises(ValueError, match="2 references, but 1 predictions"):

@@ -108,6 +108,7 @@ class ReferenceStream:
         self.reference_batch_size = float(reference_batch_size)
         self.reference_steps = float(reference_steps)
         self.labelled_items = len(labelled)
+        self._labelled_size = float(labelled.units.mean())
         self.pl_start = float(pl_start) if unlabelled is not None else None
         total = self.reference_steps * self.reference_batch_size
         dust = CLOCK_DUST * self.reference_batch_size
@@ -149,8 +150,12 @@ class ReferenceStream:
 
     @property
     def examples_per_reference_batch(self) -> float:
-        """n_ref: examples in a reference batch, averaged over the run - the constant the loss is divided by."""
-        return len(self) / (self.cumulative_units[-1] / self.reference_batch_size)
+        """n_ref: items of the labelled set's mean size in a reference batch - the constant the loss is divided by.
+
+        It depends on the labelled set and B alone, so neither the length of the run nor unlabelled data changes what
+        a labelled example weighs.
+        """
+        return self.reference_batch_size / self._labelled_size
 
     def position(self, clock: float | NDArray[np.float64]) -> NDArray[np.int64]:
         """Items drawn when the clock reaches `clock` reference steps: never more than one item past the target."""

@@ -25,7 +25,7 @@ from hf_ema_scaling.demo.arms import (
     run_arm,
     run_labelled_phase,
 )
-from hf_ema_scaling.report import plot_runs
+from hf_ema_scaling.report import plot_runs, require_matplotlib
 
 
 def run_demo(
@@ -58,13 +58,14 @@ def run_demo(
     Raises:
         ValueError: for an unknown arm.
         FileExistsError: when the output folder holds something else.
-        ImportError: without the extra `demo`.
+        ImportError: without the extras `demo` and `report`.
     """
     chosen = tuple(dict.fromkeys(arms))
     unknown = [arm for arm in chosen if arm not in ARMS]
     if unknown or not chosen:
         raise ValueError(f"arms are {', '.join(ARMS)}; got {', '.join(unknown) or 'none'}")
     config = config or DemoConfig()
+    require_matplotlib()
     clear(output_dir)
     phase = ArmJob(
         name=LABELLED_PHASE,

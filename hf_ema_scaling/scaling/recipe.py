@@ -32,7 +32,7 @@ class Recipe:
         alpha: Decay rate of RMSprop's square average.
         max_grad_norm: Clip norm; `None` or 0 for no clipping.
         warmup_steps: Linear warm-up, used when the plan is given no learning-rate schedule.
-        ema_start: Before this step the average equals the student.
+        ema_start: Before this step the average equals the student; in a shorter run, to its end.
         pl_start: Where pseudo-labelling starts; `None` without pseudo-labels. No optimizer step crosses it.
         steps_per_epoch: Needed only by stages that end after a number of epochs.
         momentum_schedule: "constant", or "cosine" from `ema_momentum` at step 0 to 1 at `max_steps`.
@@ -69,9 +69,11 @@ class Recipe:
         check_not_negative("warmup_steps", self.warmup_steps)
         if self.steps_per_epoch is not None:
             check_positive("steps_per_epoch", self.steps_per_epoch)
-        for name, value in (("ema_start", self.ema_start), ("pl_start", self.pl_start)):
-            if check_not_negative(name, value or 0.0) >= self.max_steps:
-                raise ValueError(f"{name}={value:g} must be before the end of the run (max_steps={self.max_steps:g})")
+        check_not_negative("ema_start", self.ema_start)
+        if check_not_negative("pl_start", self.pl_start or 0.0) >= self.max_steps:
+            raise ValueError(
+                f"pl_start={self.pl_start:g} must be before the end of the run (max_steps={self.max_steps:g})"
+            )
         self.average_momentum()
         OptimizerValues(self.learning_rate, self.weight_decay, self.betas, self.eps, self.sgd_momentum, self.alpha)
 

@@ -47,7 +47,12 @@ def _run_warnings(plan: ScalingPlan) -> list[str]:
                 f"ema_start={recipe.ema_start:g} (should be at most 0.05): start pseudo-labelling later, or lower "
                 f"ema_momentum={recipe.ema_momentum:g}"
             )
-    if plan.log_decay(recipe.ema_start, recipe.max_steps) > math.log(0.5):
+    if recipe.ema_start >= recipe.max_steps:
+        found.append(
+            f"ema_start={recipe.ema_start:g} is not before the end of the run (max_steps={recipe.max_steps:g}): the "
+            "average is the student throughout"
+        )
+    elif plan.log_decay(recipe.ema_start, recipe.max_steps) > math.log(0.5):
         if recipe.momentum_schedule == "constant":
             half_life = half_life_from_momentum(recipe.ema_momentum, 1.0)
             reason = (

@@ -128,6 +128,8 @@ class EMATrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        # Trainer compares it with 0, which is its word for no clipping.
+        self.max_grad_norm = self.max_grad_norm or 0.0
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(ERROR_METRICS):
             self.greater_is_better = False
         super().__post_init__()

@@ -41,9 +41,9 @@ class EMACallback(TrainerCallback):
     ```
 
     After every real optimizer step the average moves by `rho ** kappa`, where `kappa` is the batch of one optimizer
-    step (the prepared loader's total batch size x `gradient_accumulation_steps`) over `reference_batch_size`. The
-    smaller last batch of an epoch counts as a full one. A step that fp16 loss scaling skipped moves nothing. Weights
-    that are not finite raise before they reach the average.
+    step (the prepared loader's total batch size x the batches that the step accumulated) over `reference_batch_size`.
+    The smaller last batch of an epoch counts as a full one. A step that fp16 loss scaling skipped moves nothing.
+    Weights that are not finite raise before they reach the average.
 
     **Only the momentum is scaled.** Learning rate, betas, weight decay and warm-up stay as they are in
     `TrainingArguments`; with `kappa != 1` a warning says so once.
@@ -115,6 +115,8 @@ class EMACallback(TrainerCallback):
         self._writes = True
         self._step = 0
         self._units = 0
+        self._batch = 0
+        self._accumulated = 0
         self._model: nn.Module | None = None
         self._processing_class: Any = None
         self._average: WeightAverage | None = None
@@ -148,7 +150,7 @@ class EMACallback(TrainerCallback):
 
     @property
     def kappa(self) -> float:
-        """Samples of one optimizer step over `reference_batch_size`; 0.0 before training."""
+        """Samples of one full optimizer step over `reference_batch_size`; 0.0 before training."""
         return self._units / self.reference_batch_size
 
     @property
@@ -211,8 +213,9 @@ class EMACallback(TrainerCallback):
         """
         model: nn.Module = kwargs["model"]
         refuse_unsupported(args, model)
-        self._units = loader_batch_size(kwargs.get("train_dataloader"), args.world_size)
-        self._units *= args.gradient_accumulation_steps
+        self._batch = loader_batch_size(kwargs.get("train_dataloader"), args.world_size)
+        self._units = self._batch * args.gradient_accumulation_steps
+        self._accumulated = 0
         self._writes = args.should_save
         self._processing_class = kwargs.get("processing_class")
         self._step = state.global_step
@@ -244,6 +247,12 @@ class EMACallback(TrainerCallback):
                 self._average = self._teacher = None
                 raise
 
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Counts a batch that the step accumulates: at the end of an epoch there may be fewer of them."""
+        self._accumulated += 1
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -262,7 +271,8 @@ class EMACallback(TrainerCallback):
         """
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
         begin = self._clock.position
-        kappa = self._clock.advance(self._units)
+        kappa = self._clock.advance(self._batch * (self._accumulated + 1))
+        self._accumulated = 0
         self._step = state.global_step + 1
         if self._was_skipped(optimizer):
             return

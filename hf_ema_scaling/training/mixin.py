@@ -151,7 +151,11 @@ class EMATrainerMixin(BothWeightsEvaluation):
                 raise ValueError(f"there is no checkpoint to resume from in {self.args.output_dir}")
         self._resumed = None if checkpoint is None else read_run_state(checkpoint)
         self._student = None
-        return super().train(checkpoint, *args, **kwargs)
+        try:
+            return super().train(checkpoint, *args, **kwargs)
+        finally:
+            if isinstance(self.lr_scheduler, PlanScheduler):
+                self.lr_scheduler.end()
 
     def get_train_dataloader(self) -> DataLoader:
         """One batch per optimizer step and process: a list of micro-batches, left on the CPU."""

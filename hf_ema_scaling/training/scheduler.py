@@ -69,12 +69,23 @@ class PlanScheduler:
             values = self.plan.optimizer_values(
                 reference, start=step.start, end=step.end, stage_kappa=step.stage_kappa
             )
-            group["lr"] = values.learning_rate
-            group["weight_decay"] = values.weight_decay
-            for name in ("betas", "alpha", "eps", "momentum"):
-                value = getattr(values, name)
-                if value is not None:
-                    group[name] = value
+            self._write(group, values)
+
+    @staticmethod
+    def _write(group: dict[str, Any], values: OptimizerValues) -> None:
+        group["lr"] = values.learning_rate
+        group["weight_decay"] = values.weight_decay
+        for name in ("betas", "alpha", "eps", "momentum"):
+            value = getattr(values, name)
+            if value is not None:
+                group[name] = value
+
+    def end(self) -> None:
+        """Put the optimizer back to the reference batch, where whoever uses it next takes it to be."""
+        if self.stage_kappa != 1.0:
+            self._rescale_state(1.0)
+        for group, reference in zip(self.optimizer.param_groups, self.reference, strict=True):
+            self._write(group, reference)
 
     def _rescale_state(self, stage_kappa: float) -> None:
         for group, reference in zip(self.optimizer.param_groups, self.reference, strict=True):

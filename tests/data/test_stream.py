@@ -339,3 +339,28 @@ def test_layouts_that_make_no_run_are_refused(options: dict[str, Any], message: 
     fine: dict[str, Any] = {"reference_batch_size": 4, "reference_steps": 10, "unlabelled": samples(3)}
     with pytest.raises(ValueError, match=message):
         ReferenceStream(samples(5), **(fine | options))
+
+
+def test_what_a_labelled_example_weighs_depends_on_the_labelled_set_alone() -> None:
+    rng = np.random.default_rng(0)
+    short, long = DataSource(rng.uniform(2.0, 6.0, 30)), DataSource(rng.uniform(8.0, 16.0, 50))
+    alone = ReferenceStream(short, reference_batch_size=40.0, reference_steps=12)
+    assert alone.examples_per_reference_batch == pytest.approx(40.0 / short.units.mean(), rel=1e-12)
+    for steps in (12, 60):
+        mixed = ReferenceStream(
+            short,
+            reference_batch_size=40.0,
+            reference_steps=steps,
+            unlabelled=long,
+            pl_start=6.0,
+            unlabelled_ratio=3.0,
+        )
+        assert mixed.examples_per_reference_batch == alone.examples_per_reference_batch
+        supervised = int(mixed.position(6.0))
+        assert mixed.index[:supervised].tolist() == alone.index[:supervised].tolist()
+    assert (
+        ReferenceStream(
+            DataSource.of_samples(7), reference_batch_size=4, reference_steps=9
+        ).examples_per_reference_batch
+        == 4
+    )

@@ -176,6 +176,21 @@ def test_accumulation_does_not_change_the_trajectory(tmp_path: Path) -> None:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=0, atol=1e-6)
 
 
+def test_the_last_step_of_an_epoch_counts_the_batches_it_accumulated(tmp_path: Path) -> None:
+    average = callback()
+    recorder = Recorder(average)
+    run = trainer(average, tmp_path, recorder, gradient_accumulation_steps=4)
+    # Ten batches, four to a step: the third step of an epoch has two.
+    run.train_dataset = torch.utils.data.Subset(Sentences(), range(40))
+    expected = {name: p.detach().double() for name, p in run.model.named_parameters()}
+    run.train()
+    assert average.kappa == 4 and average.clock == 2 * 10
+    for kappa, student, shadow in zip([4, 4, 2] * 2, recorder.student, recorder.average, strict=True):
+        for name in expected:
+            expected[name] = RHO**kappa * expected[name] + (1 - RHO**kappa) * student[name].double()
+            assert (shadow[name] - expected[name]).abs().max() < 1e-6
+
+
 def test_half_life_is_the_same_momentum(tmp_path: Path) -> None:
     by_momentum, by_half_life = callback(momentum=0.5**0.25), callback(momentum=None, half_life=16)
     assert by_half_life.momentum == by_momentum.momentum

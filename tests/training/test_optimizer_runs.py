@@ -198,3 +198,25 @@ def test_a_second_run_goes_on_from_the_sum_of_the_first(tmp_path: Path) -> None:
     decay = (DECAY, 0.0)[index]
     gradient = made.recorder.gradients[2][key] + decay * made.recorder.weights[1][key]
     torch.testing.assert_close(made.recorder.after[2][key]["sum"], left[key]["sum"] + gradient**2, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["sgd", "centered", "lamb"])
+def test_an_optimizer_comes_back_as_it_was_given_and_serves_another_trainer(tmp_path: Path, name: str) -> None:
+    first = trainer(tmp_path, name, save_strategy="no")
+    given = [{key: value for key, value in group.items() if key != "params"} for group in first.optimizer.param_groups]
+    first.train()
+    optimizer = first.optimizer.optimizer if hasattr(first.optimizer, "optimizer") else first.optimizer
+    left = [{key: group[key] for key in values} for group, values in zip(optimizer.param_groups, given, strict=True)]
+    assert left == given and first.lr_scheduler.stage_kappa == 1.0
+    # The second moment is that of the reference batch again, not that of the last stage, kappa 2.
+    if name == "lamb":
+        scaled = first.recorder.after[-1]["classifier.weight"]["exp_avg_sq"]
+        torch.testing.assert_close(optimizer.state[first.model.classifier.weight]["exp_avg_sq"], 2 * scaled)
+    again = tiny.trainer(
+        first.model,
+        tiny.arguments(tmp_path, max_steps=19, lr_scheduler_type="cosine", batch_schedule=SCHEDULE),
+        tiny.sentences(30),
+        optimizers=(optimizer, None),
+    )
+    again.train()
+    assert again.recorder.groups == first.recorder.groups
