@@ -67,11 +67,11 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
     reference batches the statistics are those of kappa 1.
 
     With `halve_every = n` the steps n, 2n, ... (counted from 1) are halved in stream order, each source by itself, and
-    items are sorted inside each half of each process only: its first micro-batches are then a sample of the step and
-    not its short items. Such a step draws the same items, and only its micro-batches are others. Where sorting changes
-    nothing no step is halved, nor with `batch_statistics`, nor where a half would leave a process without items of a
-    source. Streams with bucketing are halved at borders of reference batches, for inside of these items lie in order
-    of length, and on one process only.
+    items are dealt to processes in that order and sorted inside each half of each process only: its first
+    micro-batches are then a sample of the step and not its short items. Such a step draws the same items, and only its
+    micro-batches are others. Where sorting changes nothing no step is halved, nor with `batch_statistics`, nor where a
+    half would leave a process without items of a source. Streams with bucketing are halved at borders of reference
+    batches, for inside of these items lie in order of length, and on one process only.
 
     Args:
         stream: the items of the run in order.
@@ -183,12 +183,18 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
             border = borders[np.argmin(np.abs(self.stream.clock(borders) - middle))]
             parts = [np.split(positions, [np.searchsorted(positions, border)]) for positions in sources]
         elif any(map(self.stream.lengths_differ, sources)):
-            parts = [np.split(positions, [len(positions) // 2]) for positions in sources]
+            parts = [np.split(positions, [self._middle(positions)]) for positions in sources]
         else:
             return []
         if min(len(part) for both in parts for part in both) < self.world_size:
             return []
         return [[both[half] for both in parts] for half in (0, 1)]
+
+    def _middle(self, positions: NDArray[np.int64]) -> int:
+        """Number of the first positions of one source that have, to half an item, half of the units of all."""
+        sums = self.stream.cumulative_units
+        units = np.cumsum(sums[positions + 1] - sums[positions])
+        return int(np.argmin(np.abs(units - units[-1] / 2))) + 1
 
     def _rounds(self, positions: NDArray[np.int64]) -> int:
         """Micro-batches of each process that positions of one source take."""

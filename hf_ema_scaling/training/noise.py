@@ -41,8 +41,8 @@ UNEVEN = (
 )
 BY_LENGTH = (
     "its items are sorted by length inside each reference batch, as BatchNorm needs the same micro-batches at every "
-    "kappa, so that neither the first ones nor those of one process of several are a sample: measure on one process at "
-    "steps of two reference batches or more, or without a duration or length column"
+    "kappa, so that neither the first ones nor those of one process of several are a sample: measure on one process "
+    "at steps of two reference batches or more, or without a duration or length column"
 )
 FEW_ITEMS = (
     "its items are sorted by length, and a source has too few of them for two on every process, one for each half: "
@@ -87,8 +87,9 @@ def halve(sampler: ScheduledBatchSampler, number: int) -> Halves | str:
 
     At a valid border no item of the first part comes after one of its source in the second, by construction and not by
     chance, and on each process the first part has its share of both sources, to half an item. Where items are sorted
-    by length or bucketed only the border of the sampler's own halves is valid; with batch statistics, those between
-    reference batches. Parts need not be equal: the estimator knows their sizes.
+    by length or bucketed these are the sampler's own halves; with batch statistics, reference batches. Parts need not
+    be equal: the estimator knows their sizes. Where units differ between items it divides by a random number of them,
+    which makes it exact to first order in one over the items of a part.
     """
     stream, world = sampler.stream, sampler.world_size
     groups = sampler.micro_batches(number)
@@ -98,9 +99,14 @@ def halve(sampler: ScheduledBatchSampler, number: int) -> Halves | str:
     before = units.cumsum(0)[:-1]  # (borders, processes)
     total = float(units.sum())
     by_length = stream.bucketed or any(map(stream.lengths_differ, sampler.sources(number)))
-    if by_length and (world > 1 if sampler.batch_statistics else sampler.half(number) is None):
-        return BUCKETED if stream.bucketed else BY_LENGTH if sampler.batch_statistics else FEW_ITEMS
-    in_order = _in_order(sampler, number, groups) if by_length else np.ones(len(before), dtype=bool)
+    in_order = np.ones(len(before), dtype=bool)
+    if by_length and not sampler.batch_statistics:
+        half = sampler.half(number)
+        if half is None:
+            return BUCKETED if stream.bucketed else FEW_ITEMS
+        return Halves(half, tuple(before[half - 1].tolist()), total)
+    if by_length:
+        in_order = _between_reference_batches(sampler, number, groups)
     shared = (before > 0).all(1)
     lowest, highest = np.full_like(before, -np.inf), np.full_like(before, np.inf)
     for kind in (LABELLED, UNLABELLED):
@@ -123,14 +129,16 @@ def halve(sampler: ScheduledBatchSampler, number: int) -> Halves | str:
     return Halves(best + 1, tuple(before[best].tolist()), total)
 
 
-def _in_order(sampler: ScheduledBatchSampler, number: int, groups: list[NDArray[np.int64]]) -> NDArray[np.bool_]:
-    """Whether sorting by length kept to its side of each border between rounds of micro-batches.
+def _between_reference_batches(
+    sampler: ScheduledBatchSampler, number: int, groups: list[NDArray[np.int64]]
+) -> NDArray[np.bool_]:
+    """Whether a border between rounds of micro-batches is one between reference batches, to which sorting keeps.
 
-    It does at the border of a step's halves and, for models with batch statistics, at those of reference batches.
+    None is with several processes, whose own micro-batches are not samples of the reference batch.
     """
     world, end = sampler.world_size, len(sampler.stream)
-    if not sampler.batch_statistics:
-        return np.arange(1, len(groups) // world) == sampler.half(number)
+    if world > 1:
+        return np.zeros(len(groups) // world - 1, dtype=bool)
     latest = np.array([group.max(initial=-1) for group in groups]).reshape(-1, world).max(1)
     earliest = np.array([group.min(initial=end) for group in groups]).reshape(-1, world).min(1)
     latest = np.maximum.accumulate(latest)[:-1]
