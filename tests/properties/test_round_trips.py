@@ -35,15 +35,15 @@ def any_schedules(draw: st.DrawFn) -> BatchSchedule:
 @st.composite
 def increasing(draw: st.DrawFn) -> tuple[BatchSchedule, int, float]:
     """A schedule that fits a run, its reference steps and the steps of an epoch."""
-    steps = draw(st.integers(2, 10**6))
+    steps = draw(st.integers(2, 2000))
     per_epoch = draw(st.floats(0.5, 1e4))
     ends = draw(st.lists(st.floats(0.01, 0.99), max_size=4, unique=True).map(sorted))
     stages = []
     for end in ends:
         unit: Any = draw(st.sampled_from(["steps", "epochs", "fraction"]))
         until = {"steps": end * steps, "epochs": end * steps / per_epoch, "fraction": end}[unit]
-        stages.append(Stage(draw(NUMBERS), until, unit))
-    return BatchSchedule((*stages, Stage(draw(NUMBERS)))), steps, per_epoch
+        stages.append(Stage(draw(st.floats(1, 100)), until, unit))
+    return BatchSchedule((*stages, Stage(draw(st.floats(1, 100))))), steps, per_epoch
 
 
 def outcome(schedule: BatchSchedule, steps: float, per_epoch: float) -> Any:
@@ -69,8 +69,6 @@ def test_step_borders_survive_json_bit_for_bit(made: Any, data: Any) -> None:
     batch = max(stage.batch_size for stage in stages)
     cuts = data.draw(st.lists(st.floats(0, steps), max_size=2))
     borders = step_borders(stages, batch / data.draw(st.floats(1, 50)), cuts)
-    if len(borders) > 10**5:
-        return
     for taken in {0, len(borders) // 2, len(borders)}:
         kept = borders.prefix(taken)
         read = StepBorders.from_json(json.dumps(kept.to_json()))
