@@ -28,7 +28,7 @@ def drawn(sampler: ScheduledBatchSampler) -> list[list[tuple[int, int, int]]]:
     ]
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(runs(), st.integers(1, 3), st.booleans(), st.integers(0, 3))
 def test_every_schedule_draws_the_same_items_in_the_same_order(
     run: Any, world: int, statistics: bool, halve_every: int
@@ -61,7 +61,7 @@ def test_counts_are_within_one_item_of_their_targets(run: Any) -> None:
     assert np.abs(later - share * np.cumsum(sizes[start:])).max(initial=0.0) < sizes.max() + 1e-6
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(runs(), st.data(), st.integers(1, 2))
 def test_a_resumed_run_has_the_same_tail(run: Any, data: Any, world: int) -> None:
     whole = sampler_of(run, 0, world_size=world)
