@@ -107,14 +107,24 @@ def _few_blanks(model: Any, bias: str) -> Any:
     return model
 
 
-def sentences(count: int, seed: int = 0) -> datasets.Dataset:
+def sentences(count: int, seed: int = 0, *, lengths: tuple[int, int] = (6, 7)) -> datasets.Dataset:
+    """Rows of `input_ids`, as many as `range(*lengths)` holds by chance, and one label."""
     rng = np.random.default_rng(seed)
-    return datasets.Dataset.from_dict(
-        {
-            "input_ids": rng.integers(0, 20, (count, 6)).tolist(),
-            "labels": rng.integers(0, 3, count).tolist(),
-        }
-    ).with_format("torch")
+    tokens = rng.integers(0, 20, (count, lengths[1] - 1))
+    labels = rng.integers(0, 3, count).tolist()
+    kept = rng.integers(*lengths, count)
+    rows = [row[:length].tolist() for row, length in zip(tokens, kept, strict=True)]
+    return datasets.Dataset.from_dict({"input_ids": rows, "labels": labels}).with_format("torch")
+
+
+def pad_sentences(rows: list[dict[str, Any]]) -> Tensors:
+    """Collates rows of `sentences` of any lengths."""
+    ids = [torch.as_tensor(row["input_ids"]) for row in rows]
+    padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    return {"input_ids": padded, "attention_mask": mask} | (
+        {"labels": torch.stack([torch.as_tensor(row["labels"]) for row in rows])} if "labels" in rows[0] else {}
+    )
 
 
 def speech(

@@ -66,12 +66,20 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
     `batch_statistics=True` (BatchNorm) micro-batches never cross a reference-batch border either, so at steps of whole
     reference batches the statistics are those of kappa 1.
 
+    With `halve_every = n` the steps n, 2n, ... (counted from 1) are halved in stream order, each source by itself, and
+    items are dealt to processes in that order and sorted inside each half of each process only: its first
+    micro-batches are then a sample of the step and not its short items. Such a step draws the same items, and only its
+    micro-batches are others. Where sorting changes nothing no step is halved, nor with `batch_statistics`, nor where a
+    half would leave a process without items of a source. Streams with bucketing are halved at borders of reference
+    batches, for inside of these items lie in order of length, and on one process only.
+
     Args:
         stream: the items of the run in order.
         borders: clock positions at which steps end.
         micro_batch_size: items per micro-batch and process, a memory limit only.
         world_size: number of processes.
         batch_statistics: keep micro-batches inside reference batches.
+        halve_every: optimizer steps between those that are halved; 0 for none.
 
     Raises:
         ValueError: for sizes below 1, or borders that leave out the stream's `pl_start` or its end.
@@ -85,6 +93,7 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         micro_batch_size: int,
         world_size: int = 1,
         batch_statistics: bool = False,
+        halve_every: int = 0,
     ) -> None:
         if micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
@@ -100,6 +109,7 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         self.micro_batch_size = micro_batch_size
         self.world_size = world_size
         self.batch_statistics = batch_statistics
+        self.halve_every = halve_every
         positions = stream.position(borders.borders)
         # In seconds a small step may fall inside one long utterance and draw nothing: it is no step of the run.
         self._planned = np.flatnonzero(np.diff(positions) > 0)
@@ -142,28 +152,90 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
 
         The count is a multiple of `world_size`; an empty array is a place that padding fills.
         """
-        first, last = int(self.positions[number]), int(self.positions[number + 1])
         if self.batch_statistics:
             return self._inside_reference_batches(number)
+        halves = self._halves(number)
+        if not halves:
+            return self._in_turns([self._dealt(positions) for positions in self.sources(number)])
+        return [group for half in halves for group in self._in_turns([self._fairly_dealt(part) for part in half])]
+
+    def sources(self, number: int) -> list[NDArray[np.int64]]:
+        """Stream positions of a step in order, for each source that it draws from."""
+        first, last = int(self.positions[number]), int(self.positions[number + 1])
+        return [positions for _, positions in self._by_source(first, last)]
+
+    def half(self, number: int) -> int | None:
+        """Micro-batches of each process in the first half of a step that is halved; None where it is not."""
+        halves = self._halves(number)
+        return sum(map(self._rounds, halves[0])) if halves else None
+
+    def _halves(self, number: int) -> list[list[NDArray[np.int64]]]:
+        """Stream positions of both halves of a step, for each source; none where it need not or cannot be halved."""
+        if self.batch_statistics or self.halve_every == 0 or (number + 1) % self.halve_every:
+            return []
+        sources = self.sources(number)
+        if self.stream.bucketed:
+            borders = self.reference_borders(number)
+            # Reference batches are the samples of such a stream: what one process of several draws is none.
+            if len(borders) == 0 or self.world_size > 1:
+                return []
+            middle = self.stream.clock(self.positions[number : number + 2]).mean()
+            border = borders[np.argmin(np.abs(self.stream.clock(borders) - middle))]
+            parts = [np.split(positions, [np.searchsorted(positions, border)]) for positions in sources]
+        elif any(map(self.stream.lengths_differ, sources)):
+            parts = [np.split(positions, [self._middle(positions)]) for positions in sources]
+        else:
+            return []
+        if min(len(part) for both in parts for part in both) < self.world_size:
+            return []
+        return [[both[half] for both in parts] for half in (0, 1)]
+
+    def _middle(self, positions: NDArray[np.int64]) -> int:
+        """Number of the first positions of one source that have, to half an item, half of the units of all."""
+        sums = self.stream.cumulative_units
+        units = np.cumsum(sums[positions + 1] - sums[positions])
+        return int(np.argmin(np.abs(units - units[-1] / 2))) + 1
+
+    def _rounds(self, positions: NDArray[np.int64]) -> int:
+        """Micro-batches of each process that positions of one source take."""
+        return -(-len(positions) // (self.world_size * self.micro_batch_size))
+
+    def _dealt(self, positions: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Micro-batches of one source, sorted by length over all processes."""
+        return np.array_split(self.stream.sort_by_length(positions), self._rounds(positions) * self.world_size)
+
+    def _fairly_dealt(self, positions: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """The same, sorted on each process: items are dealt in stream order, so that each has a sample of them."""
+        mine = [self.stream.sort_by_length(positions[rank :: self.world_size]) for rank in range(self.world_size)]
+        split = [np.array_split(items, self._rounds(positions)) for items in mine]
+        return [group for dealt in zip(*split, strict=True) for group in dealt]
+
+    def _in_turns(self, sources: list[list[NDArray[np.int64]]]) -> list[NDArray[np.int64]]:
+        """Micro-batches of all sources, in rounds of one for each process."""
         rounds: list[tuple[float, list[NDArray[np.int64]]]] = []
-        for _, positions in self._by_source(first, last):
-            share = -(-len(positions) // (self.world_size * self.micro_batch_size))
-            pieces, done = np.array_split(positions, share * self.world_size), 0
+        for pieces in sources:
+            items, done = sum(map(len, pieces)), 0
             for i in range(0, len(pieces), self.world_size):
                 dealt = pieces[i : i + self.world_size]
-                rounds.append((done / len(positions), dealt))
+                rounds.append((done / items, dealt))
                 done += sum(map(len, dealt))
         rounds.sort(key=lambda item: item[0])
         return [piece for _, pieces in rounds for piece in pieces]
 
-    def _inside_reference_batches(self, number: int) -> list[NDArray[np.int64]]:
+    def reference_borders(self, number: int) -> NDArray[np.int64]:
+        """Stream positions of the reference-batch borders inside a step."""
         first, last = int(self.positions[number]), int(self.positions[number + 1])
         step = self.step(number)
         inner = self.stream.position(np.arange(np.floor(step.start) + 1, np.ceil(step.end)))
-        borders = np.unique(np.concatenate([[first], inner[(inner > first) & (inner < last)], [last]]))
+        return np.unique(inner[(inner > first) & (inner < last)])
+
+    def _inside_reference_batches(self, number: int) -> list[NDArray[np.int64]]:
+        first, last = int(self.positions[number]), int(self.positions[number + 1])
+        borders = [first, *self.reference_borders(number).tolist(), last]
         dealt: dict[int, list[tuple[int, NDArray[np.int64]]]] = {LABELLED: [], UNLABELLED: []}
-        for low, high in pairwise(borders.tolist()):
+        for low, high in pairwise(borders):
             for kind, positions in self._by_source(low, high):
+                positions = self.stream.sort_by_length(positions)
                 pieces = np.array_split(positions, -(-len(positions) // self.micro_batch_size))
                 dealt[kind].extend((low, piece) for piece in pieces)
         # A round is one micro-batch of one source for each process; rounds follow their first reference batch.
@@ -181,7 +253,7 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         for kind in (LABELLED, UNLABELLED):
             positions = first + np.flatnonzero(kinds == kind)
             if len(positions):
-                yield kind, self.stream.sort_by_length(positions)
+                yield kind, positions
 
     def draws(self, number: int, rank: int) -> list[Draw]:
         """The items of step `number` on process `rank`."""

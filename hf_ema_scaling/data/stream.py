@@ -109,6 +109,7 @@ class ReferenceStream:
         self.reference_steps = float(reference_steps)
         self.labelled_items = len(labelled)
         self._labelled_size = float(labelled.units.mean())
+        self.bucketed = bucket_window > 0
         self.pl_start = float(pl_start) if unlabelled is not None else None
         total = self.reference_steps * self.reference_batch_size
         dust = CLOCK_DUST * self.reference_batch_size

@@ -17,8 +17,9 @@ from hf_ema_scaling.scaling import (
 )
 from hf_ema_scaling.scaling.momentum_schedule import MomentumScheduleKind
 from hf_ema_scaling.scaling.plan import Correction
+from hf_ema_scaling.scaling.recipe import Unit
 
-BATCH_UNITS = ("samples", "seconds")
+BATCH_UNITS = get_args(Unit)
 WEIGHT_SETS = ("both", "ema", "student")
 ERROR_METRICS = ("loss", "wer", "cer", "error_rate")
 METRIC_DRIVEN_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
@@ -40,7 +41,13 @@ class EMATrainingArguments(TrainingArguments):
     reference_batch_size: float | None = field(
         default=None, metadata={"help": "Batch, in units over all processes, at which the recipe was tuned. Required."}
     )
-    batch_unit: str = field(default="samples", metadata={"help": "What batches count: samples or seconds (of audio)."})
+    batch_unit: str = field(
+        default="samples",
+        metadata={
+            "help": "What batches count: samples, seconds of audio (duration_column), or tokens: length_column_name "
+            "where the data set has it, else the lengths of input_ids."
+        },
+    )
     duration_column: str = field(
         default="duration", metadata={"help": "Column with the length of an item in seconds, for batch_unit=seconds."}
     )
@@ -108,7 +115,8 @@ class EMATrainingArguments(TrainingArguments):
         default=0,
         metadata={
             "help": "Optimizer steps between measurements of the gradient noise scale (noise/scale in units and "
-            "noise/largest_kappa in the logs); 0 for none. Costs two gradient norms; needs several micro-batches."
+            "noise/largest_kappa in the logs); 0 for none. Costs two gradient norms. Where items have lengths, the "
+            "steps measured are sorted by length within each half only: the same samples in other micro-batches."
         },
     )
     evaluate_weights: str = field(
@@ -158,8 +166,8 @@ class EMATrainingArguments(TrainingArguments):
             raise ValueError(
                 f"noise_scale_every counts optimizer steps (0 for no measurement), got {self.noise_scale_every}"
             )
-        if self.batch_unit == "samples" and self.reference_batch_size != int(self.reference_batch_size):
-            raise ValueError(f"reference_batch_size counts samples, got {self.reference_batch_size}")
+        if self.batch_unit != "seconds" and self.reference_batch_size != int(self.reference_batch_size):
+            raise ValueError(f"reference_batch_size counts {self.batch_unit}, got {self.reference_batch_size}")
         _at_most_one(self, ("kappa", "batch_size", "batch_schedule"))
         _at_most_one(self, ("ema_momentum", "ema_half_life", "ema_epoch_weight"))
         if self.small_batch_until is not None and self.kappa is None:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from hf_ema_scaling.data.collator import MicroBatch
+from hf_ema_scaling.data.lengths import row_lengths
 from hf_ema_scaling.data.stream import LABELLED
 from hf_ema_scaling.ema import WeightAverage, check_moved, unwrap
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths, frames_of, min_ctc_frames
@@ -156,7 +156,7 @@ def fitting_rows(model: nn.Module, dataset: Dataset) -> list[int]:
     """
     column = next(key for key in ("input_features", "input_values") if key in dataset.column_names)
     needed = [min_ctc_frames([int(token) for token in labels]) for labels in dataset["labels"]]
-    fits = frames_of(model, _row_lengths(dataset, column)) >= torch.tensor(needed)
+    fits = frames_of(model, torch.from_numpy(row_lengths(dataset, column))) >= torch.tensor(needed)
     rows: list[int] = fits.nonzero().flatten().tolist()
     return rows
 
@@ -175,15 +175,6 @@ def drop_unfitting(model: nn.Module, dataset: Dataset, name: str) -> Dataset:
     dropped = total - len(rows)
     logger.warning("dropped %d of %d rows of %s: their labels need more frames than there are", dropped, total, name)
     return dataset.select(rows)
-
-
-def _row_lengths(dataset: Dataset, column: str) -> Tensor:
-    """Lengths of the rows of a column of lists, int64, without reading what the lists hold."""
-    lengths: list[int] = []
-    for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000):
-        for chunk in table[column].chunks:
-            lengths += pc.list_value_length(getattr(chunk, "storage", chunk)).to_pylist()
-    return torch.tensor(lengths)
 
 
 def gradient_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:

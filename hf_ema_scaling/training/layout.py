@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+from datasets import Dataset
 from numpy.typing import NDArray
 
+from hf_ema_scaling.data.lengths import holds_zeros, row_lengths
 from hf_ema_scaling.data.sampler import ScheduledBatchSampler
 from hf_ema_scaling.data.stream import DataSource, ReferenceStream
 from hf_ema_scaling.scaling import OptimizerValues, Recipe, ScalingPlan, StepBorders
@@ -94,6 +97,7 @@ def lay_out(
         micro_batch_size=args.per_device_train_batch_size,
         world_size=world_size,
         batch_statistics=batch_statistics,
+        halve_every=args.noise_scale_every,
     )
     identity = {
         "reference_batch_size": batch,
@@ -195,7 +199,8 @@ def plan_of(
 def data_source(dataset: Any, args: EMATrainingArguments, name: str) -> DataSource:
     """The sizes of a map-style data set.
 
-    Units are samples or the durations in `args.duration_column`; lengths for bucketing come from that column or from
+    Units are samples, the durations in `args.duration_column`, or the tokens that `token_counts` finds; seconds and
+    tokens are lengths for bucketing, too. In samples, lengths come from `args.duration_column` or
     `args.length_column_name`, where the data set has one of them.
 
     Raises:
@@ -206,6 +211,9 @@ def data_source(dataset: Any, args: EMATrainingArguments, name: str) -> DataSour
         raise TypeError(f"{name} must be a map-style data set with a length, got {type(dataset).__name__}")
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty")
+    if args.batch_unit == "tokens":
+        tokens = token_counts(dataset, args.length_column_name, name)
+        return DataSource(tokens, tokens)
     columns: list[str] = list(getattr(dataset, "column_names", None) or [])
     durations = _column(dataset, args.duration_column) if args.duration_column in columns else None
     if args.batch_unit == "seconds":
@@ -224,6 +232,38 @@ def data_source(dataset: Any, args: EMATrainingArguments, name: str) -> DataSour
             f"'{args.length_column_name}' among its columns {columns}"
         )
     return DataSource.of_samples(len(dataset), lengths)
+
+
+def token_counts(dataset: Any, length_column: str, name: str) -> NDArray[np.float64]:
+    """Tokens of each row of a map-style data set: `length_column` where it has it, else the lengths of `input_ids`.
+
+    Tokens are those of the input, special tokens included, before padding and augmentation; labels of a
+    sequence-to-sequence model do not count. Of an Arrow data set only offsets are read; of others every row, once.
+
+    Raises:
+        ValueError: for rows with neither, and for rows that are padded already.
+    """
+    stored = isinstance(dataset, Dataset)
+    first = {} if stored else dataset[0]
+    columns = dataset.column_names if stored else sorted(first) if isinstance(first, Mapping) else []
+    if length_column in columns:
+        rows = dataset[length_column][:] if stored else [dataset[i][length_column] for i in range(len(dataset))]
+        return np.asarray(rows, dtype=np.float64)
+    if "input_ids" not in columns:
+        raise ValueError(
+            f"batch_unit=tokens needs the column '{length_column}' (tokens of each row) or 'input_ids' in {name}; it "
+            f"has {columns}: tokenise it first, or name the column with the number of tokens by length_column_name"
+        )
+    if not stored:
+        return np.array([len(dataset[i]["input_ids"]) for i in range(len(dataset))], dtype=np.float64)
+    tokens = row_lengths(dataset, "input_ids")
+    # Rows padded to one length would all count the same, whatever they hold.
+    if np.ptp(tokens) == 0 and "attention_mask" in columns and holds_zeros(dataset, "attention_mask"):
+        raise ValueError(
+            f"every row of {name} has {tokens[0]} input_ids and some are padding (zeros in attention_mask), which is "
+            f"no token: leave padding to the collator, or give the tokens of each row in a column '{length_column}'"
+        )
+    return tokens.astype(np.float64)
 
 
 def _checksum(source: DataSource) -> str:

@@ -1,8 +1,13 @@
 """Measures the gradient noise scale in training: `.grad` after the first part of a step against the whole step's.
 
 The parts are sets of whole micro-batches that follow one another in the stream, each with its share of labelled and
-unlabelled items, so that the first is a smaller step of the same kind. It costs two norms per measurement, no memory,
-and changes nothing: the same micro-batches run in the same order whether or not a step is measured.
+unlabelled items, so that the first is a smaller step of the same kind. It costs two norms per measurement, no memory.
+
+Steps whose items are sorted by length are measured, too: there the sampler sorts inside each half of each process
+only, so that a first half is no more of the short items than a second. Such a step has the same samples in other
+micro-batches, with a little more padding: its gradient is the same to rounding, and dropout draws other masks. All
+other steps keep every bit, as do all runs whose items have no lengths: the same micro-batches run in the same order
+whether or not a step is measured.
 """
 
 from __future__ import annotations
@@ -35,9 +40,18 @@ UNEVEN = (
     "process: lower per_device_train_batch_size"
 )
 BY_LENGTH = (
-    "its items are sorted by length, so that its first micro-batches hold the short ones and are no sample: measure "
-    "with batch_unit='samples' and without a duration or length column (models with BatchNorm: at steps of two "
-    "reference batches or more)"
+    "its items are sorted by length inside each reference batch, as BatchNorm needs the same micro-batches at every "
+    "kappa, so that neither the first ones nor those of one process of several are a sample: measure on one process "
+    "at steps of two reference batches or more, or without a duration or length column"
+)
+FEW_ITEMS = (
+    "its items are sorted by length, and a source has too few of them for two on every process, one for each half: "
+    "measure at larger batches or on fewer processes"
+)
+BUCKETED = (
+    "items of like length share a reference batch (bucket_window), so that only whole reference batches are samples: "
+    "measure on one process at steps of two of them or more, with items of every source in each, or set "
+    "bucket_window=0"
 )
 
 
@@ -72,8 +86,10 @@ def halve(sampler: ScheduledBatchSampler, number: int) -> Halves | str:
     """Where step `number` can be divided, as near to its middle as possible, or why it cannot.
 
     At a valid border no item of the first part comes after one of its source in the second, by construction and not by
-    chance, and on each process the first part has its share of both sources, to half an item. Parts need not be equal:
-    the estimator knows their sizes.
+    chance, and on each process the first part has its share of both sources, to half an item. Where items are sorted
+    by length or bucketed these are the sampler's own halves; with batch statistics, reference batches. Parts need not
+    be equal: the estimator knows their sizes. Where units differ between items it divides by a random number of them,
+    which makes it exact to first order in one over the items of a part.
     """
     stream, world = sampler.stream, sampler.world_size
     groups = sampler.micro_batches(number)
@@ -82,8 +98,16 @@ def halve(sampler: ScheduledBatchSampler, number: int) -> Halves | str:
     units = np.array([(sums[group + 1] - sums[group]).sum() for group in groups]).reshape(rounds, world)
     before = units.cumsum(0)[:-1]  # (borders, processes)
     total = float(units.sum())
-    shared = (before > 0).all(1)
+    by_length = stream.bucketed or any(map(stream.lengths_differ, sampler.sources(number)))
     in_order = np.ones(len(before), dtype=bool)
+    if by_length and not sampler.batch_statistics:
+        half = sampler.half(number)
+        if half is None:
+            return BUCKETED if stream.bucketed else FEW_ITEMS
+        return Halves(half, tuple(before[half - 1].tolist()), total)
+    if by_length:
+        in_order = _between_reference_batches(sampler, number, groups)
+    shared = (before > 0).all(1)
     lowest, highest = np.full_like(before, -np.inf), np.full_like(before, np.inf)
     for kind in (LABELLED, UNLABELLED):
         chosen = [group if len(group) and stream.source[group[0]] == kind else group[:0] for group in groups]
@@ -97,12 +121,10 @@ def halve(sampler: ScheduledBatchSampler, number: int) -> Halves | str:
         shared &= (first > 0).all(1) & (first.sum(1) < items)
         lowest = np.maximum(lowest, (first - 0.5) / items)
         highest = np.minimum(highest, (first + 0.5) / items)
-        if stream.lengths_differ(np.concatenate(chosen)):
-            in_order &= _between_reference_batches(sampler, number, groups)
     shared &= (lowest <= highest + ROUNDING).all(1)
     valid = np.flatnonzero(shared & in_order)
     if len(valid) == 0:
-        return UNEVEN if in_order.any() else BY_LENGTH
+        return UNEVEN if in_order.any() else BUCKETED if stream.bucketed else BY_LENGTH
     best = int(valid[np.argmin(np.abs(before[valid].sum(1) - total / 2))])
     return Halves(best + 1, tuple(before[best].tolist()), total)
 
@@ -110,20 +132,18 @@ def halve(sampler: ScheduledBatchSampler, number: int) -> Halves | str:
 def _between_reference_batches(
     sampler: ScheduledBatchSampler, number: int, groups: list[NDArray[np.int64]]
 ) -> NDArray[np.bool_]:
-    """Whether sorting by length kept to its side of each border between rounds of micro-batches.
+    """Whether a border between rounds of micro-batches is one between reference batches, to which sorting keeps.
 
-    It does at the borders of reference batches, for models with batch statistics.
+    None is with several processes, whose own micro-batches are not samples of the reference batch.
     """
     world, end = sampler.world_size, len(sampler.stream)
-    if not sampler.batch_statistics:
+    if world > 1:
         return np.zeros(len(groups) // world - 1, dtype=bool)
     latest = np.array([group.max(initial=-1) for group in groups]).reshape(-1, world).max(1)
     earliest = np.array([group.min(initial=end) for group in groups]).reshape(-1, world).min(1)
     latest = np.maximum.accumulate(latest)[:-1]
     earliest = np.minimum.accumulate(earliest[::-1])[::-1][1:]
-    step = sampler.step(number)
-    borders = sampler.stream.position(np.arange(np.floor(step.start) + 1, np.ceil(step.end)))
-    return (latest < earliest) & np.isin(earliest, borders)
+    return (latest < earliest) & np.isin(earliest, sampler.reference_borders(number))
 
 
 def gradient_square(model: nn.Module) -> float:

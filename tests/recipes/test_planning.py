@@ -45,6 +45,16 @@ def test_flags_alone() -> None:
     assert plan_recipe(None, [*FLAGS, "--pl_start", "400"])[0].recipe.pl_start == 400.0
 
 
+def test_a_plan_in_tokens() -> None:
+    code, out, _ = plan("--batch_unit", "tokens", *FLAGS, "--kappa", "8")
+    assert code == 0 and "batch size (tokens)" in out and "(1.28e+06 tokens)" in out
+    table = plan("--batch_unit", "tokens", *FLAGS[:-2], "--ema_half_life", "4000", "--kappas", "1,8")[1]
+    header, *rows = table.splitlines()
+    assert "batch (tokens)" in header
+    assert float(rows[1].split()[3]) == pytest.approx(0.5 ** (8 * 64 / 4000), abs=1e-4)
+    assert float(rows[0].split()[4]) == pytest.approx(4000 / 64, abs=1e-2)
+
+
 def test_what_a_small_start_costs() -> None:
     small = ["--reference_batch_size", "4096", "--max_steps", "480", "--small_batch_until", "60"]
     found = json.loads(plan(*small, "--kappas", "6", "--json")[1])

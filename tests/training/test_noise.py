@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,18 @@ from transformers import TrainerCallback
 from hf_ema_scaling.data.sampler import ScheduledBatchSampler
 from hf_ema_scaling.data.stream import DataSource, ReferenceStream
 from hf_ema_scaling.labels import PseudoLabel
-from hf_ema_scaling.scaling import BatchSchedule, step_borders
-from hf_ema_scaling.training.noise import BY_LENGTH, ENOUGH, TOO_FEW, UNEVEN, Halves, NoiseMeter, halve
+from hf_ema_scaling.scaling import BatchSchedule, noise_estimate, step_borders
+from hf_ema_scaling.training.noise import (
+    BUCKETED,
+    BY_LENGTH,
+    ENOUGH,
+    FEW_ITEMS,
+    TOO_FEW,
+    UNEVEN,
+    Halves,
+    NoiseMeter,
+    halve,
+)
 from hf_ema_scaling.training.run_state import read_run_state
 
 
@@ -90,6 +101,24 @@ def test_norms_are_those_of_the_parts_computed_alone(tmp_path: Path, micro: int,
         assert abs(small / big - 1) > 1e-2
 
 
+@pytest.mark.parametrize(("micro", "kappa"), [(2, 1.0), (3, 2.5), (16, 2.0)])
+def test_sorted_steps_are_measured_by_halves_in_stream_order(tmp_path: Path, micro: int, kappa: float) -> None:
+    made = run(
+        tmp_path, fixed=True, data=with_durations(40), kappa=kappa, per_device_train_batch_size=micro, max_steps=10
+    )
+    assert len(made.measured) == made.state.global_step == round(10 / kappa)
+    for step, (small, big, halves) in made.measured.items():
+        whole = len(made.drawn[step])
+        assert halves.units == (whole // 2,) and halves.step_units == whole == 8 * kappa
+        # What is drawn first, all positions before the others, in order of duration.
+        assert {p for _, _, p in made.drawn[step][: whole // 2]} == set(range(whole * step, whole * step + whole // 2))
+        durations = [float(made.train_dataset[index]["duration"]) for _, index, _ in made.drawn[step]]
+        assert durations[: whole // 2] == sorted(durations[: whole // 2]) and durations != sorted(durations)
+        assert small == pytest.approx(square(gradient_of(made, step, whole // 2)), rel=1e-5)
+        assert big == pytest.approx(square(gradient_of(made, step, whole)), rel=1e-5)
+        assert abs(small / big - 1) > 1e-2
+
+
 def test_micro_batches_of_any_size_measure_the_same(tmp_path: Path) -> None:
     runs = [run(tmp_path, fixed=True, per_device_train_batch_size=micro) for micro in (1, 2, 4)]
     for step in range(4):
@@ -116,6 +145,15 @@ class ByFirstToken:
     def label(self, teacher: Any, batch: Any) -> list[PseudoLabel]:
         tokens = batch["input_ids"][:, 0].tolist()
         return [PseudoLabel((), 0.5, "confidence") if t % 3 == 0 else PseudoLabel((t % 3,), 0.5, None) for t in tokens]
+
+
+def with_durations(count: int) -> datasets.Dataset:
+    """Sentences with a duration each, which grows with the first token."""
+    noise = np.random.default_rng(0).uniform(0, 2, count)
+    data = tiny.sentences(count)
+    durations = [1 + int(row["input_ids"][0]) + extra for row, extra in zip(data, noise, strict=True)]
+    column = datasets.Dataset.from_dict({"duration": durations})
+    return datasets.concatenate_datasets([data, column], axis=1).with_format("torch")
 
 
 def first_label(model: nn.Module, inputs: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -176,6 +214,8 @@ def sampler(
     statistics: bool = False,
     lengths: bool = False,
     reference: int | None = None,
+    bucket_window: int = 0,
+    halve_every: int = 1,
 ) -> ScheduledBatchSampler:
     rng = np.random.default_rng(0)
     reference = reference or batch
@@ -186,21 +226,28 @@ def sampler(
         reference_steps=10,
         unlabelled=None if ratio is None else sources[1],
         unlabelled_ratio=ratio or 1.0,
+        bucket_window=bucket_window,
     )
     borders = step_borders(BatchSchedule.constant(batch).resolve(10, None), reference, ())
     return ScheduledBatchSampler(
-        stream, borders, micro_batch_size=micro, world_size=world, batch_statistics=statistics
+        stream,
+        borders,
+        micro_batch_size=micro,
+        world_size=world,
+        batch_statistics=statistics,
+        halve_every=halve_every,
     )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("micro", [1, 2, 3, 5])
 @pytest.mark.parametrize("ratio", [None, 0.5, 1.0, 3.0])
-def test_a_division_is_one_of_the_stream(world: int, micro: int, ratio: float | None) -> None:
-    made = sampler(micro, 60, ratio=ratio, world=world)
+@pytest.mark.parametrize("lengths", [False, True])
+def test_a_division_is_one_of_the_stream(world: int, micro: int, ratio: float | None, lengths: bool) -> None:
+    made = sampler(micro, 60, ratio=ratio, world=world, lengths=lengths)
     for number in range(made.num_steps):
         halves = halve(made, number)
-        if (world, micro) == (3, 5) and ratio in (0.5, 3.0):
+        if (world, micro) == (3, 5) and ratio in (0.5, 3.0) and not lengths:
             # Two rounds of one source and three of the other, or one and three.
             assert halves == (UNEVEN if ratio == 0.5 else TOO_FEW)
             continue
@@ -234,8 +281,13 @@ def test_a_division_is_one_of_the_stream(world: int, micro: int, ratio: float | 
         (sampler(1, 11, ratio=10.0), TOO_FEW),
         (sampler(2, 8, ratio=3.0, statistics=True), TOO_FEW),
         (sampler(2, 8, ratio=1.0, statistics=True), UNEVEN),
-        (sampler(2, 8, lengths=True), BY_LENGTH),
-        (sampler(2, 16, lengths=True, ratio=1.0), BY_LENGTH),
+        (sampler(2, 8, lengths=True, statistics=True), BY_LENGTH),
+        (sampler(2, 16, lengths=True, statistics=True, reference=8, world=2), BY_LENGTH),
+        (sampler(2, 3, lengths=True, world=2), FEW_ITEMS),
+        (sampler(1, 4, lengths=True, ratio=3.0), FEW_ITEMS),
+        (sampler(2, 8, lengths=True, bucket_window=4), BUCKETED),
+        (sampler(2, 8, lengths=True, bucket_window=4, statistics=True), BUCKETED),
+        (sampler(2, 16, lengths=True, bucket_window=4, reference=8, world=2), BUCKETED),
     ],
 )
 def test_why_a_step_is_not_divided(made: ScheduledBatchSampler, reason: str) -> None:
@@ -244,8 +296,6 @@ def test_why_a_step_is_not_divided(made: ScheduledBatchSampler, reason: str) -> 
 
 def test_the_chance_that_short_items_come_first_is_not_taken() -> None:
     """Or only steps would be measured whose first items are short."""
-    made = sampler(1, 2, reference=2, lengths=True)
-    assert {halve(made, number) for number in range(10)} == {BY_LENGTH}
     made = sampler(1, 2, reference=2, statistics=True, lengths=True)
     assert {halve(made, number) for number in range(10)} == {BY_LENGTH}
 
@@ -254,6 +304,96 @@ def test_with_batch_statistics_reference_batches_are_parts() -> None:
     for lengths in (False, True):
         made = sampler(4, 16, reference=8, ratio=1.0, statistics=True, lengths=lengths)
         assert halve(made, 0) == Halves(2, (8.0,), 16.0)
+
+
+def test_bucketed_steps_are_divided_between_reference_batches() -> None:
+    for statistics in (False, True):
+        made = sampler(3, 24, reference=8, lengths=True, bucket_window=5, statistics=statistics)
+        for number in range(3):
+            assert halve(made, number) == Halves(3, (8.0,), 24.0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("ratio", [None, 3.0])
+def test_halving_changes_the_micro_batches_of_measured_steps_only(world: int, ratio: float | None) -> None:
+    plain, halved, equal = (
+        sampler(4, 30, ratio=ratio, world=world, lengths=lengths, halve_every=every)
+        for lengths, every in ((True, 0), (True, 3), (False, 1))
+    )
+    of_equal = sampler(4, 30, ratio=ratio, world=world, halve_every=0)
+    for number in range(10):
+        before, after = ([group.tolist() for group in made.micro_batches(number)] for made in (plain, halved))
+        assert (before == after) == (number % 3 != 2) == (halved.half(number) is None)
+        assert sorted(chain(*before)) == sorted(chain(*after))
+        # Without lengths nothing is sorted and nothing changes.
+        assert [g.tolist() for g in equal.micro_batches(number)] == [
+            g.tolist() for g in of_equal.micro_batches(number)
+        ]
+        assert equal.half(number) is None
+        # At most one more round of each source.
+        assert len(before) <= len(after) <= len(before) + world * (1 if ratio is None else 2)
+        for rank in range(world):
+            assert len({d.micro_batch for d in halved.draws(number, rank)}) == len(after) // world
+
+
+def measure(made: ScheduledBatchSampler, gradients: np.ndarray, fair: bool) -> tuple[float, float, float, float]:
+    """Mean estimates of |G|^2 and tr Sigma over all steps, and the means of both sums of weights.
+
+    The gradient of a batch is the sum over its items over its units. Not `fair`: the first half of the micro-batches
+    of the step as it is without measurement.
+    """
+    stream, world, found = made.stream, made.world_size, []
+    sums = stream.cumulative_units
+    for number in range(made.num_steps):
+        groups = made.micro_batches(number)
+        halves = halve(made, number) if fair else None
+        border = halves.border if isinstance(halves, Halves) else len(groups) // world // 2
+        parts = [np.concatenate(groups[rank : border * world : world]) for rank in range(world)]
+        units = [float((sums[part + 1] - sums[part]).sum()) for part in parts]
+        if isinstance(halves, Halves):
+            assert halves.units == pytest.approx(units)
+        small = [gradients[stream.index[part]].sum(0) / size for part, size in zip(parts, units, strict=True)]
+        step = made.step(number)
+        big = gradients[stream.index[np.concatenate(groups)]].sum(0) / step.units
+        squares = [np.square(value).sum() for value in (*small, big)]
+        harmonic = world / sum(1 / size for size in units)
+        estimate = noise_estimate(np.mean(squares[:-1]), squares[-1], small_batch=harmonic, big_batch=step.units)
+        found.append((*estimate, harmonic, step.units))
+    return tuple(np.mean(found, axis=0).tolist())  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("unit", ["samples", "tokens"])
+def test_halves_of_sorted_steps_give_the_noise_in_closed_form(unit: str, world: int) -> None:
+    """Gradients that grow with length, from passes without replacement.
+
+    A mean of b of N items has E |g|^2 = |G|^2 + S^2 (1 / b - 1 / N), S^2 the sample variance: the estimates are
+    |G|^2 - S^2 / N and S^2. In tokens a gradient is a ratio, and to first order the noise is that of g - G t.
+    """
+    items, batch = 2400, 16 if unit == "samples" else 160
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(1, 10, items).astype(np.float64)
+    gradients = rng.normal(0, 1, (items, 8)) + 0.5
+    gradients[:, 0] += 1.5 * (tokens - 5)
+    sizes = np.ones(items) if unit == "samples" else tokens
+    mean = gradients.sum(0) / sizes.sum()
+    noise = np.square(gradients - sizes[:, None] * mean).sum() / (items - 1) / sizes.mean()
+    signal = np.square(mean).sum() - noise / sizes.sum()
+    stream = ReferenceStream(
+        DataSource(sizes, tokens), reference_batch_size=batch, reference_steps=8 * sizes.sum() // batch
+    )
+    estimates = {}
+    for fair in (True, False):
+        borders = step_borders(BatchSchedule.constant(batch).resolve(stream.reference_steps, None), batch, ())
+        made = ScheduledBatchSampler(
+            stream, borders, micro_batch_size=2, world_size=world, halve_every=1 if fair else 0
+        )
+        estimates[fair] = measure(made, gradients, fair)
+    # A part holds 8 or 16 items on one process, 4 or 8 on two.
+    tolerance = 0.06 if unit == "samples" else 2 / (16 / world)
+    assert estimates[True][1] == pytest.approx(noise, rel=tolerance)
+    assert estimates[True][0] == pytest.approx(signal, abs=tolerance * noise / batch)
+    assert abs(estimates[False][1] / noise - 1) > 0.5
 
 
 def test_the_rescaling_makes_a_part_a_step_of_its_own() -> None:
@@ -266,20 +406,12 @@ def test_the_rescaling_makes_a_part_a_step_of_its_own() -> None:
     ("changes", "words"),
     [
         ({"per_device_train_batch_size": 8}, "lower per_device_train_batch_size"),
-        ({"data": "lengths"}, "sorted by length"),
+        ({"data": with_durations(40), "bucket_window": 2}, "set bucket_window=0"),
     ],
 )
 def test_what_cannot_be_measured_is_said_once_and_not_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], words: str
 ) -> None:
-    if "data" in changes:
-        rng = np.random.default_rng(0)
-        plain = tiny.sentences(40)
-        changes = {
-            "data": datasets.concatenate_datasets(
-                [plain, datasets.Dataset.from_dict({"duration": rng.uniform(1, 9, 40)})], axis=1
-            ).with_format("torch")
-        }
     made = run(tmp_path, logging_strategy="steps", logging_steps=1, **changes)
     said = [record.message for record in caplog.records if "noise scale is not measured" in record.message]
     assert len(said) == 1 and "optimizer step 0" in said[0] and words in said[0]
@@ -310,6 +442,18 @@ def test_gradients_and_weights_are_the_same_bits_with_and_without(tmp_path: Path
         assert tiny.same_bits(made.recorder.gradients, runs[0].recorder.gradients)
         assert tiny.same_bits(made.recorder.weights, runs[0].recorder.weights)
         assert tiny.same_bits(made.recorder.averages, runs[0].recorder.averages)
+
+
+def test_sorted_steps_keep_their_samples_and_their_gradients(tmp_path: Path) -> None:
+    """Only the steps measured are cut into other micro-batches, which changes the last digits of their gradients."""
+    runs = [run(tmp_path, data=with_durations(40), noise_scale_every=every) for every in (0, 3)]
+    assert list(runs[1].measured) == [2]
+    for step in range(4):
+        drawn = [made.drawn[step] for made in runs]
+        assert sorted(drawn[0]) == sorted(drawn[1]) and (drawn[0] == drawn[1]) == (step != 2)
+        gradients = [made.recorder.gradients[step] for made in runs]
+        assert tiny.same_bits(*gradients) == (step < 2)
+        assert tiny.difference(*gradients) < 1e-5
 
 
 def test_the_log_says_the_running_estimate(tmp_path: Path) -> None:
