@@ -83,7 +83,7 @@ class ClassifierArguments:
     )
     new_labels: bool = field(
         default=False,
-        metadata={"help": "With model_name_or_path: a new output layer for the labels of the training set."},
+        metadata={"help": "With model_name_or_path: new output layers, for the labels of the training set."},
     )
     vocabulary_size: int = field(default=8192, metadata={"help": "Most tokens of a vocabulary of words."})
     lower_case: bool = field(default=True, metadata={"help": "Make words of that vocabulary lower case."})
@@ -141,8 +141,8 @@ def build_supervised(data: TextDataArguments, model: ClassifierArguments, args: 
         texts = labelled[data.text_column]
         tokenizer = _tokenizer(model, texts)
         names = class_names(labelled, data.label_column)
-        if len(names) < 2:
-            raise ValueError(f"{data.labelled}: every label is {names[0]!r}: there is nothing to tell apart")
+        if len(labelled.unique(data.label_column)) < 2:
+            raise ValueError(f"{data.labelled}: all {len(labelled)} rows have the same label: nothing to tell apart")
         set_seed(args.seed if model.init_seed is None else model.init_seed)
         network = _network(model, config, tokenizer, names)
         label_ids = {network.config.id2label[index]: index for index in sorted(network.config.id2label)}
@@ -204,12 +204,19 @@ def _network(model: ClassifierArguments, config: Any | None, tokenizer: Any, nam
     network = AutoModelForSequenceClassification.from_pretrained(
         str(model.model_name_or_path), dtype=torch.float32, **changed
     )
+    network.config.problem_type = labels["problem_type"]
+    if model.new_labels:
+        # An output layer of the same size would have come from the checkpoint.
+        fresh = AutoModelForSequenceClassification.from_config(network.config)
+        for name, part in network.named_children():
+            if name != network.base_model_prefix:
+                part.load_state_dict(fresh.get_submodule(name).state_dict())
     known = network.config.id2label.values()
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(
             f"{model.model_name_or_path} knows the labels {', '.join(known)}, not {', '.join(unknown)}: set "
-            "new_labels for a new output layer"
+            "new_labels for new output layers"
         )
     if len(tokenizer) > network.config.vocab_size:
         raise ValueError(
