@@ -296,6 +296,8 @@ def test_the_config_runs_and_its_comments_are_right(tmp_path: Path, monkeypatch:
     args = trainer.args
     assert args.half_life(1.0) == pytest.approx(2213, rel=1e-3)
     assert 8 * (1 - args.momentum(1.0)) == pytest.approx(0.04)
+    assert (args.optim, trainer.plan.rule.name) == ("rmsprop", "rmsprop")
+    assert len(build(CONFIG, tmp_path / "out", "--kappa", "8").plan) == 200 + 1000 / 8
     metrics = run(trainer)
     sets = {"clean", "corrupted", "shifted"}
     assert {name for name in metrics if name.endswith("accuracy")} == {
