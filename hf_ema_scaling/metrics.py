@@ -1,4 +1,4 @@
-"""Word and character error rate as `evaluate` metrics that need no download."""
+"""Word and character error rate as `evaluate` metrics that need no download, and the accuracy of a classifier."""
 
 from __future__ import annotations
 
@@ -112,3 +112,42 @@ class CTCMetrics:
         return [
             self.tokenizer.decode(row[keep].tolist(), group_tokens=False) for row, keep in zip(ids, kept, strict=True)
         ]
+
+
+class ClassificationMetrics:
+    """Accuracy and error rate of a classifier, for `Trainer(compute_metrics=ClassificationMetrics(classes).compute)`.
+
+    Args:
+        classes: number of classes.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+
+    def compute(self, eval_prediction: EvalPrediction) -> dict[str, float]:
+        """`{"accuracy": ..., "error_rate": ...}`, shares of the rows; they add up to 1.
+
+        A row is right where the largest logit, the first of equals, is that of its label.
+
+        Args:
+            eval_prediction: `predictions`, float logits (rows, classes), and `label_ids`, int (rows,).
+
+        Raises:
+            ValueError: for other shapes, no rows, logits that are NaN, or a label that is no class.
+        """
+        logits, labels = np.asarray(eval_prediction.predictions), np.asarray(eval_prediction.label_ids)
+        if labels.ndim != 1 or logits.shape != (len(labels), self.classes) or not len(labels):
+            raise ValueError(
+                f"predictions must be logits (rows, {self.classes}) and label_ids (rows,), at least one row, got "
+                f"shapes {logits.shape} and {labels.shape}"
+            )
+        unknown = labels[(labels < 0) | (labels >= self.classes)]
+        if len(unknown):
+            raise ValueError(f"label_ids must lie in [0, {self.classes}), got {unknown[0]}")
+        nans = np.isnan(logits).any(-1)
+        if nans.any():
+            raise ValueError(
+                f"the logits of {nans.sum()} of {len(labels)} rows are NaN (rows {np.flatnonzero(nans)[:10]})"
+            )
+        right = int((logits.argmax(-1) == labels).sum())
+        return {"accuracy": right / len(labels), "error_rate": 1 - right / len(labels)}

@@ -10,6 +10,7 @@ from transformers import EvalPrediction, Wav2Vec2CTCTokenizer
 
 from hf_ema_scaling.metrics import (
     CharacterErrorRate,
+    ClassificationMetrics,
     CTCMetrics,
     WordErrorRate,
     character_error_rate,
@@ -63,3 +64,26 @@ def test_label_ids_are_decoded_without_merging_doubled_letters(tmp_path: Path) -
     assert wrong == {"wer": 0.5, "cer": 0.1}
     with pytest.raises(ValueError, match="predictions must be label ids"):
         metrics.compute(EvalPrediction(predictions=np.zeros((2, 5, 7), dtype=np.float32), label_ids=labels))
+
+
+def test_a_classifier_is_right_where_its_largest_logit_is() -> None:
+    logits = np.array([[0.1, 2.0, -1.0], [3.0, 3.0, 0.0], [-2.0, -1.0, -3.0], [0.0, 0.0, 9.0]], dtype=np.float32)
+    found = ClassificationMetrics(3).compute(EvalPrediction(predictions=logits, label_ids=np.array([1, 1, 0, 2])))
+    assert found == {"accuracy": 0.5, "error_rate": 0.5}
+    found = ClassificationMetrics(3).compute(EvalPrediction(predictions=logits, label_ids=np.array([1, 0, 1, 0])))
+    assert found == {"accuracy": 0.75, "error_rate": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (np.zeros((2, 3)), np.array([0, 3]), r"label_ids must lie in \[0, 3\), got 3"),
+        (np.zeros((2, 3)), np.array([0, -100]), "got -100"),
+        (np.zeros((2, 2)), np.array([0, 1]), r"logits \(rows, 3\) .* got shapes \(2, 2\) and \(2,\)"),
+        (np.zeros((0, 3)), np.array([], dtype=int), "at least one row"),
+        (np.array([[0, 0, 1], [0, np.nan, 0]]), np.array([0, 1]), r"1 of 2 rows are NaN \(rows \[1\]\)"),
+    ],
+)
+def test_what_has_no_accuracy_is_refused(logits: np.ndarray, labels: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClassificationMetrics(3).compute(EvalPrediction(predictions=logits, label_ids=labels))

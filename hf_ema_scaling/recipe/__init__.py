@@ -1,4 +1,4 @@
-"""What recipes share: arguments from YAML and the command line, speech data, models, and one run of them."""
+"""What recipes share: arguments from YAML and the command line, data, models, and one run of them."""
 
 from hf_ema_scaling.recipe.asr_ctc import (
     ASR_CTC,
@@ -9,15 +9,26 @@ from hf_ema_scaling.recipe.asr_ctc import (
 )
 from hf_ema_scaling.recipe.config import parse
 from hf_ema_scaling.recipe.runner import results_table, run
-from hf_ema_scaling.recipe.sources import load_speech
+from hf_ema_scaling.recipe.sources import load_speech, load_text
+from hf_ema_scaling.recipe.supervised import (
+    SUPERVISED,
+    ClassifierArguments,
+    TextDataArguments,
+    build_supervised,
+)
 
 __all__ = [
     "ASR_CTC",
+    "SUPERVISED",
     "AugmentationArguments",
+    "ClassifierArguments",
     "ModelArguments",
     "SpeechDataArguments",
+    "TextDataArguments",
     "build_asr_ctc",
+    "build_supervised",
     "load_speech",
+    "load_text",
     "parse",
     "results_table",
     "run",

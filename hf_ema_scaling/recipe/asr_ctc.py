@@ -23,7 +23,7 @@ from transformers import (
 from hf_ema_scaling.data.speech import SpecAugment, build_character_processor, longest_first, prepare_ctc
 from hf_ema_scaling.metrics import CTCMetrics
 from hf_ema_scaling.recipe.config import close_names
-from hf_ema_scaling.recipe.sources import load_speech
+from hf_ema_scaling.recipe.sources import load_speech, named_sources
 from hf_ema_scaling.training import EMATrainer, EMATrainingArguments, PseudoLabelArguments, PseudoLabelTrainer
 from hf_ema_scaling.training.checks import drop_unfitting
 from hf_ema_scaling.training.mixin import EMATrainerMixin
@@ -68,8 +68,7 @@ class SpeechDataArguments:
 
     def evaluation_sources(self) -> dict[str, str]:
         """Sources by name; a single one has the name ''."""
-        text = (self.evaluation or "").strip()
-        return json.loads(text) if text.startswith("{") else {"": text} if text else {}
+        return named_sources(self.evaluation)
 
 
 @dataclass

@@ -10,6 +10,16 @@ from pathlib import Path
 
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 
+COLUMNS = {
+    "wer": "WER",
+    "cer": "CER",
+    "probe_accuracy": "probe accuracy",
+    "accuracy": "accuracy",
+    "error_rate": "error rate",
+    "loss": "loss",
+}
+"""Metrics that results are told in, and what people call them."""
+
 
 def run(trainer: EMATrainerMixin) -> dict[str, float]:
     """Trains, evaluates student and average, saves both, and pushes if asked to.
@@ -43,16 +53,23 @@ def run(trainer: EMATrainerMixin) -> dict[str, float]:
 
 
 def results_table(metrics: Mapping[str, float]) -> str:
-    """WER, CER and loss of student and average on every evaluation set, as people read them."""
-    sets = dict.fromkeys(match[1] for name in metrics if (match := re.fullmatch(r"eval_(?:ema_)?(.*?)wer", name)))
-    lines = [f"{'':>24}  {'WER':>7}  {'CER':>7}  {'loss':>7}"]
-    for name in sets:
-        for weights, prefix in (("student", "eval_"), ("average", "eval_ema_")):
-            if f"{prefix}{name}wer" not in metrics:
+    """The metrics of `COLUMNS` of student and average on every evaluation set, as people read them."""
+    # Lazy, so that of probe_accuracy and accuracy the longer name wins over a set called probe.
+    key = re.compile(rf"eval_(ema_)?((?:.+_)??)({'|'.join(COLUMNS)})")
+    found = [match.groups(default="") for name in metrics if (match := key.fullmatch(name))]
+    columns = [metric for metric in COLUMNS if any(metric == named for _, _, named in found)]
+    widths = [max(7, len(COLUMNS[metric])) for metric in columns]
+    lines = [
+        " " * 24 + "".join(f"  {COLUMNS[metric]:>{width}}" for metric, width in zip(columns, widths, strict=True))
+    ]
+    for name in dict.fromkeys(name for _, name, _ in found):
+        for weights, ema in (("student", ""), ("average", "ema_")):
+            if not any((ema, name) == (of, on) for of, on, _ in found):
                 continue
-            cells = [metrics.get(f"{prefix}{name}{metric}", math.nan) for metric in ("wer", "cer", "loss")]
+            cells = [metrics.get(f"eval_{ema}{name}{metric}", math.nan) for metric in columns]
             lines.append(
-                f"{(name.strip('_') + ' ' + weights).strip():>24}" + "".join(f"  {cell:7.4f}" for cell in cells)
+                f"{(name.strip('_') + ' ' + weights).strip():>24}"
+                + "".join(f"  {cell:{width}.4f}" for cell, width in zip(cells, widths, strict=True))
             )
     seconds = metrics.get("train_runtime", math.nan)
     lines.append(f"{metrics.get('optimizer_steps', 0):g} optimizer steps, {seconds:.0f} s of training")

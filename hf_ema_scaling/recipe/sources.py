@@ -1,11 +1,11 @@
-"""Speech from the Hub, from audio folders, from saved data sets, from manifests."""
+"""Speech and text from the Hub, from audio folders, from saved data sets, from manifests."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import soundfile
 from datasets import Audio, Dataset, DatasetDict, load_dataset, load_from_disk
 
 from hf_ema_scaling.data.speech import quiet_unless_terminal
+from hf_ema_scaling.data.text import label_name
 
 
 def load_speech(source: str, *, audio_column: str = "audio", text_column: str | None = "text") -> Dataset:
@@ -32,14 +33,63 @@ def load_speech(source: str, *, audio_column: str = "audio", text_column: str | 
         NotImplementedError: for a URL: streaming is not supported yet.
     """
     wanted = [audio_column] if text_column is None else [audio_column, text_column]
+    dataset = _found(source, wanted, "audio_column and text_column", _speech_files)
+    if isinstance(dataset.features[audio_column], Audio):
+        dataset = dataset.cast_column(audio_column, Audio(decode=False))
+    return dataset.select_columns(wanted)
+
+
+def load_text(source: str, *, text_column: str = "text", label_column: str = "label") -> Dataset:
+    """Texts and their labels, in the order they have in a source.
+
+    Args:
+        source: as in `TextDataArguments`; local where the path, or what stands before its last colon, exists.
+        text_column: column of the texts.
+        label_column: column of the labels: strings, integers or a `ClassLabel`.
+
+    Returns:
+        A map-style data set with these columns only. Labels of a manifest are strings.
+
+    Raises:
+        FileNotFoundError: for a local source that is not there.
+        ValueError: for a source that cannot be loaded, has no rows, or lacks a column, and for a row whose text is
+            empty or whose label names no class.
+        NotImplementedError: for a URL: streaming is not supported yet.
+    """
+    wanted = [text_column, label_column]
+    dataset = _found(source, wanted, "text_column and label_column", _text_rows).select_columns(wanted)
+    feature, number = dataset.features[label_column], 0
+    for rows in dataset.iter(batch_size=1000):
+        for text, label in zip(rows[text_column], rows[label_column], strict=True):
+            number += 1
+            if not isinstance(text, str) or not text.strip():
+                shown = "empty" if isinstance(text, str) else "null" if text is None else f"{text!r}, not a string"
+                raise ValueError(f"{source}, row {number}: {text_column} is {shown}: leave such rows out")
+            try:
+                label_name(label, feature)
+            except ValueError as error:
+                raise ValueError(f"{source}, row {number}: {error}") from error
+    return dataset
+
+
+def named_sources(text: str | None) -> dict[str, str]:
+    """Evaluation sources by name, from an argument that holds one or a JSON mapping; a single one has the name ''."""
+    text = (text or "").strip()
+    return json.loads(text) if text.startswith("{") else {"": text} if text else {}
+
+
+def _found(
+    source: str, wanted: list[str], arguments: str, of_files: Callable[[Path, str | None, list[str]], Dataset]
+) -> Dataset:
+    """A source with the columns `wanted`, which `arguments` name; `of_files` reads what is no saved data set."""
     before, _, split = source.rpartition(":")
     if Path(source).exists():
-        dataset = _local(Path(source), None, wanted)
+        dataset = _local(Path(source), None, wanted, of_files)
     elif before and Path(before).exists():
-        dataset = _local(Path(before), split, wanted)
+        dataset = _local(Path(before), split, wanted, of_files)
     elif "://" in source:
         raise NotImplementedError(f"{source}: streaming from a URL is not supported yet; download it first")
-    elif source.startswith((".", "/", "~")) or source.endswith((".jsonl", ".json")):
+    elif source.startswith((".", "/", "~")) or source.endswith((".jsonl", ".json", ".csv")):
         raise FileNotFoundError(f"{source}: no such file or folder, seen from {Path.cwd()}")
     else:
         dataset = _from_hub(source)
@@ -47,13 +97,11 @@ def load_speech(source: str, *, audio_column: str = "audio", text_column: str | 
     if missing:
         raise ValueError(
             f"{source}: no column {', '.join(missing)}; it has {', '.join(dataset.column_names)}. Name the columns by "
-            "audio_column and text_column"
+            f"{arguments}"
         )
     if not len(dataset):
         raise ValueError(f"{source}: no rows")
-    if isinstance(dataset.features[audio_column], Audio):
-        dataset = dataset.cast_column(audio_column, Audio(decode=False))
-    return dataset.select_columns(wanted)
+    return dataset
 
 
 def _from_hub(source: str) -> Dataset:
@@ -69,7 +117,9 @@ def _from_hub(source: str) -> Dataset:
         raise ValueError(f"{source}: neither here nor on the Hub ({error})") from error
 
 
-def _local(path: Path, split: str | None, wanted: list[str]) -> Dataset:
+def _local(
+    path: Path, split: str | None, wanted: list[str], of_files: Callable[[Path, str | None, list[str]], Dataset]
+) -> Dataset:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = load_from_disk(str(path))
         if isinstance(saved, Dataset):
@@ -80,6 +130,44 @@ def _local(path: Path, split: str | None, wanted: list[str]) -> Dataset:
                 f"{path} has the splits {', '.join(saved)}: write one of them as {path}:{next(iter(saved))}"
             )
         return saved[split]
+    return of_files(path, split, wanted)
+
+
+def _text_rows(path: Path, split: str | None, wanted: list[str]) -> Dataset:
+    if split is not None:
+        path = path / split
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is neither a file (.jsonl, .csv) nor a folder that save_to_disk of `datasets` has written"
+        )
+    if path.suffix.lower() == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    else:
+        rows = _json_lines(path)
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    text_column, label_column = wanted
+    columns: dict[str, list[Any]] = {column: [] for column in wanted}
+    for number, row in enumerate(rows, start=1):
+        missing = [column for column in wanted if column not in row]
+        if missing:
+            raise ValueError(
+                f"{path}, row {number}: no {', '.join(missing)}; it has {', '.join(map(str, row))}. Name the columns "
+                "by text_column and label_column"
+            )
+        text = row[text_column]
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{path}, row {number}: {text_column} is {text!r}, not a string")
+        try:
+            columns[label_column].append(label_name(row[label_column]))
+        except ValueError as error:
+            raise ValueError(f"{path}, row {number}: {error}") from error
+        columns[text_column].append(text)
+    return Dataset.from_dict(columns)
+
+
+def _speech_files(path: Path, split: str | None, wanted: list[str]) -> Dataset:
     if split is not None:
         path = path / split
     rows: list[dict[str, Any]]
