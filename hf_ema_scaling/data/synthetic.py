@@ -83,14 +83,14 @@ class SyntheticCorpusConfig:
     labelled_minutes: float = 7.0
     unlabelled_minutes: float = 45.0
     evaluation_minutes: float = 6.0
-    labelled_voices: int = 12
+    labelled_voices: int = 40
     """Voices (accent and variant) of the labelled split."""
-    unlabelled_voices: int = 288
+    unlabelled_voices: int = 260
     """Voices of the unlabelled split; the evaluation split has all others."""
     noise: float = 0.02
     """White noise of the labelled split, which is spoken in a quiet room: its standard deviation is uniform in
     [0, noise) per utterance, at a speech peak of 0.5."""
-    wild_noise: float = 0.12
+    wild_noise: float = 0.16
     """The same for the unlabelled and the evaluation split, which are recorded anywhere."""
     rate: tuple[int, int] = (140, 210)
     """Words per minute, lowest and highest."""

@@ -48,8 +48,8 @@ class DemoConfig:
     """The recipe of the demo, at its reference batch of 16 utterances."""
 
     steps: int = 2000
-    pl_start: int = 600
-    unlabeled_ratio: float = 3.0
+    pl_start: int = 800
+    unlabeled_ratio: float = 1.0
     reference_batch_size: int = 16
     learning_rate: float = 3e-3
     warmup_steps: int = 100
