@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED, ReferenceStream
-from hf_ema_scaling.scaling.schedule import StepBorders
+from hf_ema_scaling.scaling.borders import StepBorders
 
 # Reference steps by which a step border may miss a position of the stream and still mean it.
 BORDER_TOLERANCE = 1e-6
@@ -74,7 +74,7 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         batch_statistics: keep micro-batches inside reference batches.
 
     Raises:
-        ValueError: for sizes below 1, or borders that leave out the stream's `pl_start` or its end.
+        ValueError: for sizes below 1, or borders that leave out the stream's `pl_start`, its end, or where its ratio changes.
     """
 
     def __init__(
@@ -90,11 +90,12 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
             raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
         if world_size < 1:
             raise ValueError(f"world_size must be at least 1, got {world_size}")
-        for name, clock in (("pl_start", stream.pl_start), ("the end of the run", stream.reference_steps)):
+        changes = [("a change of the ratio", clock) for clock in stream.ratio_changes]
+        for name, clock in (("pl_start", stream.pl_start), *changes, ("the end of the run", stream.reference_steps)):
             if clock is not None and np.abs(borders.borders - clock).min() > BORDER_TOLERANCE:
                 raise ValueError(
                     f"no step ends at {name}, reference step {clock:g} of the stream (the steps reach "
-                    f"{borders.position:g}): give plan and stream the same run length and pl_start"
+                    f"{borders.position:g}): give plan and stream the same run length, pl_start and ratio_changes"
                 )
         self.stream = stream
         self.micro_batch_size = micro_batch_size
