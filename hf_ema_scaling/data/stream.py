@@ -58,10 +58,10 @@ class ReferenceStream:
     """Every item a run draws, in order, laid out as reference batches.
 
     Before `pl_start` all units are labelled. From there on each source has a cumulative target, a continuous and
-    piecewise linear function of the clock, and the source that is furthest behind its target gives the next item: after
-    any number of items, also across a change of the ratio, either is off by at most one item. Items before a change
-    do not depend on it. Passes over a source are seeded
-    permutations; batches may straddle passes; nothing is dropped.
+    piecewise linear function of the clock, and the source that is furthest behind gives the next item: after any
+    number of items, also across a change of the ratio, both are off by at most one item of either source. Items before
+    a change do not depend on it. Passes over a source are seeded permutations; batches may straddle passes; nothing is
+    dropped.
 
     With `bucket_window > 0` each pass is cut into windows of that many reference batches, sorted by length inside a
     window, cut into reference batches and those shuffled: a reference batch then holds items of similar length from

@@ -202,7 +202,9 @@ def json_list(what: str, value: str | Sequence[Mapping[str, Any]]) -> list[Mappi
 
 
 def _sizes_to_json(stage: Stage) -> dict[str, float]:
-    return {"batch_size": stage.batch_size} if stage.sources is None else dict(zip(_SOURCES, stage.sources, strict=True))
+    return (
+        {"batch_size": stage.batch_size} if stage.sources is None else dict(zip(_SOURCES, stage.sources, strict=True))
+    )
 
 
 def _stage_from_json(index: int, entry: Mapping[str, Any]) -> Stage:
