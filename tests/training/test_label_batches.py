@@ -11,7 +11,6 @@ import torch
 
 from hf_ema_scaling.labels import PseudoLabel
 
-
 CONFIDENCE = 0.3
 """Of which some labels fall short."""
 
