@@ -218,13 +218,13 @@ class _Target:
         """The items for the target at `end`, and `extra` units more."""
         taken: list[NDArray[np.int32]] = []
         drawn = 0.0
-        for piece, (reached, share) in enumerate(zip(self.reached, self.shares, strict=True)):
+        for piece, (start, reached, share) in enumerate(zip(self.starts, self.reached, self.shares, strict=True)):
+            units = reached + (end - start) * share + extra - drawn
+            stop = units
             if piece + 1 < len(self.reached):
-                goal = self.reached[piece + 1] - CLOCK_DUST * batch * share
-            else:
-                goal = reached + (end - self.starts[piece]) * share + extra
+                stop = self.reached[piece + 1] - CLOCK_DUST * batch * share - drawn
             # Where the last utterance overshot its piece, the first reference batch of this one has begun.
-            taken.append(passes.take(goal - drawn, batch * share, begun=max(0.0, drawn - reached)))
+            taken.append(passes.take(units, batch * share, begun=max(0.0, drawn - reached), stop=stop))
             drawn += passes.source.units[taken[-1]].sum()
         return np.concatenate(taken)
 
@@ -250,18 +250,20 @@ class _Passes:
         self.passes = 0
         self.rest: NDArray[np.int32] = np.empty(0, dtype=np.int32)
 
-    def take(self, units: float, batch: float, begun: float = 0.0) -> NDArray[np.int32]:
+    def take(self, units: float, batch: float, begun: float = 0.0, stop: float | None = None) -> NDArray[np.int32]:
         """The next items, until they make up at least `units`; passes begun here are bucketed by `batch` units.
 
-        The first item taken is taken for the first of a reference batch of which `begun` units are drawn already.
+        The first item taken is taken for the first of a reference batch of which `begun` units are drawn already. With
+        `stop` these are the first of them, up to so many units, with the same bits.
         """
+        left = 0.0 if stop is None else units - stop
         taken: list[NDArray[np.int32]] = []
         missing = units
-        while missing > 0:
+        while missing > left:
             if len(self.rest) == 0:
                 self.rest = self._next_pass(batch, begun=(begun + units - missing) % batch)
             sums = np.cumsum(self.source.units[self.rest])
-            count = min(int(np.searchsorted(sums, missing, side="left")) + 1, len(self.rest))
+            count = min(int(np.searchsorted(sums, missing - left, side="left")) + 1, len(self.rest))
             taken.append(self.rest[:count])
             missing -= sums[count - 1]
             self.rest = self.rest[count:]

@@ -91,6 +91,31 @@ def test_the_stream_before_a_change_does_not_know_of_it(
         assert before.source[end:].tolist() != after.source[end:].tolist()
 
 
+def test_sizes_that_binary_cannot_hold_do_not_reach_back() -> None:
+    # Sums of 0.1 miss the borders of reference batches by roundings, and with them those of bucketing windows.
+    random = np.random.default_rng(0)
+    for seed in range(300):
+        lengths = [random.uniform(1, 9, int(random.integers(2, 90))) for _ in range(2)]
+        sources = [DataSource(np.full(len(of), 0.1), of) for of in lengths]
+        clock, ratio = int(random.integers(7, 40)), int(random.integers(1, 9))
+        before, after = (
+            ReferenceStream(
+                sources[0],
+                unlabelled=sources[1],
+                reference_batch_size=0.1 * (2 + seed % 28),
+                reference_steps=40,
+                pl_start=6,
+                unlabelled_ratio=ratio,
+                ratio_changes=changes,
+                bucket_window=1 + seed % 3,
+                seed=seed,
+            )
+            for changes in ([], [(clock, 2.5)])
+        )
+        end = int(before.position(clock))
+        assert end == after.position(clock) and (before.index[:end] == after.index[:end]).all()
+
+
 def test_a_change_to_the_same_ratio_changes_no_bit() -> None:
     for source in (samples, seconds):
         plain, cut = stream_of(source, []), stream_of(source, [(20.0, 1.5), (33.3, 1.5)])
