@@ -22,7 +22,7 @@ LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
 class MicroBatch(TypedDict):
-    """One forward and backward pass: rows of one source, padded to their own longest row."""
+    """One forward and backward pass, or one of the teacher: rows of one source, padded to their own longest row."""
 
     source: int
     """`LABELLED` or `UNLABELLED`."""
@@ -77,8 +77,9 @@ class TwoSourceDataset(Dataset[tuple[Draw, Example]]):
 class MicroBatchCollator:
     """Groups the rows of one step into micro-batches and pads each with the base collator.
 
-    Returns `{"micro_batches": [MicroBatch, ...]}`. There is no top-level `labels`, so Trainer counts no items and
-    scales no loss.
+    Returns `{"micro_batches": [MicroBatch, ...]}`, and beside it `"label_batches"` where the sampler groups unlabelled
+    rows for the teacher (`Draw.label_batch`). There is no top-level `labels`, so Trainer counts no items and scales no
+    loss.
     """
 
     def __init__(self, collate: Collate) -> None:
@@ -86,24 +87,29 @@ class MicroBatchCollator:
 
     def __call__(self, rows: Sequence[tuple[Draw, Example]]) -> dict[str, list[MicroBatch]]:
         """The micro-batches of the rows that `TwoSourceDataset` gave for one step of one process."""
-        micro_batches: list[MicroBatch] = []
-        for _, group in groupby(rows, key=lambda row: row[0].micro_batch):
-            members = list(group)
-            draws = [draw for draw, _ in members]
-            inputs = dict(self.collate([dict(example) for _, example in members]))
-            if draws[0].source == UNLABELLED:
-                # Language-model collators make labels of the inputs themselves.
-                inputs.pop("labels", None)
-            micro_batches.append(
-                MicroBatch(
-                    source=draws[0].source,
-                    inputs=inputs,
-                    positions=[draw.position for draw in draws],
-                    indices=[draw.index for draw in draws],
-                    weight=draws[0].weight,
-                )
-            )
-        return {"micro_batches": micro_batches}
+        groups = [list(group) for _, group in groupby(rows, key=lambda row: row[0].micro_batch)]
+        batches = {"micro_batches": [self._collated(group) for group in groups]}
+        for_teacher: dict[int, list[tuple[Draw, Example]]] = {}
+        for row in rows:
+            if row[0].label_batch is not None:
+                for_teacher.setdefault(row[0].label_batch, []).append(row)
+        if for_teacher:
+            batches["label_batches"] = [self._collated(for_teacher[number]) for number in sorted(for_teacher)]
+        return batches
+
+    def _collated(self, rows: Sequence[tuple[Draw, Example]]) -> MicroBatch:
+        draws = [draw for draw, _ in rows]
+        inputs = dict(self.collate([dict(example) for _, example in rows]))
+        if draws[0].source == UNLABELLED:
+            # Language-model collators make labels of the inputs themselves.
+            inputs.pop("labels", None)
+        return MicroBatch(
+            source=draws[0].source,
+            inputs=inputs,
+            positions=[draw.position for draw in draws],
+            indices=[draw.index for draw in draws],
+            weight=draws[0].weight,
+        )
 
 
 def pad_labels(ids: Sequence[Sequence[int]]) -> Tensor:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED, ReferenceStream
-from hf_ema_scaling.scaling.schedule import StepBorders
+from hf_ema_scaling.scaling.borders import StepBorders
 
 # Reference steps by which a step border may miss a position of the stream and still mean it.
 BORDER_TOLERANCE = 1e-6
@@ -30,6 +30,8 @@ class Draw(NamedTuple):
     """Number of the micro-batch on this process."""
     weight: float
     """1.0, or 0.0 for padding that only keeps the processes in step."""
+    label_batch: int | None = None
+    """Number of the teacher's batch on this process; `None` where the teacher takes micro-batches, or nothing."""
 
 
 class SampledStep(NamedTuple):
@@ -80,9 +82,12 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         world_size: number of processes.
         batch_statistics: keep micro-batches inside reference batches.
         halve_every: optimizer steps between those that are halved; 0 for none.
+        label_batch_size: unlabelled items per batch of the teacher and process, a memory limit only; the items of a
+            step are sorted by length for it. `None` without such batches.
 
     Raises:
-        ValueError: for sizes below 1, or borders that leave out the stream's `pl_start` or its end.
+        ValueError: for sizes below 1, or borders that leave out the stream's `pl_start`, a change of its ratio or its
+            end.
     """
 
     def __init__(
@@ -94,22 +99,27 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         world_size: int = 1,
         batch_statistics: bool = False,
         halve_every: int = 0,
+        label_batch_size: int | None = None,
     ) -> None:
         if micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
+        if label_batch_size is not None and label_batch_size < 1:
+            raise ValueError(f"label_batch_size must be at least 1, got {label_batch_size}")
         if world_size < 1:
             raise ValueError(f"world_size must be at least 1, got {world_size}")
-        for name, clock in (("pl_start", stream.pl_start), ("the end of the run", stream.reference_steps)):
+        changes = [("a change of the ratio", clock) for clock in stream.ratio_changes]
+        for name, clock in (("pl_start", stream.pl_start), *changes, ("the end of the run", stream.reference_steps)):
             if clock is not None and np.abs(borders.borders - clock).min() > BORDER_TOLERANCE:
                 raise ValueError(
                     f"no step ends at {name}, reference step {clock:g} of the stream (the steps reach "
-                    f"{borders.position:g}): give plan and stream the same run length and pl_start"
+                    f"{borders.position:g}): give plan and stream the same run length, pl_start and ratio_changes"
                 )
         self.stream = stream
         self.micro_batch_size = micro_batch_size
         self.world_size = world_size
         self.batch_statistics = batch_statistics
         self.halve_every = halve_every
+        self.label_batch_size = label_batch_size
         positions = stream.position(borders.borders)
         # In seconds a small step may fall inside one long utterance and draw nothing: it is no step of the run.
         self._planned = np.flatnonzero(np.diff(positions) > 0)
@@ -261,16 +271,26 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
 
     def _draws(self, groups: list[NDArray[np.int64]], rank: int) -> list[Draw]:
         drawn: list[Draw] = []
+        label_batches = self._label_batches(groups[rank :: self.world_size])
         for micro_batch, slot in enumerate(range(rank, len(groups), self.world_size)):
             weight = 1.0 if len(groups[slot]) else 0.0
             # Padding repeats an item of the first process, which has one of the same source.
             positions = groups[slot] if weight else groups[slot - rank][:1]
             rows = (self.stream.source[positions], self.stream.index[positions], positions)
             drawn.extend(
-                Draw(source, index, position, micro_batch, weight)
+                Draw(source, index, position, micro_batch, weight, label_batches.get(position) if weight else None)
                 for source, index, position in zip(*(row.tolist() for row in rows), strict=True)
             )
         return drawn
+
+    def _label_batches(self, groups: list[NDArray[np.int64]]) -> dict[int, int]:
+        """The teacher's batch of each unlabelled position in the micro-batches of one process."""
+        if self.label_batch_size is None or not groups:
+            return {}
+        positions = np.concatenate(groups)
+        positions = self.stream.sort_by_length(np.sort(positions[self.stream.source[positions] == UNLABELLED]))
+        batches = np.array_split(positions, max(1, -(-len(positions) // self.label_batch_size)))
+        return {position: number for number, batch in enumerate(batches) for position in batch.tolist()}
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for number in range(self.num_steps):

@@ -6,7 +6,9 @@ processes and micro-batches only cut it (`sampler.py`): runs at different kappa 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,13 +57,16 @@ class DataSource:
 class ReferenceStream:
     """Every item a run draws, in order, laid out as reference batches.
 
-    Before `pl_start` all units are labelled. From there on labelled and unlabelled items are interleaved so that
-    after any number of items the ratio is off by at most one item of either source. Passes over a source are seeded
-    permutations; batches may straddle passes; nothing is dropped.
+    Before `pl_start` all units are labelled. From there on each source has a cumulative target, a continuous and
+    piecewise linear function of the clock, and the source that is furthest behind gives the next item: after any
+    number of items, also across a change of the ratio, both are off by at most one item of either source. Items before
+    a change do not depend on it. Passes over a source are seeded permutations; batches may straddle passes; nothing is
+    dropped.
 
     With `bucket_window > 0` each pass is cut into windows of that many reference batches, sorted by length inside a
     window, cut into reference batches and those shuffled: a reference batch then holds items of similar length from
-    each source (in seconds, batches are off their borders by an utterance or two). The windows do not know kappa.
+    each source (in seconds, batches are off their borders by an utterance or two). The windows do not know kappa. A
+    pass is cut for the ratio at which it begins.
 
     Args:
         labelled: sizes of the labelled set.
@@ -70,6 +75,7 @@ class ReferenceStream:
         unlabelled: sizes of the unlabelled set, or `None`.
         pl_start: reference step at which unlabelled items begin (needs `unlabelled`).
         unlabelled_ratio: unlabelled units per labelled unit from `pl_start` on.
+        ratio_changes: pairs of a reference step after `pl_start` and the ratio from there on.
         seed: seed of the permutations.
         bucket_window: reference batches per bucketing window; 0 for none.
 
@@ -88,6 +94,7 @@ class ReferenceStream:
         unlabelled: DataSource | None = None,
         pl_start: float = 0.0,
         unlabelled_ratio: float = 1.0,
+        ratio_changes: Sequence[tuple[float, float]] = (),
         seed: int = 0,
         bucket_window: int = 0,
     ) -> None:
@@ -98,19 +105,29 @@ class ReferenceStream:
         if bucket_window < 0:
             raise ValueError(f"bucket_window counts reference batches, got {bucket_window}")
         if unlabelled is not None:
-            if not (np.isfinite(unlabelled_ratio) and unlabelled_ratio > 0):
-                raise ValueError(f"unlabelled_ratio must be above 0, got {unlabelled_ratio}")
+            for ratio in (unlabelled_ratio, *(ratio for _, ratio in ratio_changes)):
+                if not (np.isfinite(ratio) and ratio > 0):
+                    raise ValueError(f"unlabelled_ratio must be above 0, got {ratio}")
             if not 0 <= pl_start < reference_steps:
                 raise ValueError(
                     f"pl_start={pl_start} lies outside the run of {reference_steps} reference steps: no unlabelled "
                     "item would ever be drawn"
                 )
+            clocks = [pl_start, *(clock for clock, _ in ratio_changes), reference_steps]
+            if not all(low < high for low, high in pairwise(clocks)):
+                raise ValueError(
+                    f"changes of the ratio must lie in order between pl_start={pl_start} and the end of the run at "
+                    f"{reference_steps}, got {clocks[1:-1]}"
+                )
+        elif ratio_changes:
+            raise ValueError(f"the ratio changes at {ratio_changes[0][0]}, but there is no unlabelled source")
         self.reference_batch_size = float(reference_batch_size)
         self.reference_steps = float(reference_steps)
         self.labelled_items = len(labelled)
         self._labelled_size = float(labelled.units.mean())
         self.bucketed = bucket_window > 0
         self.pl_start = float(pl_start) if unlabelled is not None else None
+        self.ratio_changes = tuple(clock for clock, _ in ratio_changes)
         total = self.reference_steps * self.reference_batch_size
         dust = CLOCK_DUST * self.reference_batch_size
         supervised = total if unlabelled is None else pl_start * self.reference_batch_size
@@ -121,19 +138,21 @@ class ReferenceStream:
         index = first
         units = labelled.units[first]
         if unlabelled is not None:
-            remaining = total - units.sum()
-            share = np.array([1.0, unlabelled_ratio]) / (1.0 + unlabelled_ratio)
+            begun = units.sum()
+            # In seconds the last utterance before `pl_start` may reach past a change.
+            starts = [0.0, *(max(0.0, clock * batch - begun) for clock, _ in ratio_changes)]
+            ratios = np.array([unlabelled_ratio, *(ratio for _, ratio in ratio_changes)])
+            targets = [_Target(starts, 1.0 / (1.0 + ratios)), _Target(starts, ratios / (1.0 + ratios))]
             # One item more than the target of each source: the interleaving may run ahead by one.
             extra = max(labelled.units.max(), unlabelled.units.max())
+            both = (passes, _Passes(unlabelled, UNLABELLED, seed, bucket_window))
             drawn = [
-                passes.take(remaining * share[0] + extra, batch * share[0]),
-                _Passes(unlabelled, UNLABELLED, seed, bucket_window).take(
-                    remaining * share[1] + extra, batch * share[1]
-                ),
+                target.take(source_passes, total - begun, extra=extra, batch=batch)
+                for target, source_passes in zip(targets, both, strict=True)
             ]
             sizes = [labelled.units[drawn[0]], unlabelled.units[drawn[1]]]
-            # Merging by "units drawn so far over share" always draws from the source that is furthest behind.
-            keys = np.concatenate([(np.cumsum(s) - s) / w for s, w in zip(sizes, share, strict=True)])
+            # Merging by when targets ask for an item always draws from the source that is furthest behind.
+            keys = np.concatenate([t.keys(np.cumsum(s) - s, dust) for t, s in zip(targets, sizes, strict=True)])
             order = np.argsort(keys, kind="stable")
             kinds = np.repeat(np.array([LABELLED, UNLABELLED], dtype=np.int8), [len(d) for d in drawn])
             source = np.concatenate([source, kinds[order]])
@@ -187,6 +206,45 @@ class ReferenceStream:
         return drawn[position] / self.labelled_items
 
 
+class _Target:
+    """Units of one source to have been drawn by a position in units of both: continuous and piecewise linear.
+
+    Args:
+        starts: where the pieces start, in order, the first at 0.
+        shares: of the source, in each piece.
+    """
+
+    def __init__(self, starts: list[float], shares: NDArray[np.float64]) -> None:
+        self.starts = starts
+        self.shares = shares
+        lengths = np.diff(starts)
+        self.reached: list[float] = [0.0, *np.cumsum(lengths * shares[:-1]).tolist()]
+
+    def take(self, passes: _Passes, end: float, *, extra: float, batch: float) -> NDArray[np.int32]:
+        """The items for the target at `end`, and `extra` units more."""
+        taken: list[NDArray[np.int32]] = []
+        drawn = 0.0
+        for piece, (start, reached, share) in enumerate(zip(self.starts, self.reached, self.shares, strict=True)):
+            units = reached + (end - start) * share + extra - drawn
+            stop = units
+            if piece + 1 < len(self.reached):
+                stop = self.reached[piece + 1] - CLOCK_DUST * batch * share - drawn
+            # Where the last utterance overshot its piece, the first reference batch of this one has begun.
+            taken.append(passes.take(units, batch * share, begun=max(0.0, drawn - reached), stop=stop))
+            drawn += passes.source.units[taken[-1]].sum()
+        return np.concatenate(taken)
+
+    def keys(self, drawn: NDArray[np.float64], dust: float) -> NDArray[np.float64]:
+        """Where the target reaches `drawn` units of the source.
+
+        Keys before a change of share are bit for bit those without it, and all keys after it are larger.
+        """
+        keys = drawn / self.shares[0]
+        for start, reached, share in zip(self.starts[1:], self.reached[1:], self.shares[1:], strict=True):
+            keys = np.where(keys < start - dust, keys, np.maximum(start, start + (drawn - reached) / share))
+        return keys
+
+
 class _Passes:
     """Consecutive seeded passes over one source; `take` continues where the last one stopped."""
 
@@ -198,18 +256,20 @@ class _Passes:
         self.passes = 0
         self.rest: NDArray[np.int32] = np.empty(0, dtype=np.int32)
 
-    def take(self, units: float, batch: float) -> NDArray[np.int32]:
+    def take(self, units: float, batch: float, begun: float = 0.0, stop: float | None = None) -> NDArray[np.int32]:
         """The next items, until they make up at least `units`; passes begun here are bucketed by `batch` units.
 
-        The first item taken is taken for the first of a reference batch.
+        The first item taken is taken for the first of a reference batch of which `begun` units are drawn already. With
+        `stop` these are the first of them, up to so many units, with the same bits.
         """
+        left = 0.0 if stop is None else units - stop
         taken: list[NDArray[np.int32]] = []
         missing = units
-        while missing > 0:
+        while missing > left:
             if len(self.rest) == 0:
-                self.rest = self._next_pass(batch, begun=(units - missing) % batch)
+                self.rest = self._next_pass(batch, begun=(begun + units - missing) % batch)
             sums = np.cumsum(self.source.units[self.rest])
-            count = min(int(np.searchsorted(sums, missing, side="left")) + 1, len(self.rest))
+            count = min(int(np.searchsorted(sums, missing - left, side="left")) + 1, len(self.rest))
             taken.append(self.rest[:count])
             missing -= sums[count - 1]
             self.rest = self.rest[count:]

@@ -236,9 +236,9 @@ class ToplineTrainer(PseudoLabelTrainer):
         super().__init__(*args, **kwargs)
         self.references = references
 
-    def labels_of(self, micro_batch: MicroBatch) -> list[PseudoLabel]:
+    def labels_of(self, batch: MicroBatch) -> list[PseudoLabel]:
         """The true labels of the rows."""
-        return [PseudoLabel(tuple(self.references[index]), 1.0) for index in micro_batch["indices"]]
+        return [PseudoLabel(tuple(self.references[index]), 1.0) for index in batch["indices"]]
 
 
 class _StopAt(TrainerCallback):

@@ -1,5 +1,6 @@
 """Arithmetic of batch-size scaling: momentum, optimizer rules, batch schedules, and the plan of a run."""
 
+from .borders import Segment, StepBorders, step_borders
 from .momentum import (
     PathWeights,
     ema_weight,
@@ -27,7 +28,7 @@ from .optimizers import (
 )
 from .plan import ScalingPlan, StepValues
 from .recipe import Recipe
-from .schedule import BatchSchedule, ReferenceClock, ResolvedStage, Segment, Stage, StepBorders, step_borders
+from .schedule import BatchSchedule, ReferenceClock, ResolvedStage, Stage
 
 __all__ = [
     "AdagradRule",

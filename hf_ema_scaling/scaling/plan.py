@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+from .borders import StepBorders, step_borders
 from .momentum import PathWeights, path_correction, weight_from_log_momentum
 from .optimizers import OptimizerValues
 from .optimizers import scaling_rule as find_rule
 from .recipe import Recipe
-from .schedule import DUST, BatchSchedule, FloatArray, ResolvedStage, StepBorders, step_borders
+from .schedule import DUST, BatchSchedule, FloatArray, ResolvedStage
+from .sources import source_sizes, unlabelled_ratios
 from .table import plan_table
 from .warnings import plan_warnings
 
@@ -58,6 +60,10 @@ class ScalingPlan:
         ema_correction: "path" for updates by `path_correction`.
         done: Steps already run, frozen; the schedule lays out the rest.
 
+    Attributes:
+        unlabelled_ratios: Pairs of a clock position and the unlabelled units per labelled unit from there on, the
+            first at `pl_start`; empty without unlabelled data.
+
     Raises:
         ValueError: If the optimizer has no rule, the schedule does not fit the run, or a stage has impossible values,
             or the settings of the average exclude each other.
@@ -84,6 +90,7 @@ class ScalingPlan:
         self._check_average()
         self.done_steps = 0 if done is None else len(done)
         self.stages = schedule.resolve(recipe.max_steps, recipe.steps_per_epoch)
+        self.unlabelled_ratios = unlabelled_ratios(self.stages, recipe.pl_start, recipe.unlabelled_ratio)
         cuts = () if recipe.pl_start is None else (recipe.pl_start,)
         self.step_borders = step_borders(self.stages, recipe.reference_batch_size, cuts, done)
         self._lr_multiplier = lr_multiplier or recipe.warmup_multiplier
@@ -206,19 +213,28 @@ class ScalingPlan:
         )
 
     def stage_values(self) -> list[dict[str, Any]]:
-        """Per stage: batch size, kappa, clock, optimizer steps, and the scaled values at the peak learning rate."""
+        """Per stage: batch and its sources, kappa, clock, optimizer steps, and values at the peak learning rate.
+
+        Labelled and unlabelled sizes are those from `pl_start` on where that lies inside a stage, and `None` without
+        unlabelled data.
+        """
         starts = self.borders[:-1]
         rows: list[dict[str, Any]] = []
         for stage in self.stages:
             kappa = self._kappa(stage)
             inside = (starts >= stage.start - DUST * kappa) & (starts < stage.end - DUST * kappa)
-            rows.append(asdict(stage) | {"kappa": kappa, "steps": int(inside.sum())} | self._at_peak(stage))
+            rows.append(self._batch(stage) | {"kappa": kappa, "steps": int(inside.sum())} | self._at_peak(stage))
         return rows
 
     def reference_values(self) -> dict[str, Any]:
         """The same row for the reference batch."""
         stage = ResolvedStage(0.0, self.recipe.max_steps, self.recipe.reference_batch_size)
-        return asdict(stage) | {"kappa": 1.0, "steps": self.recipe.max_steps} | self._at_peak(stage)
+        return self._batch(stage) | {"kappa": 1.0, "steps": self.recipe.max_steps} | self._at_peak(stage)
+
+    def _batch(self, stage: ResolvedStage) -> dict[str, Any]:
+        labelled, unlabelled = source_sizes(stage, self.recipe.pl_start, self.recipe.unlabelled_ratio)
+        sizes = {"batch_size": stage.batch_size, "labelled": labelled, "unlabelled": unlabelled}
+        return {"start": stage.start, "end": stage.end} | sizes
 
     def _kappa(self, stage: ResolvedStage) -> float:
         return stage.batch_size / self.recipe.reference_batch_size

@@ -34,6 +34,7 @@ class Recipe:
         warmup_steps: Linear warm-up, used when the plan is given no learning-rate schedule.
         ema_start: Before this step the average equals the student; in a shorter run, to its end.
         pl_start: Where pseudo-labelling starts; `None` without pseudo-labels. No optimizer step crosses it.
+        unlabelled_ratio: Unlabelled units per labelled unit from `pl_start` on.
         steps_per_epoch: Needed only by stages that end after a number of epochs.
         momentum_schedule: "constant", or "cosine" from `ema_momentum` at step 0 to 1 at `max_steps`.
 
@@ -56,6 +57,7 @@ class Recipe:
     warmup_steps: float = 0
     ema_start: float = 0
     pl_start: float | None = None
+    unlabelled_ratio: float = 1.0
     steps_per_epoch: float | None = None
     momentum_schedule: MomentumScheduleKind = "constant"
 
@@ -67,6 +69,7 @@ class Recipe:
         check_below_one("ema_momentum", self.ema_momentum)
         check_not_negative("max_grad_norm", self.max_grad_norm or 0.0)
         check_not_negative("warmup_steps", self.warmup_steps)
+        check_positive("unlabelled_ratio", self.unlabelled_ratio)
         if self.steps_per_epoch is not None:
             check_positive("steps_per_epoch", self.steps_per_epoch)
         check_not_negative("ema_start", self.ema_start)

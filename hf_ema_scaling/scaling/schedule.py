@@ -1,4 +1,4 @@
-"""Batch size as a function of data seen, the step borders it implies, and the clock that counts data.
+"""Batch size as a function of data seen, and the clock that counts data.
 
 Positions are in reference steps: one reference step is `reference_batch_size` units.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -17,12 +16,13 @@ import numpy.typing as npt
 
 from .momentum import check_not_negative, check_positive
 
-__all__ = ["BatchSchedule", "ReferenceClock", "ResolvedStage", "Segment", "Stage", "StepBorders", "step_borders"]
+__all__ = ["BatchSchedule", "ReferenceClock", "ResolvedStage", "Stage"]
 
 FloatArray = npt.NDArray[np.float64]
 StageUnit = Literal["steps", "epochs", "fraction"]
 
 DUST = 1e-9
+_SOURCES = ("labelled", "unlabelled")
 _UNTIL_KEYS: dict[str, StageUnit] = {"until": "steps", "until_epochs": "epochs", "until_fraction": "fraction"}
 
 
@@ -34,16 +34,27 @@ class Stage:
         batch_size: Units per optimizer step, over all processes.
         until: Where the stage ends; `None` for the last stage, which ends with the run.
         unit: What `until` counts: reference "steps", "epochs", or the "fraction" of the run in (0, 1).
+        sources: Labelled and unlabelled units of the batch where it has sizes of their own; `of_sources` sums them.
 
     Raises:
-        ValueError: If a value is not finite, not positive, or a fraction is outside (0, 1).
+        ValueError: If a value is not finite, not positive, a fraction is outside (0, 1), or `sources` do not make up
+            the batch.
     """
 
     batch_size: float
     until: float | None = None
     unit: StageUnit = "steps"
+    sources: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        if self.sources is not None:
+            labelled, unlabelled = self.sources
+            check_positive("labelled size of a stage", labelled)
+            check_positive("unlabelled size of a stage", unlabelled)
+            if labelled + unlabelled != self.batch_size:
+                raise ValueError(
+                    f"{labelled!r} labelled and {unlabelled!r} unlabelled units are no batch of {self.batch_size!r}"
+                )
         check_positive("batch_size of a stage", self.batch_size)
         if self.unit not in get_args(StageUnit):
             raise ValueError(f"unit of a stage must be one of {', '.join(get_args(StageUnit))}, got {self.unit!r}")
@@ -53,6 +64,13 @@ class Stage:
             raise ValueError(f"until as a fraction of the run must lie strictly between 0 and 1, got {self.until!r}")
         check_positive("until of a stage", self.until)
 
+    @classmethod
+    def of_sources(
+        cls, labelled: float, unlabelled: float, until: float | None = None, unit: StageUnit = "steps"
+    ) -> Stage:
+        """A stage by its labelled and unlabelled units per optimizer step."""
+        return cls(labelled + unlabelled, until, unit, (labelled, unlabelled))
+
 
 @dataclass(frozen=True)
 class ResolvedStage:
@@ -61,6 +79,7 @@ class ResolvedStage:
     start: float
     end: float
     batch_size: float
+    sources: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,19 +121,20 @@ class BatchSchedule:
     def from_json(cls, value: str | Sequence[Mapping[str, Any]]) -> BatchSchedule:
         """Read a list of `{"batch_size": 64, "until": 5000}`, or its JSON text.
 
+        A stage with sizes of their own for both sources has `"labelled": 16, "unlabelled": 48` for its `batch_size`.
         The end of a stage is given by at most one of `until` (reference steps), `until_epochs`, `until_fraction`.
 
         Raises:
             ValueError: If the value has another shape, unknown keys, or several ends for one stage.
         """
-        entries = _json_list("a batch schedule", value)
+        entries = json_list("a batch schedule", value)
         return cls(tuple(_stage_from_json(index, entry) for index, entry in enumerate(entries)))
 
     def to_json(self) -> list[dict[str, float]]:
         """The JSON-able list that `from_json` reads."""
         key_of = {unit: key for key, unit in _UNTIL_KEYS.items()}
         return [
-            {"batch_size": stage.batch_size} | ({} if stage.until is None else {key_of[stage.unit]: stage.until})
+            _sizes_to_json(stage) | ({} if stage.until is None else {key_of[stage.unit]: stage.until})
             for stage in self.stages
         ]
 
@@ -147,7 +167,7 @@ class BatchSchedule:
                     f"the last stage ends at {end:g}, before max_steps={max_steps:g}: leave out its `until`"
                 )
             end = float(max_steps) if last else end
-            resolved.append(ResolvedStage(start, end, float(stage.batch_size)))
+            resolved.append(ResolvedStage(start, end, float(stage.batch_size), stage.sources))
             start = end
         return tuple(resolved)
 
@@ -164,11 +184,13 @@ def _stage_end(index: int, stage: Stage, max_steps: float, steps_per_epoch: floa
     return stage.until * check_positive("steps_per_epoch", steps_per_epoch)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a JSON value is a number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _json_list(what: str, value: str | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def json_list(what: str, value: str | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A list of objects, or its JSON text, as a list; `what` names it in the error for anything else."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -179,186 +201,30 @@ def _json_list(what: str, value: str | Sequence[Mapping[str, Any]]) -> list[Mapp
     return list(value)
 
 
+def _sizes_to_json(stage: Stage) -> dict[str, float]:
+    return (
+        {"batch_size": stage.batch_size} if stage.sources is None else dict(zip(_SOURCES, stage.sources, strict=True))
+    )
+
+
 def _stage_from_json(index: int, entry: Mapping[str, Any]) -> Stage:
-    unknown = sorted(set(entry) - {"batch_size", *_UNTIL_KEYS})
+    known = ("batch_size", *_SOURCES, *_UNTIL_KEYS)
+    unknown = sorted(set(entry) - set(known))
     if unknown:
-        raise ValueError(f"stage {index} has unknown keys {unknown}; known: batch_size, {', '.join(_UNTIL_KEYS)}")
-    if "batch_size" not in entry:
-        raise ValueError(f"stage {index} has no batch_size: {dict(entry)!r}")
-    wrong = {key: value for key, value in entry.items() if not _is_number(value)}
+        raise ValueError(f"stage {index} has unknown keys {unknown}; known: {', '.join(known)}")
+    sizes = [key for key in known[:3] if key in entry]
+    if sizes not in (["batch_size"], list(_SOURCES)):
+        raise ValueError(f"stage {index} needs a batch_size, or labelled and unlabelled in its place: {dict(entry)!r}")
+    wrong = {key: value for key, value in entry.items() if not is_number(value)}
     if wrong:
         raise ValueError(f"stage {index} has values that are not numbers: {wrong!r}")
     ends = [key for key in _UNTIL_KEYS if key in entry]
     if len(ends) > 1:
         raise ValueError(f"stage {index} has several ends, {' and '.join(ends)}: keep one")
-    if not ends:
-        return Stage(entry["batch_size"])
-    return Stage(entry["batch_size"], entry[ends[0]], _UNTIL_KEYS[ends[0]])
-
-
-@dataclass(frozen=True)
-class Segment:
-    """`count` steps of `kappa` reference steps each from `start`; the last one ends at `end`, cut short if need be."""
-
-    start: float
-    kappa: float
-    count: int
-    end: float
-
-    def __post_init__(self) -> None:
-        check_not_negative("start of a segment", self.start)
-        check_positive("kappa of a segment", self.kappa)
-        if not isinstance(self.count, int) or self.count < 1:
-            raise ValueError(f"count of a segment must be a whole number above 0, got {self.count!r}")
-        if not (math.isfinite(self.end) and self.position(self.count - 1) < self.end):
-            raise ValueError(f"end of a segment must lie after the start of its last step, got {self!r}")
-
-    def position(self, index: int) -> float:
-        """Start of step `index`; multiplied out, so that no rounding accumulates."""
-        return self.start + self.kappa * index
-
-    def ends(self) -> FloatArray:
-        """Ends of the steps, shape (count,)."""
-        ends = self.start + self.kappa * np.arange(1, self.count + 1, dtype=np.float64)
-        ends[-1] = self.end
-        return ends
-
-
-@dataclass(frozen=True)
-class StepBorders:
-    """Nominal clock positions of every optimizer step of a run, kept as run-length segments.
-
-    Args:
-        segments: Segments that follow each other without a gap, the first from 0.
-
-    Raises:
-        ValueError: If there is a gap or the first segment does not begin at 0.
-    """
-
-    segments: tuple[Segment, ...] = ()
-
-    def __post_init__(self) -> None:
-        position = 0.0
-        for segment in self.segments:
-            if segment.start != position:
-                raise ValueError(f"a segment begins at {segment.start!r}, the one before it ends at {position!r}")
-            position = segment.end
-
-    def __len__(self) -> int:
-        return sum(segment.count for segment in self.segments)
-
-    @property
-    def position(self) -> float:
-        """Clock position after the last step."""
-        return self.segments[-1].end if self.segments else 0.0
-
-    @cached_property
-    def borders(self) -> FloatArray:
-        """Step t covers `borders[t]` to `borders[t + 1]`; float64, shape (steps + 1,), read-only."""
-        borders = np.concatenate([np.zeros(1), *(segment.ends() for segment in self.segments)])
-        borders.setflags(write=False)
-        return borders
-
-    @cached_property
-    def stage_kappa(self) -> FloatArray:
-        """Nominal kappa of the stage of each step; float64, shape (steps,), read-only."""
-        kappas = np.array([segment.kappa for segment in self.segments], dtype=np.float64)
-        stage_kappa = np.repeat(kappas, [segment.count for segment in self.segments])
-        stage_kappa.setflags(write=False)
-        return stage_kappa
-
-    def prefix(self, steps: int) -> StepBorders:
-        """The first `steps` steps, with the same bits.
-
-        Raises:
-            ValueError: If `steps` is negative or more than there are.
-        """
-        if not 0 <= steps <= len(self):
-            raise ValueError(f"cannot take {steps} of {len(self)} steps")
-        kept: list[Segment] = []
-        for segment in self.segments:
-            if steps <= 0:
-                break
-            if steps < segment.count:
-                segment = Segment(segment.start, segment.kappa, steps, segment.position(steps))
-            kept.append(segment)
-            steps -= segment.count
-        return StepBorders(tuple(kept))
-
-    def to_json(self) -> list[dict[str, float]]:
-        """JSON-able list of segments; `from_json` restores the same bits."""
-        return [asdict(segment) for segment in self.segments]
-
-    @classmethod
-    def from_json(cls, value: str | Sequence[Mapping[str, Any]]) -> StepBorders:
-        """Read what `to_json` wrote, or its JSON text.
-
-        Raises:
-            ValueError: If the value has another shape, or the segments do not follow each other.
-        """
-        segments = []
-        for entry in _json_list("step borders", value):
-            if set(entry) != {"start", "kappa", "count", "end"} or not all(map(_is_number, entry.values())):
-                raise ValueError(f"a segment needs the numbers start, kappa, count and end, got {dict(entry)!r}")
-            segments.append(Segment(float(entry["start"]), float(entry["kappa"]), entry["count"], float(entry["end"])))
-        return cls(tuple(segments))
-
-
-def step_borders(
-    stages: Sequence[ResolvedStage],
-    reference_batch_size: float,
-    cuts: Iterable[float] = (),
-    done: StepBorders | None = None,
-) -> StepBorders:
-    """Lay a run out as optimizer steps.
-
-    A step advances the clock by `batch_size / reference_batch_size` and never crosses a cut, a stage end or the end of
-    the run: it is cut short there. A remainder below 1e-9 of a step is no step of its own.
-
-    Args:
-        stages: Consecutive stages from 0 to the end of the run, as `BatchSchedule.resolve` gives them.
-        reference_batch_size: B, in the units of the batch sizes.
-        cuts: Further positions that no step may cross, such as the start of pseudo-labelling.
-        done: Steps already run. They stay as they are, and the rest follows from their end; continuing with the same
-            stages and cuts gives the same bits as an uninterrupted run.
-
-    Returns:
-        The borders of all steps, those of `done` included.
-
-    Raises:
-        ValueError: If `done` lies beyond the end of the run.
-    """
-    check_positive("reference_batch_size", reference_batch_size)
-    segments = list(done.segments) if done is not None else []
-    position = segments[-1].end if segments else 0.0
-    end_of_run = stages[-1].end
-    if position > end_of_run + DUST * stages[-1].batch_size / reference_batch_size:
-        raise ValueError(f"the steps already run reach {position:g}, beyond the end of the run at {end_of_run:g}")
-    cuts = sorted(cuts)
-    resumed = bool(segments)
-    for stage in stages:
-        kappa = stage.batch_size / reference_batch_size
-        inner = [cut for cut in cuts if stage.start + DUST * kappa < cut < stage.end - DUST * kappa]
-        start = stage.start
-        for end in (*inner, stage.end):
-            if _step_count(position, end, kappa) > 0:
-                if resumed and position - start > DUST * kappa and _continues(segments[-1], kappa):
-                    # Counting on from the segment's own start gives the bits of the uninterrupted run.
-                    position = segments.pop().start
-                segments.append(Segment(position, kappa, _step_count(position, end, kappa), end))
-                position, resumed = end, False
-            start = end
-    return StepBorders(tuple(segments))
-
-
-def _step_count(start: float, end: float, kappa: float) -> int:
-    # The second term is the rounding of the positions themselves, which exceeds the first past some 1e6 steps.
-    dust = DUST + 4 * np.finfo(np.float64).eps * end / kappa
-    return max(0, math.ceil((end - start) / kappa - dust))
-
-
-def _continues(segment: Segment, kappa: float) -> bool:
-    return segment.kappa == kappa and segment.end == segment.position(segment.count)
+    end = (entry[ends[0]], _UNTIL_KEYS[ends[0]]) if ends else ()
+    if sizes == ["batch_size"]:
+        return Stage(entry["batch_size"], *end)
+    return Stage.of_sources(entry["labelled"], entry["unlabelled"], *end)
 
 
 class ReferenceClock:

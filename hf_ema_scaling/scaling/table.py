@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 _LABELS = {
     "batch_size": "batch size ({unit})",
+    "labelled": "  labelled ({unit})",
+    "unlabelled": "  unlabelled ({unit})",
     "kappa": "kappa",
     "start": "from reference step",
     "end": "to reference step",

@@ -47,6 +47,13 @@ def _run_warnings(plan: ScalingPlan) -> list[str]:
                 f"ema_start={recipe.ema_start:g} (should be at most 0.05): start pseudo-labelling later, or lower "
                 f"ema_momentum={recipe.ema_momentum:g}"
             )
+    found += [
+        f"from reference step {start:g} on there are {ratio:.4g} unlabelled units per labelled one, in the recipe "
+        f"{recipe.unlabelled_ratio:.4g}: the run no longer sees the recipe's data, so runs at other batches do not "
+        "compare with it; state labelled and unlabelled sizes in the recipe's ratio, or batch_size"
+        for start, ratio in plan.unlabelled_ratios
+        if ratio != recipe.unlabelled_ratio
+    ]
     if recipe.ema_start >= recipe.max_steps:
         found.append(
             f"ema_start={recipe.ema_start:g} is not before the end of the run (max_steps={recipe.max_steps:g}): the "

@@ -61,7 +61,8 @@ class EMATrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": 'Batch of this run by stages, as JSON or a path to it: [{"batch_size": 64, "until": 5000}, '
-            '{"batch_size": 512}]; ends in reference steps, until_epochs or until_fraction.'
+            '{"batch_size": 512}]; ends in reference steps, until_epochs or until_fraction. From pl_start on a stage '
+            'may state "labelled": 128, "unlabelled": 384 for its batch_size.'
         },
     )
     small_batch_until: float | None = field(
@@ -246,9 +247,12 @@ class PseudoLabelArguments:
 
     Args:
         pl_start: reference step at which unlabelled items begin.
-        unlabeled_ratio: unlabelled units per labelled unit from then on.
+        unlabeled_ratio: unlabelled units per labelled unit from then on, in stages of `batch_schedule` that do not
+            state labelled and unlabelled sizes.
         unlabeled_weight: lambda, weight of a pseudo-labelled example's loss.
         min_confidence: pseudo-labels less confident than this are dropped (reason `confidence`).
+        label_batch_size: rows per forward pass of the teacher on each process; None for the student's micro-batches.
+            It changes throughput and memory only: the rows of a step are collated once more for the teacher.
     """
 
     pl_start: float = field(default=0.0, metadata={"help": "Reference step at which unlabelled items begin."})
@@ -262,6 +266,11 @@ class PseudoLabelArguments:
         default=0.0, metadata={"help": "Drop pseudo-labels whose confidence is below this, in [0, 1]."}
     )
 
+    label_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows per forward pass of the teacher, per process; None: the student's micro-batches."},
+    )
+
     def __post_init__(self) -> None:
         if not self.pl_start >= 0:
             raise ValueError(f"pl_start must be at least 0, got {self.pl_start}")
@@ -271,6 +280,8 @@ class PseudoLabelArguments:
             raise ValueError(f"unlabeled_weight must be at least 0, got {self.unlabeled_weight}")
         if not 0 <= self.min_confidence <= 1:
             raise ValueError(f"min_confidence must lie in [0, 1], got {self.min_confidence}")
+        if self.label_batch_size is not None and self.label_batch_size < 1:
+            raise ValueError(f"label_batch_size must be at least 1 or None, got {self.label_batch_size}")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

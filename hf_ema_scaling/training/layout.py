@@ -20,6 +20,7 @@ from hf_ema_scaling.scaling.plan import Correction
 from hf_ema_scaling.scaling.recipe import Unit
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.optimizer_values import hyper_parameters, stated_values
+from hf_ema_scaling.training.run_state import RunState
 from hf_ema_scaling.training.scheduler import lr_multiplier
 
 
@@ -48,7 +49,7 @@ def lay_out(
     pseudo: PseudoLabelArguments | None = None,
     world_size: int = 1,
     batch_statistics: bool = False,
-    done: StepBorders | None = None,
+    resumed: RunState | None = None,
 ) -> RunLayout:
     """Lay out a run.
 
@@ -61,10 +62,11 @@ def lay_out(
         pseudo: when unlabelled items begin, and how many.
         world_size: number of processes.
         batch_statistics: whether the model has BatchNorm.
-        done: steps already run, when resuming.
+        resumed: the checkpoint to continue; its steps stay as they were.
 
     Raises:
-        ValueError: for schedules, sizes or starts that do not fit, with the offending value.
+        ValueError: for schedules, sizes or starts that do not fit, with the offending value; for a checkpoint of
+            other data or another reference recipe.
     """
     batch = args.reference_batch_size
     assert batch is not None
@@ -76,18 +78,34 @@ def lay_out(
         given=given,
         pseudo=pseudo,
         steps_per_epoch=float(first.units.sum()) / batch,
-        done=done,
+        done=None if resumed is None else resumed.done,
     )
-    reference_steps, pl_start = int(plan.recipe.max_steps), plan.recipe.pl_start
-    ratio = 0.0 if pseudo is None else pseudo.unlabeled_ratio
+    pl_start = plan.recipe.pl_start
     seed = args.seed if args.data_seed is None else args.data_seed
+    identity = {
+        "reference_batch_size": batch,
+        "batch_unit": args.batch_unit,
+        "optimizer": plan.rule.name,
+        "seed": seed,
+        "bucket_window": args.bucket_window,
+        "pl_start": pl_start,
+        "unlabelled_ratios": [list(piece) for piece in plan.unlabelled_ratios],
+        "labelled_items": len(first),
+        "unlabelled_items": 0 if second is None else len(second),
+        "labelled_sizes": _checksum(first),
+        "unlabelled_sizes": None if second is None else _checksum(second),
+    }
+    if resumed is not None:
+        resumed.check_identity(identity)
+    (_, ratio), *changes = plan.unlabelled_ratios or ((0.0, 1.0),)
     stream = ReferenceStream(
         first,
         reference_batch_size=batch,
-        reference_steps=reference_steps,
+        reference_steps=int(plan.recipe.max_steps),
         unlabelled=second,
         pl_start=pl_start or 0.0,
-        unlabelled_ratio=ratio or 1.0,
+        unlabelled_ratio=ratio,
+        ratio_changes=changes,
         seed=seed,
         bucket_window=args.bucket_window,
     )
@@ -98,20 +116,8 @@ def lay_out(
         world_size=world_size,
         batch_statistics=batch_statistics,
         halve_every=args.noise_scale_every,
+        label_batch_size=None if pseudo is None else pseudo.label_batch_size,
     )
-    identity = {
-        "reference_batch_size": batch,
-        "batch_unit": args.batch_unit,
-        "optimizer": plan.rule.name,
-        "seed": seed,
-        "bucket_window": args.bucket_window,
-        "pl_start": pl_start,
-        "unlabeled_ratio": ratio,
-        "labelled_items": len(first),
-        "unlabelled_items": 0 if second is None else len(second),
-        "labelled_sizes": _checksum(first),
-        "unlabelled_sizes": None if second is None else _checksum(second),
-    }
     return RunLayout(plan, sampler, identity)
 
 
@@ -151,6 +157,11 @@ def plan_of(
             f"{counted} counts epochs of the labelled set, whose length is not known here: give "
             "max_steps, or steps_per_epoch (the reference steps in a pass over it)"
         )
+    if args.max_steps <= 0 and any(stage.sources for stage in schedule.stages):
+        raise ValueError(
+            "max_steps is needed where a stage states labelled and unlabelled sizes: passes over the labelled set "
+            f"(num_train_epochs={args.num_train_epochs:g}) then take longer in some stages than in others"
+        )
     ratio = 0.0 if pseudo is None else pseudo.unlabeled_ratio
     if args.max_steps > 0:
         reference_steps = args.max_steps
@@ -176,6 +187,7 @@ def plan_of(
         ema_start=args.ema_start,
         momentum_schedule=cast(MomentumScheduleKind, args.ema_momentum_schedule),
         pl_start=pl_start,
+        unlabelled_ratio=ratio or 1.0,
         steps_per_epoch=steps_per_epoch if pseudo is None else None,
     )
     return ScalingPlan(

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from hf_ema_scaling.data.collator import CTCCollator, MicroBatch, MicroBatchCollator, TwoSourceDataset
 from hf_ema_scaling.data.sampler import SampledStep, ScheduledBatchSampler
 from hf_ema_scaling.ema import WeightAverage, load_average, save_average
-from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan, StepBorders
+from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.augment import Augmentation, augment
 from hf_ema_scaling.training.average_update import AverageMover
@@ -128,7 +128,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
             raise ValueError("there is no run without a train_dataset")
         return self.layout
 
-    def _lay_out(self, done: StepBorders | None) -> RunLayout:
+    def _lay_out(self, resumed: RunState | None) -> RunLayout:
         unlabelled, pseudo = self.unlabelled_data()
         return lay_out(
             self.args,
@@ -139,7 +139,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
             pseudo=pseudo,
             world_size=self.accelerator.num_processes,
             batch_statistics=self.batch_statistics,
-            done=done,
+            resumed=resumed,
         )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -161,9 +161,8 @@ class EMATrainerMixin(BothWeightsEvaluation):
         """One batch per optimizer step and process: a list of micro-batches, left on the CPU."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
-        self.layout = self._lay_out(None if self._resumed is None else self._resumed.done)
+        self.layout = self._lay_out(self._resumed)
         if self._resumed is not None:
-            self._resumed.check_identity(self.layout.identity)
             changed = self._resumed.changed_values(asdict(self.plan.recipe))
             if changed:
                 listed = ", ".join(f"{key} {then} then, {now} now" for key, (then, now) in changed.items())
@@ -241,9 +240,9 @@ class EMATrainerMixin(BothWeightsEvaluation):
         if self.average is None:
             self.average = WeightAverage(self.model, buffers=self.args.ema_buffers)  # type: ignore[arg-type]
 
-    def label_micro_batches(self, micro_batches: list[MicroBatch], step: SampledStep) -> list[MicroBatch]:
-        """Gives unlabelled micro-batches their targets; nothing to do here."""
-        return micro_batches
+    def label_micro_batches(self, inputs: dict[str, list[MicroBatch]]) -> list[MicroBatch]:
+        """The micro-batches of a step, unlabelled ones with their targets; there are none here."""
+        return inputs["micro_batches"]
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -257,9 +256,8 @@ class EMATrainerMixin(BothWeightsEvaluation):
         self.lr_scheduler.begin(step)
         if self.batch_statistics:
             self._statistics = [(buffer, buffer.clone()) for buffer in batch_statistics_of(self.model)]
-        micro_batches: list[MicroBatch] = inputs["micro_batches"]
-        check_labelled(self.model, micro_batches, self.ctc)
-        micro_batches = self.label_micro_batches(micro_batches, step)
+        check_labelled(self.model, inputs["micro_batches"], self.ctc)
+        micro_batches = self.label_micro_batches(inputs)
         model.train()
         # Processes average their gradients, so each multiplies its share by their number.
         scale = self.accelerator.num_processes / (self.sampler.stream.examples_per_reference_batch * step.kappa)

@@ -12,8 +12,9 @@ import torch
 from hf_ema_scaling.ema import AverageStateError
 from hf_ema_scaling.ema.storage import STATE_NAME
 from hf_ema_scaling.scaling import StepBorders, known_rule
+from hf_ema_scaling.scaling.schedule import DUST
 
-UNLABELLED_KEYS = ("pl_start", "unlabeled_ratio", "unlabelled_items", "unlabelled_sizes")
+UNLABELLED_KEYS = ("pl_start", "unlabelled_items", "unlabelled_sizes")
 
 
 @dataclass
@@ -51,7 +52,7 @@ class RunState:
 
     def changed_values(self, recipe: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Values of the recipe that may change on resume and did: name to then and now."""
-        open_keys = {"pl_start", "steps_per_epoch"}  # `check_identity` knows when these may
+        open_keys = {"pl_start", "unlabelled_ratio", "steps_per_epoch"}  # `check_identity` knows when these may
         now = json.loads(json.dumps(recipe))  # tuples as the file has them
         return {
             key: (self.recipe[key], value)
@@ -63,24 +64,34 @@ class RunState:
         """Refuses to continue with other data or another reference recipe.
 
         What concerns unlabelled data may change as long as none has been drawn, so runs that differ in it can branch
-        from one labelled phase.
+        from one labelled phase; its ratio may also change later, from the checkpoint on.
 
         Raises:
             ValueError: naming every value that differs.
         """
+        # Not the clock: in seconds that is past the border of the last step by a part of an utterance.
+        reached = self.done.position
+        before, now = _drawn_at(self.identity, reached), _drawn_at(identity, reached)
         starts = [start for start in (self.identity.get("pl_start"), identity["pl_start"]) if start is not None]
-        open_keys = UNLABELLED_KEYS if all(self.clock <= start for start in starts) else ()
+        open_keys = UNLABELLED_KEYS if all(reached <= start for start in starts) else ()
         changed = {
-            key: (self.identity.get(key), value)
-            for key, value in identity.items()
-            if self.identity.get(key) != value and key not in open_keys
+            key: (before.get(key), value)
+            for key, value in now.items()
+            if before.get(key) != value and key not in open_keys
         }
         if changed:
             listed = ", ".join(f"{key}: {old} then, {new} now" for key, (old, new) in changed.items())
             raise ValueError(
                 f"the checkpoint belongs to a run with other data or another reference recipe ({listed}). kappa, "
-                "batch_size, batch_schedule and the number of processes may change on resume; these may not"
+                "batch_size, batch_schedule and the number of processes may change on resume; these may not. (The "
+                f"ratio of unlabelled to labelled units may from reference step {reached:g} on: let a stage end there)"
             )
+
+
+def _drawn_at(identity: dict[str, Any], reached: float) -> dict[str, Any]:
+    """An identity without the ratios that begin after `reached` reference steps."""
+    ratios = [piece for piece in identity.get("unlabelled_ratios", []) if piece[0] < reached - DUST]
+    return {**identity, "unlabelled_ratios": ratios}
 
 
 def read_run_state(checkpoint: str | Path) -> RunState:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_ema_scaling.data.collator import MicroBatch, TwoSourceDataset
-from hf_ema_scaling.data.sampler import Draw, SampledStep
+from hf_ema_scaling.data.sampler import Draw
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
 from hf_ema_scaling.ema import EMATeacher, check_liveness
 from hf_ema_scaling.labels import CTCLabeler, Labeler, PseudoLabel, blank_id, ctc_frame_lengths, non_target_ids
@@ -93,26 +93,28 @@ class PseudoLabelTrainer(EMATrainerMixin):
         _, row = dataset[Draw(UNLABELLED, 0, 0, 0, 1.0)]
         check_liveness(self.model, self.average, self.teacher, self._prepare_inputs(self.data_collator([dict(row)])))
 
-    def label_micro_batches(self, micro_batches: list[MicroBatch], step: SampledStep) -> list[MicroBatch]:
-        """Labels the unlabelled micro-batches by the teacher, on clean inputs."""
-        return [
-            micro_batch if micro_batch["source"] == LABELLED else self._labelled(micro_batch)
-            for micro_batch in micro_batches
-        ]
+    def label_micro_batches(self, inputs: dict[str, list[MicroBatch]]) -> list[MicroBatch]:
+        """Labels the unlabelled rows by the teacher, on clean inputs; in its own batches where there are such."""
+        micro_batches = inputs["micro_batches"]
+        to_label = [batch for batch in micro_batches if batch["source"] == UNLABELLED and batch["weight"]]
+        found: dict[int, PseudoLabel] = {}
+        for batch in inputs.get("label_batches", to_label):
+            found.update(zip(batch["positions"], self.labels_of(batch), strict=True))
+        return [batch if batch["source"] == LABELLED else self._labelled(batch, found) for batch in micro_batches]
 
-    def _labelled(self, micro_batch: MicroBatch) -> MicroBatch:
+    def _labelled(self, micro_batch: MicroBatch, found: dict[int, PseudoLabel]) -> MicroBatch:
         if micro_batch["weight"] == 0:
             return without_targets(micro_batch)
-        labels = self.labels_of(micro_batch)
+        labels = [found[position] for position in micro_batch["positions"]]
         if self.ctc:
             labels = drop_too_long(labels, ctc_frame_lengths(self.model, micro_batch["inputs"]))
         self.label_statistics.add(labels)
         return with_targets(micro_batch, labels, self.pseudo_label_args.unlabeled_weight)
 
-    def labels_of(self, micro_batch: MicroBatch) -> list[PseudoLabel]:
-        """The teacher's label for each row of an unlabelled micro-batch."""
+    def labels_of(self, batch: MicroBatch) -> list[PseudoLabel]:
+        """The teacher's label for each row of one of its batches, an unlabelled micro-batch or one of its own."""
         assert self.teacher is not None
-        inputs: dict[str, Tensor] = self._prepare_inputs(dict(micro_batch["inputs"]))
+        inputs: dict[str, Tensor] = self._prepare_inputs(dict(batch["inputs"]))
         with self.accelerator.autocast():
             return label_rows(self.labeler, self.teacher, inputs, min_confidence=self.pseudo_label_args.min_confidence)
 

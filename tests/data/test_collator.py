@@ -82,6 +82,22 @@ def test_micro_batches_are_padded_one_by_one_and_say_what_they_hold() -> None:
             assert set(batch["inputs"]) == {"input_features", "attention_mask"}
 
 
+def test_rows_are_collated_once_more_for_the_teacher() -> None:
+    unlabelled = speech(6, 1, labels=False)
+    dataset = TwoSourceDataset(speech(5, 0), unlabelled, keep=["input_features", "labels"])
+    draws = [DRAWS[2], DRAWS[3]._replace(label_batch=1), DRAWS[4]._replace(label_batch=0), DRAWS[5]]
+    draws.append(Draw(UNLABELLED, 5, 15, 4, 1.0, label_batch=1))
+    found = MicroBatchCollator(CTCCollator())(dataset.__getitems__(draws))
+    assert [batch["positions"] for batch in found["micro_batches"]] == [[11], [12, 14], [12], [15]]
+    assert [batch["positions"] for batch in found["label_batches"]] == [[14], [12, 15]]
+    assert [batch["indices"] for batch in found["label_batches"]] == [[3], [1, 5]]
+    for batch in found["label_batches"]:
+        assert set(batch["inputs"]) == {"input_features", "attention_mask"} and batch["source"] == UNLABELLED
+        frames = [len(unlabelled[index]["input_features"]) for index in batch["indices"]]
+        assert batch["inputs"]["attention_mask"].sum(1).tolist() == frames
+        assert batch["inputs"]["input_features"].shape == (len(frames), max(frames), 2)
+
+
 def test_the_collator_gives_trainer_no_labels_to_count() -> None:
     dataset = TwoSourceDataset(speech(5, 0), speech(6, 1))
     assert set(MicroBatchCollator(CTCCollator())(dataset.__getitems__(DRAWS))) == {"micro_batches"}

@@ -377,3 +377,32 @@ def test_accelerate_deals_each_process_its_own_list_of_every_step(world_size: in
         )
         assert len(shard) == sampler.num_steps
         assert list(shard) == [sampler.draws(number, rank) for number in range(sampler.num_steps)]
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_label_batches_hold_each_unlabelled_item_once_sorted_by_length(
+    size: int, world_size: int, batch_statistics: bool
+) -> None:
+    sampler = sampler_of((3, None), world_size=world_size, label_batch_size=size, batch_statistics=batch_statistics)
+    plain = sampler_of((3, None), world_size=world_size, batch_statistics=batch_statistics)
+    lengths = durations(UNLABELLED_ITEMS, 1)
+    for number in range(sampler.num_steps):
+        for rank in range(world_size):
+            draws = sampler.draws(number, rank)
+            # Nothing else about the step knows of them.
+            assert [draw._replace(label_batch=None) for draw in draws] == plain.draws(number, rank)
+            labelled = [draw for draw in draws if draw.label_batch is not None]
+            assert labelled == [draw for draw in draws if draw.source == UNLABELLED and draw.weight]
+            batches: dict[int, list[float]] = {}
+            for draw in labelled:
+                batches.setdefault(draw.label_batch or 0, []).append(lengths[draw.index])
+            assert sorted(batches) == list(range(-(-len(labelled) // size)))
+            assert all(len(batch) <= size for batch in batches.values())
+            assert all(max(batches[i]) <= min(batches[i + 1]) for i in range(len(batches) - 1))
+
+
+def test_label_batches_need_room_for_an_item() -> None:
+    with pytest.raises(ValueError, match="label_batch_size must be at least 1, got 0"):
+        sampler_of((1, None), label_batch_size=0)

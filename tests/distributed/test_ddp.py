@@ -176,6 +176,55 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
                 assert after[key] == (value if rounded is None else pytest.approx(value, rel=rounded)), key
 
 
+def test_sizes_of_both_sources_switch_where_they_should(launched: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, ranks = launched
+    drawn = [[item for rank in ranks for item in rank["sized-whole"]["drawn"][step]] for step in range(6)]
+    positions = [sorted({position for _, _, position in step}) for step in drawn]
+    assert [position for step in positions for position in step] == list(range(48))
+    assert [step[-1] + 1 for step in positions] == [4 * end for end in two_processes.SIZES_END]
+    unlabelled = [len({position for source, _, position in step if source == 1}) for step in drawn]
+    assert unlabelled == [0, 0, 4, 4, 9, 8]
+    assert [len(step) for step in positions] == [4, 4, 8, 8, 12, 12]
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5], ids=["before", "at", "after"])
+def test_so_they_do_when_the_run_is_resumed(launched: tuple[Path, list[dict[str, Any]]], stop: int) -> None:
+    for rank in launched[1]:
+        whole, resumed = rank["sized-whole"], rank[f"sized-{stop}"]
+        assert len(whole["gradients"]) == 6
+        for key in ("drawn", "gradients", "weights", "averages", "optimizer"):
+            assert tiny.same_bits(resumed[key], whole[key][stop:]), key
+
+
+def test_one_process_resumes_before_a_switch_what_two_began(
+    launched: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    folder, ranks = launched
+    made = two_processes.sized(tmp_path, dropout=0.0)
+    made.train(resume_from_checkpoint=str(folder / "sized-teacher/checkpoint-3"))
+    assert [made.sampler.step(t).end for t in range(6)] == two_processes.SIZES_END
+    for step in range(3):
+        found = ranks[0]["sized-teacher"]
+        assert tiny.difference(made.recorder.weights[step], found["weights"][step + 3]) < TOLERANCE
+        assert tiny.difference(made.recorder.averages[step], found["averages"][step + 3]) < TOLERANCE
+
+
+def test_each_process_has_teacher_batches_of_its_own(
+    launched: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    alone = two_processes.sized(tmp_path, dropout=0.0)
+    alone.train()
+    for rank in launched[1]:
+        found = rank["sized-teacher"]
+        close(found, alone)
+        for step in range(6):
+            rows = [count for number, count in found["rows"] if number == step]
+            # Nine items on two processes: five and four, or four and five; padding is drawn, but not labelled.
+            assert len(rows) == -(-sum(rows) // 3) and all(count <= 3 for count in rows)
+    both = [sum(count for _, count in rank["sized-teacher"]["rows"]) for rank in launched[1]]
+    assert sum(both) == 25
+
+
 def test_one_process_continues_what_two_began(launched: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     folder, ranks = launched
     made = two_processes.split(tmp_path, "wav2vec2", 16)

@@ -16,6 +16,17 @@ STEPS = 7
 """Steps end at 1, 2, 3, 5, 7, 8, 11 (and the run with them)."""
 
 
+SIZES = json.dumps(
+    [
+        {"batch_size": 4, "until": 2},
+        {"labelled": 4, "unlabelled": 4, "until": 6},
+        {"labelled": 3, "unlabelled": 9, "until": 9},
+        {"labelled": 4, "unlabelled": 8},
+    ]
+)
+SIZES_END = [1.0, 2.0, 4.0, 6.0, 9.0, 12.0]
+
+
 def dropped(number: int) -> bool:
     return number % 5 < 2
 
@@ -104,6 +115,26 @@ def resumable(folder: Path, family: str, init: int = 0) -> Any:
     )
 
 
+def sized(folder: Path, *, init: int = 0, dropout: float = 0.1, label_batch_size: int | None = None) -> Any:
+    """Labelled and unlabelled sizes of their own: 1 : 1 from step 2, 1 : 3 from 6, 1 : 2 from 9."""
+    args = tiny.arguments(
+        folder,
+        max_steps=12,
+        batch_schedule=SIZES,
+        per_device_train_batch_size=2,
+        adam_epsilon=1e-3,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    return tiny.trainer(
+        tiny.wav2vec2(dropout=dropout, seed=init),
+        args,
+        tiny.speech(18),
+        unlabeled_dataset=tiny.speech(15, 1, labels=False),
+        pseudo_label_args=tiny.pseudo(pl_start=2.0, label_batch_size=label_batch_size),
+    )
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
@@ -128,6 +159,21 @@ def main(folder: Path) -> None:
         torch.manual_seed(99 + rank)
         made = resumable(folder / f"resumed-{family}", family, init=5)
         train(f"resumed-{family}", made, resume_from_checkpoint=str(folder / f"whole-{family}" / "checkpoint-5"))
+    train("sized-whole", sized(folder / "sized-whole"))
+    for stop in (3, 4, 5):
+        torch.manual_seed(7 + rank)
+        made = sized(folder / f"sized-{stop}", init=5)
+        train(f"sized-{stop}", made, resume_from_checkpoint=str(folder / "sized-whole" / f"checkpoint-{stop}"))
+    made = sized(folder / "sized-teacher", dropout=0.0, label_batch_size=3)
+    labels_of, rows = made.labels_of, []
+
+    def counted(batch: Any) -> Any:
+        rows.append((made.state.global_step, len(batch["positions"])))
+        return labels_of(batch)
+
+    made.labels_of = counted
+    train("sized-teacher", made)
+    results["sized-teacher"]["rows"] = rows
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 

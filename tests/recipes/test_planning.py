@@ -29,6 +29,20 @@ def test_the_plan_of_a_file_is_the_one_its_trainer_runs(config: Path, tmp_path: 
     assert [planned.step(t) for t in range(len(planned))] == [trainer.plan.step(t) for t in range(len(planned))]
 
 
+def test_a_file_may_state_labelled_and_unlabelled_sizes(tmp_path: Path) -> None:
+    config = tmp_path / "sizes.yaml"
+    config.write_text(
+        "reference_batch_size: 64\nmax_steps: 20000\npl_start: 5000\nunlabeled_ratio: 3\nunlabelled: some/data\n"
+        "label_batch_size: 256\nbatch_schedule:\n- {batch_size: 64, until: 5000}\n"
+        "- {labelled: 32, unlabelled: 96, until_fraction: 0.5}\n- {labelled: 32, unlabelled: 224}\n"
+    )
+    (found,) = plan_recipe(config)
+    assert found.unlabelled_ratios == ((5000.0, 3.0), (10_000.0, 7.0))
+    assert len(found) == 5000 + 2500 + 2500
+    code, _, error = plan(str(config), "--unlabelled", "null")
+    assert code == 1 and "stage 1 states 32 labelled and 96 unlabelled units, but the run has no" in error
+
+
 def test_without_unlabelled_data_pl_start_is_no_cut(config: Path) -> None:
     assert plan_recipe(config, ["--unlabelled", "null"])[0].recipe.pl_start is None
     assert plan_recipe(config, ["--unlabelled=null"])[0].recipe.pl_start is None

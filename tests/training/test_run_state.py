@@ -231,7 +231,7 @@ def test_a_switch_on_resume_rescales_adams_state(whole: Callable[[str], tuple[An
         ({"seed": 43}, "seed: 42 then, 43 now"),
         ({"bucket_window": 0}, "bucket_window: 2 then, 0 now"),
         ({"pl_start": 3.0}, "pl_start: 2.0 then, 3.0 now"),
-        ({"ratio": 1.0}, "unlabeled_ratio: 2.0 then, 1.0 now"),
+        ({"ratio": 1.0}, "unlabelled_ratios: [[2.0, 2.0]] then, [[2.0, 1.0]] now"),
         ({"items": 21}, "unlabelled_items: 22 then, 21 now"),
         ({"batch_unit": "seconds"}, "batch_unit: samples then, seconds now"),
     ],
