@@ -63,13 +63,16 @@ class RunState:
         """Refuses to continue with other data or another reference recipe.
 
         What concerns unlabelled data may change as long as none has been drawn, so runs that differ in it can branch
-        from one labelled phase.
+        from one labelled phase. So may the scaling rule as long as every batch was the reference batch, where all
+        rules agree.
 
         Raises:
             ValueError: naming every value that differs.
         """
         starts = [start for start in (self.identity.get("pl_start"), identity["pl_start"]) if start is not None]
         open_keys = UNLABELLED_KEYS if all(self.clock <= start for start in starts) else ()
+        if all(segment.kappa == 1 for segment in self.done.segments):
+            open_keys = (*open_keys, "scaling_rule")
         changed = {
             key: (self.identity.get(key), value)
             for key, value in identity.items()
