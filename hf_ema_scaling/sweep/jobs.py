@@ -118,7 +118,7 @@ def lay_out_sweep(
         raise ValueError(f"at least one seed is needed, each at least 0, got {each_seed}")
     _needs_init_seed(recipe)
     base = {key: value for key, value in recipe.items() if key not in DROPPED_SETTINGS} | OWN_SETTINGS
-    start = check_grid(base, chosen)
+    start, grid = common_grid(base, chosen)
 
     def job(arm: str, kappa: float, seed: int, branch: SweepJob | None = None) -> SweepJob:
         other = seed + SPREAD_SEEDS * (arm == SPREAD)
@@ -128,7 +128,7 @@ def lay_out_sweep(
             **{
                 "kappa": kappa,
                 "small_batch_until": start,
-                "eval_delay": start,
+                "eval_delay": grid[0],
                 "seed": other,
                 "data_seed": other,
                 "init_seed": seed,
@@ -158,8 +158,8 @@ def _needs_init_seed(recipe: Mapping[str, Any]) -> None:
         )
 
 
-def check_grid(settings: Mapping[str, Any], kappas: Sequence[float]) -> float:
-    """Checks that runs at all kappas evaluate at the same positions of the clock; returns where they branch.
+def common_grid(settings: Mapping[str, Any], kappas: Sequence[float]) -> tuple[float, list[float]]:
+    """Where runs branch, and where all of them are evaluated from there on, in reference steps.
 
     Raises:
         ValueError: when they do not, with both positions, or when the recipe counts epochs.
@@ -186,7 +186,7 @@ def check_grid(settings: Mapping[str, Any], kappas: Sequence[float]) -> float:
                 f"runs at kappa {kappa:g} and 1 would be evaluated {seen}, not on one grid: eval_steps ({every:g}) "
                 f"and small_batch_until ({start:g}) must be multiples of the largest kappa, and max_steps with them"
             )
-    return start
+    return start, reference
 
 
 def evaluations(plan: ScalingPlan, every: float, start: float) -> list[float]:
