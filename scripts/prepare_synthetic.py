@@ -87,10 +87,10 @@ def main(
             if output.exists():
                 output.rmdir()
             shutil.move(Path(folder) / "saved", output)
+            for name, split in corpus.items():
+                typer.echo(f"{name:17} {len(split):4} utterances {sum(split['duration']) / 60:6.2f} minutes")
     except (ValueError, ImportError) as error:
         raise fail(str(error)) from error
-    for name, split in corpus.items():
-        typer.echo(f"{name:17} {len(split):4} utterances {sum(split['duration']) / 60:6.2f} minutes")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def plot_sweep(
     colours = {kappa: colormaps["viridis"](place) for kappa, place in zip(kappas, places, strict=True)}
     axes = upper.subplots(1, len(PANELS), sharex=True, sharey=True)
     for axis, (name, arms) in zip(axes, PANELS.items(), strict=True):
-        for arm, kappa in [(RULE, 1.0), *((arm, kappa) for arm in arms for kappa in kappas)]:
+        for arm, kappa in dict.fromkeys([(RULE, 1.0), *((arm, kappa) for arm in arms for kappa in kappas)]):
             style: dict[str, Any] = {"color": colours[kappa], "label": f"kappa {kappa:g}"}
             if kappa == 1:
                 style = {"color": "C3", "label": "another seed, kappa 1"} if arm == SPREAD else {"color": "black"}

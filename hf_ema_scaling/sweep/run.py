@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import Any
 
@@ -23,6 +23,8 @@ from hf_ema_scaling.sweep.jobs import PHASE, SweepJob
 from hf_ema_scaling.sweep.trajectory import RESULT, TrajectoryRecorder, evaluated
 from hf_ema_scaling.training.flow import StopAt
 from hf_ema_scaling.training.process import prepare_process
+
+Done = Callable[[SweepJob, str | BaseException], None]
 
 
 def run_sweep(jobs: Sequence[SweepJob], *, processes: int | None = None) -> int:
@@ -41,14 +43,14 @@ def run_sweep(jobs: Sequence[SweepJob], *, processes: int | None = None) -> int:
     """
     waiting = [job for job in jobs if not is_finished(job)]
     total = len(waiting)
-    failed: dict[SweepJob | str, str] = {}
+    failed: dict[str, str] = {}
     with tqdm(total=total, desc="runs", disable=None) as bar:
 
-        def done(job: SweepJob, error: BaseException | None, line: str | None) -> None:
+        def done(job: SweepJob, outcome: str | BaseException) -> None:
+            if isinstance(outcome, BaseException):
+                outcome = failed[job.name] = f"{type(outcome).__name__}: {outcome}"
             bar.update()
-            if error is not None:
-                failed[job.name] = f"{type(error).__name__}: {error}"
-            tqdm.write(f"{job.name}: " + (line or failed[job.name]), file=sys.stderr)
+            tqdm.write(f"{job.name}: {outcome}", file=sys.stderr)
 
         workers = min(processes or os.cpu_count() or 1, total)
         if workers <= 1:
@@ -67,34 +69,33 @@ def _ready(job: SweepJob) -> bool:
     return job.branch is None or (job.branch.folder / RESULT).is_file()
 
 
-def _run_here(jobs: Sequence[SweepJob], done: Any) -> None:
+def _orphaned(job: SweepJob) -> RuntimeError:
+    return RuntimeError(f"{'' if job.branch is None else job.branch.name} failed")
+
+
+def _run_here(jobs: Sequence[SweepJob], done: Done) -> None:
     for job in jobs:
         try:
-            if not _ready(job):
-                raise RuntimeError(f"{job.branch.name if job.branch else ''} failed")
-            line, error = run_job(job), None
-        except Exception as caught:
-            line, error = None, caught
-        done(job, error, line)
+            done(job, run_job(job) if _ready(job) else _orphaned(job))
+        except Exception as error:
+            done(job, error)
 
 
-def _run_beside(jobs: Sequence[SweepJob], workers: int, done: Any) -> None:
+def _run_beside(jobs: Sequence[SweepJob], workers: int, done: Done) -> None:
     context = multiprocessing.get_context("spawn")
     waiting, running = list(jobs), dict[Future[str], SweepJob]()
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         try:
             while waiting or running:
-                for job in [job for job in waiting if _ready(job)]:
-                    waiting.remove(job)
-                    running[pool.submit(run_job, job)] = job
+                ready = [job for job in waiting if _ready(job)]
+                waiting = [job for job in waiting if job not in ready]
+                running |= {pool.submit(run_job, job): job for job in ready}
                 if not running:
                     for job in waiting:
-                        done(job, RuntimeError(f"{job.branch.name if job.branch else ''} failed"), None)
+                        done(job, _orphaned(job))
                     return
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    error = future.exception()
-                    done(running.pop(future), error, None if error else future.result())
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    done(running.pop(future), future.exception() or future.result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

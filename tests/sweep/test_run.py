@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,31 @@ def test_a_failed_run_does_not_stop_the_others(
     with pytest.raises(RuntimeError, match=r"1 of 6 runs failed(.|\n)*seed 0, unscaled, kappa 4: ValueError: no luck"):
         run_sweep(jobs, processes=1)
     assert [job.arm for job in jobs if not module.is_finished(job)] == ["unscaled"]
+
+
+def test_runs_side_by_side_wait_for_their_phase(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[SweepJob] = []
+
+    def pretend(job: SweepJob) -> str:
+        assert job.branch is None or job.branch in done
+        if (job.arm, job.seed) == ("phase", 1):
+            raise ValueError("no luck")
+        job.folder.mkdir(parents=True)
+        (job.folder / "result.json").write_text("{}")
+        done.append(job)
+        return ""
+
+    monkeypatch.setattr(module, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(module, "run_job", pretend)
+    jobs = lay_out_sweep(recipe, [4], [0, 1], tmp_path)
+    with pytest.raises(RuntimeError, match=r"5 of 12 runs failed(.|\n)*seed 1, rule, kappa 4: .*seed 1, phase failed"):
+        run_sweep(jobs, processes=2)
+    assert sorted((job.seed, job.arm) for job in done) == [
+        *((0, arm) for arm in ("none", "phase", "rule", "rule", "spread", "unscaled")),
+        (1, "spread"),
+    ]
 
 
 def test_scaling_rules_may_change_where_all_agree(recipe: dict[str, Any], tmp_path: Path) -> None:
