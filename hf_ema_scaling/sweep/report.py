@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,18 @@ def measured(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def chosen_metric(metric: str | None, names: Sequence[str]) -> str:
-    """The metric that `--metric` means; by default the first loss.
+    """The one of `names` that `metric` means, `eval_wer` and `eval_ema_wer` among them; by default the first loss.
 
     Raises:
         ValueError: for one that was not measured, with those that were.
     """
-    losses = [name for name in names if name == "loss" or name.endswith("_loss")]
-    wanted = losses[0] if metric is None and losses else str(metric).removeprefix("eval_").removeprefix("ema_")
+    if metric is None and names:
+        return next((name for name in names if name.endswith("loss")), names[0])
+    wanted = str(metric).removeprefix("eval_").removeprefix("ema_")
     if wanted not in names:
-        raise ValueError(f"metric {wanted!r} was not measured of student and average; there are {', '.join(names)}")
+        raise ValueError(
+            f"metric {wanted!r} was not measured of student and average; there are {', '.join(names) or 'none'}"
+        )
     return wanted
 
 
@@ -177,15 +180,13 @@ def _reasons(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict]) -> 
     return "\n".join(lines)
 
 
-def _noise(runs: Iterable[Comparison]) -> str:
+def _noise(runs: Sequence[Comparison]) -> str:
     found = [row for run in runs for row in run.run.result["noise"]]
     if not found:
         return "no gradient noise scale in the log (noise_scale_every)"
-    scale = statistics.median(row["scale"] for row in found)
-    largest = statistics.median(row["largest_kappa"] for row in found)
-    return f"median gradient noise scale {scale:.4g} units, largest useful kappa {largest:.3g}" + (
-        ": exceeded" if any(run.kappa > largest for run in runs) else ""
-    )
+    scale, largest = (statistics.median(row[key] for row in found) for key in ("scale", "largest_kappa"))
+    exceeded = ", which it exceeds" if runs[0].kappa > largest else ""
+    return f"gradient noise scale {scale:.4g} units (median), largest useful kappa {largest:.3g}{exceeded}"
 
 
 def _markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
