@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -120,15 +120,19 @@ def check(
 
     Arguments of recipes are listed by their scripts: python recipes/asr_ctc.py --help
     """
-    from hf_ema_scaling.recipe import ASR_CTC, build_asr_ctc, parse
+    from hf_ema_scaling.recipe import parse
+    from hf_ema_scaling.recipe.registry import kind_of_file
     from hf_ema_scaling.training.self_check import FAILED, check_table, self_check
 
     with tempfile.TemporaryDirectory() as folder:
         # Last, so that nothing of the run is touched and nothing leaves the machine.
         own = ["--output_dir", folder, "--push_to_hub", "false", "--report_to", "none"]
-        results = self_check(
-            lambda: build_asr_ctc(*parse(ASR_CTC, ["--config", str(config), *context.args, *own])), rows=rows
-        )
+
+        def build() -> Any:
+            kind = kind_of_file(config)
+            return kind.build(*parse(kind.arguments, ["--config", str(config), *context.args, *own]))
+
+        results = self_check(build, rows=rows)
     typer.echo(check_table(results))
     raise typer.Exit(int(any(found.result == FAILED for found in results)))
 

@@ -17,4 +17,4 @@ relative to the working directory. `output_dir` receives the student, the averag
 from hf_ema_scaling.recipe import SUPERVISED, build_supervised, parse, run
 
 if __name__ == "__main__":
-    run(build_supervised(*parse(SUPERVISED, ignored=("recipe",))))
+    run(build_supervised(*parse(SUPERVISED)))

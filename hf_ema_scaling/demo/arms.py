@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import resource
 import string
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from tqdm.auto import tqdm
 from transformers import (
     ParakeetCTCConfig,
@@ -35,7 +30,9 @@ from hf_ema_scaling.labels import PseudoLabel
 from hf_ema_scaling.metrics import CTCMetrics
 from hf_ema_scaling.training import EMATrainer, EMATrainingArguments, PseudoLabelArguments, PseudoLabelTrainer
 from hf_ema_scaling.training.checks import drop_unfitting, fitting_rows
+from hf_ema_scaling.training.flow import StopAt
 from hf_ema_scaling.training.mixin import EMATrainerMixin
+from hf_ema_scaling.training.process import peak_memory, prepare_process
 
 ARMS = ("labelled", "pseudo", "topline")
 LABELLED_PHASE = "labelled_phase"
@@ -117,7 +114,7 @@ def run_labelled_phase(job: ArmJob) -> tuple[str, float]:
     prepare_process()
     data = load_data(job)
     begun = time.time()
-    stop = _StopAt(job.config.pl_start)
+    stop = StopAt(job.config.pl_start)
     trainer = build_trainer(job, data, [stop])
     stop.trainer = trainer
     trainer.train()
@@ -144,23 +141,6 @@ def run_arm(job: ArmJob) -> ArmResult:
         history=trainer.state.log_history,
         peak_memory_bytes=peak_memory(),
     )
-
-
-def prepare_process() -> None:
-    """One thread, the demo's own lines in the place of transformers' bars and messages; warnings stay."""
-    # The operations are small: a second thread gains less than a second arm beside it, and figures would depend on
-    # the number of cores.
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.WARNING)
-    # transformers and datasets meet deprecations of their own; nobody who runs the demo can do anything about them.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    # Linux counts kilobytes, macOS bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def load_data(job: ArmJob) -> DemoData:
@@ -239,22 +219,6 @@ class ToplineTrainer(PseudoLabelTrainer):
     def labels_of(self, batch: MicroBatch) -> list[PseudoLabel]:
         """The true labels of the rows."""
         return [PseudoLabel(tuple(self.references[index]), 1.0) for index in batch["indices"]]
-
-
-class _StopAt(TrainerCallback):
-    """Saves and stops at the first step at which the clock has reached `clock` reference steps."""
-
-    def __init__(self, clock: float) -> None:
-        self.clock = clock
-        self.trainer: EMATrainerMixin | None = None
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        assert self.trainer is not None
-        if self.trainer.sampler.step(state.global_step - 1).end >= self.clock:
-            control.should_save = control.should_training_stop = True
-        return control
 
 
 class _Progress(TrainerCallback):

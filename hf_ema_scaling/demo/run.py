@@ -21,11 +21,11 @@ from hf_ema_scaling.demo.arms import (
     ArmJob,
     ArmResult,
     DemoConfig,
-    peak_memory,
     run_arm,
     run_labelled_phase,
 )
 from hf_ema_scaling.report import plot_runs, require_matplotlib
+from hf_ema_scaling.training.process import peak_memory
 
 
 def run_demo(

@@ -87,6 +87,13 @@ class ModelArguments:
     alphabet: str | None = field(
         default=None, metadata={"help": "Characters of a new vocabulary; default: those of the labelled texts."}
     )
+    init_seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Seed of the initialisation of new weights; default: seed. Runs that share it may differ in "
+            "order, dropout and augmentation."
+        },
+    )
 
     def __post_init__(self) -> None:
         if (self.model_name_or_path is None) == (self.model_config is None):
@@ -172,7 +179,7 @@ def build_asr_ctc(
         raise ValueError(
             "spec_augment masks log-mel features, and this model reads samples: set spec_augment to false"
         )
-    set_seed(args.seed)
+    set_seed(args.seed if model.init_seed is None else model.init_seed)
     network = _network(model, config, processor.tokenizer)
     shared: dict[str, Any] = {
         "model": network,

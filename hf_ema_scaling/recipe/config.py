@@ -14,6 +14,9 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+KIND_KEY = "recipe"
+"""Key of a file that names the kind of its recipe; see `hf_ema_scaling.recipe.registry`."""
+
 
 class _Loader(yaml.SafeLoader):
     """Reads 5e-4 as a number, as YAML 1.2 does, and refuses a key that is written twice."""
@@ -39,7 +42,7 @@ def parse(
     The file is one flat mapping of argument names to values. Lists and mappings for an argument that takes a string
     (`batch_schedule`, `lr_scheduler_kwargs`, `model_config`) become JSON. `null`, there and on the command line, is
     None where an argument may be None. Required arguments may stand in either place. Relative paths are relative to
-    the working directory.
+    the working directory. The file may also name its kind of recipe (`recipe`), which is not read here.
 
     Args:
         dataclass_types: as for `HfArgumentParser`.
@@ -63,7 +66,7 @@ def parse(
     for name, action in actions.items():
         if type(None) in get_args(hints[name]):
             action.type = _nullable(action.type or str)
-    ignored = set(ignored) - actions.keys()
+    ignored = {*ignored, KIND_KEY} - actions.keys()
     for name, value in {} if chosen.config is None else read_mapping(chosen.config).items():
         if name in ignored:
             continue

@@ -6,15 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_ema_scaling.recipe.asr_ctc import AugmentationArguments, ModelArguments, SpeechDataArguments
 from hf_ema_scaling.recipe.config import parse, read_mapping
+from hf_ema_scaling.recipe.registry import kind_of_file
 from hf_ema_scaling.scaling import ScalingPlan
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.layout import plan_of
 from hf_ema_scaling.training.run_state import optimizer_family
-
-OTHERS = (SpeechDataArguments, ModelArguments, AugmentationArguments)
-"""Arguments that a recipe's file may hold and that no plan depends on, but for `unlabelled`."""
 
 
 def plan_recipe(
@@ -27,7 +24,7 @@ def plan_recipe(
     """Plans of a recipe, as its trainer would lay them out.
 
     Unlabelled data is part of the recipe where the file names some (`unlabelled`), or where there is no file and
-    `pl_start` is given.
+    `pl_start` is given. Of the other arguments of the file's kind no plan depends on any.
 
     Args:
         config: YAML file of a recipe.
@@ -38,7 +35,9 @@ def plan_recipe(
     Raises:
         ValueError: for arguments that are unknown or do not fit.
     """
-    others = {field.name for kind in OTHERS for field in dataclasses.fields(kind)}
+    kinds = kind_of_file(config).arguments
+    planned = [kind for kind in kinds if issubclass(kind, (EMATrainingArguments, PseudoLabelArguments))]
+    others = {field.name for kind in kinds if kind not in planned for field in dataclasses.fields(kind)}
     file = [] if config is None else ["--config", str(config)]
     given = {} if config is None else read_mapping(config)
     rest, switched = _taken(argv, others)
@@ -50,9 +49,9 @@ def plan_recipe(
     batches = [["--kappa", str(kappa), "--batch_size", "null", "--batch_schedule", "null"] for kappa in kappas]
     plans = []
     for batch in batches or [[]]:
-        args, pseudo = parse(
-            (EMATrainingArguments, PseudoLabelArguments), [*file, *rest, *batch, *here], ignored=others
-        )
+        parsed = parse(planned, [*file, *rest, *batch, *here], ignored=others)
+        args = next(found for found in parsed if isinstance(found, EMATrainingArguments))
+        pseudo = next((found for found in parsed if isinstance(found, PseudoLabelArguments)), None)
         plans.append(
             plan_of(
                 args,

@@ -64,6 +64,28 @@ def _fires(strategy: str, step: bool, epoch: bool) -> bool:
     return (strategy == "steps" and step) or (strategy == "epoch" and epoch)
 
 
+class StopAt(TrainerCallback):
+    """Saves and stops at the first step at which the clock has reached `clock`, for runs that branch from there.
+
+    Args:
+        clock: in reference steps.
+    """
+
+    def __init__(self, clock: float) -> None:
+        self.clock = clock
+        self.trainer: EMATrainerMixin | None = None
+        """The trainer that the callback was added to; set it before training."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Raise the flags at the clock's position."""
+        assert self.trainer is not None
+        if self.trainer.sampler.step(state.global_step - 1).end >= self.clock:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
 class AverageUpdate(TrainerCallback):
     """Moves the trainer's average around each real optimizer step."""
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hf_ema_scaling.data.lengths import holds_zeros, row_lengths
 from hf_ema_scaling.data.sampler import ScheduledBatchSampler
 from hf_ema_scaling.data.stream import DataSource, ReferenceStream
-from hf_ema_scaling.scaling import OptimizerValues, Recipe, ScalingPlan, StepBorders
+from hf_ema_scaling.scaling import OptimizerValues, Recipe, ScalingPlan, StepBorders, known_rule
 from hf_ema_scaling.scaling.momentum_schedule import MomentumScheduleKind
 from hf_ema_scaling.scaling.plan import Correction
 from hf_ema_scaling.scaling.recipe import Unit
@@ -85,7 +85,8 @@ def lay_out(
     identity = {
         "reference_batch_size": batch,
         "batch_unit": args.batch_unit,
-        "optimizer": plan.rule.name,
+        "optimizer": (known_rule(optimizer) or plan.rule).name,
+        "scaling_rule": plan.rule.name,
         "seed": seed,
         "bucket_window": args.bucket_window,
         "pl_start": pl_start,

@@ -64,7 +64,8 @@ class RunState:
         """Refuses to continue with other data or another reference recipe.
 
         What concerns unlabelled data may change as long as none has been drawn, so runs that differ in it can branch
-        from one labelled phase; its ratio may also change later, from the checkpoint on.
+        from one labelled phase; its ratio may also change later, from the checkpoint on. So may the scaling rule as
+        long as every batch was the reference batch, where all rules agree.
 
         Raises:
             ValueError: naming every value that differs.
@@ -74,6 +75,8 @@ class RunState:
         before, now = _drawn_at(self.identity, reached), _drawn_at(identity, reached)
         starts = [start for start in (self.identity.get("pl_start"), identity["pl_start"]) if start is not None]
         open_keys = UNLABELLED_KEYS if all(reached <= start for start in starts) else ()
+        if all(segment.kappa == 1 for segment in self.done.segments):
+            open_keys = (*open_keys, "scaling_rule")
         changed = {
             key: (before.get(key), value)
             for key, value in now.items()

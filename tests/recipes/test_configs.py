@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from hf_ema_scaling.recipe import ASR_CTC, parse
 from hf_ema_scaling.recipe.asr_ctc import new_config
+from hf_ema_scaling.recipe.config import read_mapping
+from hf_ema_scaling.recipe.planning import plan_recipe
+from hf_ema_scaling.sweep import lay_out_sweep
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 
@@ -27,3 +31,21 @@ def test_configs(name: str, half_life: float, kept: float) -> None:
     stated = json.loads(model.model_config)["encoder_config"]
     assert {key: getattr(config.encoder_config, key) for key in stated} == stated
     assert all(data.evaluation_sources().values())
+
+
+@pytest.mark.parametrize(("name", "start", "end"), [("polyak", 480, 880), ("pseudo", 720, 1120)])
+def test_sweeps_of_speech(name: str, start: int, end: int, tmp_path: Path) -> None:
+    settings = read_mapping(CONFIGS / f"sweep_speech_{name}.yaml")
+    jobs = lay_out_sweep(settings, [0.5, 1, 2, 4, 8], [0], tmp_path)
+    assert len(jobs) == 12 and {job.start for job in jobs} == {start}
+    assert jobs[0].settings["eval_delay"] == start + 40
+    for kappa, plan in zip([0.5, 8], plan_recipe(jobs[0].write_recipe(), kappas=[0.5, 8]), strict=True):
+        assert plan.stages[-1].start == start and plan.borders[-1] == end
+        assert kappa * (1 - plan.recipe.ema_momentum) < 0.1
+        # The learning rate has come down before kappas part.
+        last = plan.step(len(plan) - 1)
+        assert plan.step(start).start == start
+        assert plan.step(start).learning_rate == pytest.approx(2e-4 * kappa**0.5) == last.learning_rate
+        if kappa == 8:
+            assert last.momentum == pytest.approx(0.923, abs=5e-4)
+    assert math.log(0.5) / math.log(0.99) == pytest.approx(69, abs=0.5)

@@ -1,0 +1,102 @@
+"""Which bounds a sweep must meet, and whether it does, seed by seed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hf_ema_scaling.sweep.distances import Comparison
+from hf_ema_scaling.sweep.jobs import RULE, SPREAD, UNSCALED
+from hf_ema_scaling.sweep.trajectory import AVERAGE, STUDENT
+
+OWN_STUDENT = 1.25
+"""How much farther than its own student the rule's average may be."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One bound on one distance for one seed.
+
+    Args:
+        bound: in words.
+        kappa: that it is about.
+        distance: `weights` or the name of a metric.
+        seed: of the runs.
+        value: the distance that is judged.
+        limit: what it is compared with.
+        holds: whether the bound holds; never where a value is not a number.
+        all_seeds: the same with the largest spread of all seeds as the limit; None for bounds without a spread.
+    """
+
+    bound: str
+    kappa: float
+    distance: str
+    seed: int
+    value: float
+    limit: float
+    holds: bool
+    all_seeds: bool | None = None
+
+
+def judge(comparisons: Sequence[Comparison], distances: Sequence[str]) -> list[Verdict]:
+    """The four bounds, for every seed, by each of `distances`; all are about averages, at the sweep's kappas.
+
+    At the largest kappa K: the unscaled average is farther from kappa 1 than the rule's; the rule's is at most
+    `OWN_STUDENT` times as far as its own student, or within the spread. At every kappa between 1 and K (2 and 4, when
+    K is 8): the rule's average is within the spread. A distance is within the spread if it is at most that of the
+    spread run of its seed.
+    """
+    table = {(run.arm, run.kappa, run.seed): run.distances for run in comparisons}
+    seeds = sorted({run.seed for run in comparisons})
+    kappas = sorted({run.kappa for run in comparisons if run.arm == RULE and run.kappa > 1})
+    verdicts: list[Verdict] = []
+    for name in distances:
+        spreads = {seed: table[SPREAD, 1.0, seed][name][AVERAGE] for seed in seeds}
+        widest = max(spreads.values())
+
+        def rule(kappa: float, seed: int, weights: str = AVERAGE, name: str = name) -> float:
+            return table[RULE, kappa, seed][name][weights]
+
+        for kappa in kappas[-1:]:
+            for seed in seeds:
+                value, limit = table[UNSCALED, kappa, seed][name][AVERAGE], rule(kappa, seed)
+                text = "the unscaled average is farther than the rule's"
+                verdicts.append(Verdict(text, kappa, name, seed, value, limit, value > limit))
+            for seed in seeds:
+                value, own = rule(kappa, seed), OWN_STUDENT * rule(kappa, seed, STUDENT)
+                text = (
+                    f"the rule's average is at most {OWN_STUDENT:g} x as far as its own student, or within the spread"
+                )
+                limits = max(own, spreads[seed]), max(own, widest)
+                verdicts.append(Verdict(text, kappa, name, seed, value, limits[0], *_at_most(value, limits)))
+        for kappa in kappas[:-1]:
+            for seed in seeds:
+                value = rule(kappa, seed)
+                text = "the rule's average is within the spread"
+                found = _at_most(value, (spreads[seed], widest))
+                verdicts.append(Verdict(text, kappa, name, seed, value, spreads[seed], *found))
+    return verdicts
+
+
+def _at_most(value: float, limits: tuple[float, float]) -> tuple[bool, bool]:
+    return value <= limits[0], value <= limits[1]
+
+
+def factors(comparisons: Sequence[Comparison], distance: str, weights: str = AVERAGE) -> dict[float, dict[int, float]]:
+    """How many times farther from kappa 1 the unscaled run is than the rule's, by kappa and seed.
+
+    NaN where the rule's run is as near as can be.
+    """
+    table = {(run.arm, run.kappa, run.seed): run.distances[distance][weights] for run in comparisons}
+    found: dict[float, dict[int, float]] = {}
+    for (arm, kappa, seed), value in table.items():
+        if arm == UNSCALED:
+            own = table[RULE, kappa, seed]
+            found.setdefault(kappa, {})[seed] = value / own if own > 0 else float("nan")
+    return found
+
+
+def spread_of(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, smallest and largest."""
+    return statistics.fmean(values), min(values), max(values)
