@@ -238,7 +238,8 @@ class EMATrainerMixin(BothWeightsEvaluation):
             self.average = WeightAverage(self.model, buffers=self.args.ema_buffers)  # type: ignore[arg-type]
 
     def label_micro_batches(self, micro_batches: list[MicroBatch], step: SampledStep) -> list[MicroBatch]:
-        """Gives unlabelled micro-batches their targets; nothing to do here."""
+        """Gives unlabelled micro-batches their targets; here there are none, and all must have their labels."""
+        check_labelled(self.model, micro_batches, self.ctc)
         return micro_batches
 
     def training_step(
@@ -253,9 +254,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
         self.lr_scheduler.begin(step)
         if self.batch_statistics:
             self._statistics = [(buffer, buffer.clone()) for buffer in batch_statistics_of(self.model)]
-        micro_batches: list[MicroBatch] = inputs["micro_batches"]
-        check_labelled(self.model, micro_batches, self.ctc)
-        micro_batches = self.label_micro_batches(micro_batches, step)
+        micro_batches: list[MicroBatch] = self.label_micro_batches(inputs["micro_batches"], step)
         model.train()
         # Processes average their gradients, so each multiplies its share by their number.
         scale = self.accelerator.num_processes / (self.sampler.stream.examples_per_reference_batch * step.kappa)

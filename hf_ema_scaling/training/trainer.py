@@ -97,7 +97,7 @@ class PseudoLabelTrainer(EMATrainerMixin):
         """Labels the unlabelled micro-batches by the teacher, on clean inputs."""
         return [
             micro_batch if micro_batch["source"] == LABELLED else self._labelled(micro_batch)
-            for micro_batch in micro_batches
+            for micro_batch in super().label_micro_batches(micro_batches, step)
         ]
 
     def _labelled(self, micro_batch: MicroBatch) -> MicroBatch:
