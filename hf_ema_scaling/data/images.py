@@ -41,9 +41,7 @@ class ImageRows(Dataset[dict[str, Any]]):
         images = self.read(rows).float() / 255
         if self.labels is None:
             return [{"pixel_values": image} for image in images]
-        return [
-            {"pixel_values": image, "labels": self.labels[row]} for image, row in zip(images, rows, strict=True)
-        ]
+        return [{"pixel_values": image, "labels": self.labels[row]} for image, row in zip(images, rows, strict=True)]
 
     def without_labels(self) -> ImageRows:
         """The same images, and nothing that says what they show."""

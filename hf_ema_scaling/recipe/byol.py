@@ -125,7 +125,7 @@ def build_byol(
 
 
 def _network(model: BYOLModelArguments, channels: int) -> BYOLModel:
-    heads = {"hidden_size": model.hidden_size, "projection_size": model.projection_size}
+    heads: dict[str, Any] = {"hidden_size": model.hidden_size, "projection_size": model.projection_size}
     if model.model_config is not None:
         return BYOLModel(BYOLConfig(new_config(model.model_config), num_channels=channels, **heads))
     name = model.model_name_or_path

@@ -55,7 +55,9 @@ def load_images(
     if label_column is not None:
         feature = dataset.features[label_column]
         if not isinstance(feature, ClassLabel) and "int" not in str(getattr(feature, "dtype", "")):
-            raise ValueError(f"{source}: column {label_column!r} holds {feature}, not classes: use class_encode_column")
+            raise ValueError(
+                f"{source}: column {label_column!r} holds {feature}, not classes: use class_encode_column"
+            )
         labels = [int(label) for label in dataset[label_column][:]]
     return ImageRows(DecodedImages(dataset, image_column, size=size, channels=channels), len(dataset), labels)
 
@@ -89,9 +91,13 @@ def _found(source: str) -> Dataset:
     saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     loaded: Any = load_from_disk(str(path)) if saved else load_dataset("imagefolder", data_dir=str(path))
     if isinstance(loaded, Dataset):
+        if part:
+            raise ValueError(f"{path} has no splits, so there is no {part!r} in it: write {path}")
         return loaded
     if not part and len(loaded) == 1:
         return next(iter(loaded.values()))
     if part not in loaded:
-        raise ValueError(f"{path} has the splits {', '.join(loaded)}: write one of them as {path}:{next(iter(loaded))}")
+        raise ValueError(
+            f"{path} has the splits {', '.join(loaded)}: write one of them as {path}:{next(iter(loaded))}"
+        )
     return loaded[part]

@@ -44,7 +44,7 @@ class BYOLTrainer(EMATrainerMixin):
         **kwargs: as for `EMATrainer`, without `example_loss`, `augmentation` and `compute_metrics`.
 
     Raises:
-        ValueError: for a micro-batch of one row, which BatchNorm cannot normalise.
+        ValueError: for micro-batches of one row, which BatchNorm cannot normalise.
     """
 
     def __init__(
@@ -61,6 +61,12 @@ class BYOLTrainer(EMATrainerMixin):
         self._target: EMATeacher | None = None
         measure = None if probe_dataset is None else self.measure
         super().__init__(model, args, example_loss=_example_loss, compute_metrics=measure, **kwargs)
+        batch = int(self.args.reference_batch_size or 0)
+        if self.batch_statistics and batch // -(-batch // self.args.per_device_train_batch_size) < 2:
+            raise ValueError(
+                f"per_device_train_batch_size={self.args.per_device_train_batch_size} cuts the reference batch of "
+                f"{batch} into single rows, which BatchNorm cannot normalise: raise it, at best to {batch}"
+            )
 
     def begin_training(self) -> None:
         """Also tests that the target network follows the student."""

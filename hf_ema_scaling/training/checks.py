@@ -270,6 +270,8 @@ def refuse_unsupported(trainer: Trainer) -> None:
         raise ValueError("a scheduler cannot be passed: choose lr_scheduler_type, which runs on the reference clock")
     if trainer.optimizer_cls_and_kwargs is not None:
         raise ValueError("optimizer_cls_and_kwargs hide what there is to scale: pass optimizers=(optimizer, None)")
+    if trainer.optimizer is not None and trainer.args.optim_args:
+        raise ValueError(f"optim_args={trainer.args.optim_args!r} has no effect on the optimizer that was passed")
     check_optim_args(trainer.args)
     if str(getattr(trainer.args.train_sampling_strategy, "value", trainer.args.train_sampling_strategy)) != "random":
         raise ValueError(
