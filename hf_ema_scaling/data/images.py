@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from hf_ema_scaling.data.seeding import spread_seed
+
 
 class ImageRows(Dataset[dict[str, Any]]):
     """Rows of `pixel_values`, float32 `(channels, height, width)` in [0, 1], and of `labels` where there are any.
@@ -128,7 +130,7 @@ class RandomViews:
         noise = torch.empty(images.shape)
         generator = torch.Generator()
         for row, seed in enumerate(seeds):
-            generator.manual_seed(seed)
+            generator.manual_seed(spread_seed(seed))
             torch.rand(9, generator=generator, out=uniform[row])
             if self.noise:
                 torch.randn(noise.shape[1:], generator=generator, out=noise[row])

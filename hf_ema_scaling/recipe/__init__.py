@@ -7,16 +7,19 @@ from hf_ema_scaling.recipe.asr_ctc import (
     SpeechDataArguments,
     build_asr_ctc,
 )
+from hf_ema_scaling.recipe.byol import BYOL, build_byol
 from hf_ema_scaling.recipe.config import parse
 from hf_ema_scaling.recipe.runner import results_table, run
 from hf_ema_scaling.recipe.sources import load_speech
 
 __all__ = [
     "ASR_CTC",
+    "BYOL",
     "AugmentationArguments",
     "ModelArguments",
     "SpeechDataArguments",
     "build_asr_ctc",
+    "build_byol",
     "load_speech",
     "parse",
     "results_table",

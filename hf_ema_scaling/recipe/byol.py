@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from transformers import AutoModel, set_seed
-from transformers.image_processing_base import ImageProcessingMixin
 
 from hf_ema_scaling.data.images import RandomViews
 from hf_ema_scaling.recipe.asr_ctc import new_config
@@ -131,6 +130,9 @@ def _network(model: BYOLModelArguments, channels: int) -> BYOLModel:
     name = model.model_name_or_path
     if name is None:
         return BYOLModel(BYOLConfig(num_channels=channels, encoder_channels=model.encoder_channels, **heads))
+    # Not every recipe has Pillow at hand.
+    from transformers.image_processing_base import ImageProcessingMixin
+
     encoder = AutoModel.from_pretrained(name, dtype=torch.float32)
     processing, _ = ImageProcessingMixin.get_image_processor_dict(name)
     pixels = {key: processing[key] for key in ("image_mean", "image_std") if key in processing}

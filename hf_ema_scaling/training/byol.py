@@ -12,7 +12,7 @@ from transformers import EvalPrediction, PreTrainedModel
 from hf_ema_scaling.data.collator import MicroBatch
 from hf_ema_scaling.data.images import ImageRows, RandomViews
 from hf_ema_scaling.data.sampler import SampledStep
-from hf_ema_scaling.ema import EMATeacher, check_liveness
+from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_liveness
 from hf_ema_scaling.training.arguments import EMATrainingArguments
 from hf_ema_scaling.training.augment import SEEDS_PER_RUN
 from hf_ema_scaling.training.losses import byol_losses
@@ -76,10 +76,10 @@ class BYOLTrainer(EMATrainerMixin):
         check_liveness(self.model, self.average, self.target(), self._prepare_inputs(row))
 
     def target(self) -> EMATeacher:
-        """The target network over the average's storage."""
+        """The target network over the average's storage; before training, over a copy of the weights as they are."""
+        if self.average is None:
+            return EMATeacher(self.model, WeightAverage(self.model))
         if self._target is None or self._target.average is not self.average:
-            self._ensure_average()
-            assert self.average is not None
             self._target = EMATeacher(self.model, self.average)
         return self._target
 
@@ -117,14 +117,13 @@ class BYOLTrainer(EMATrainerMixin):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss against the target network, features of the unchanged images, and labels, if there are any."""
+        """Loss against the target network; features of the images as they are; labels, if there are any."""
         images = inputs["pixel_values"]
         seeds = [zlib.crc32(image.numpy().tobytes()) for image in images.cpu()]
         loss, _, _ = super().prediction_step(model, self.two_views(images, seeds), prediction_loss_only=True)
-        labels = inputs.get("labels")
-        if prediction_loss_only or labels is None:
+        if prediction_loss_only:
             return loss, None, None
-        return loss, self.features(model, images), self._prepare_inputs({"labels": labels})["labels"]
+        return loss, self.features(model, images), self._prepare_inputs(inputs).get("labels")
 
     def features(self, model: nn.Module, images: Tensor) -> Tensor:
         """The encoder's features `(rows, features)`, float32, of images as they are."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_ema_scaling.data.images import ImageRows, RandomViews
+from hf_ema_scaling.data.seeding import spread_seed
 
 IMAGES = torch.rand(6, 2, 8, 8, generator=torch.Generator().manual_seed(0))
 SEEDS = list(range(100, 106))
@@ -27,8 +28,10 @@ def test_a_view_depends_on_its_seed_and_image_alone() -> None:
     for row, seed in enumerate(SEEDS):
         torch.testing.assert_close(ALL(IMAGES[row : row + 1], [seed])[0], together[row], rtol=0, atol=1e-6)
     assert torch.equal(ALL(IMAGES, SEEDS), together)
-    other = ALL(IMAGES, [seed + 1000 for seed in SEEDS])
-    assert (other - together).abs().flatten(1).mean(1).min() > 0.02
+    # Also where seeds differ in high bits only.
+    for step in (1000, 2**32, 2**41):
+        other = ALL(IMAGES, [seed + step for seed in SEEDS])
+        assert (other - together).abs().flatten(1).mean(1).min() > 0.02
     assert float(together.min()) >= 0 and float(together.max()) <= 1
 
 
@@ -66,7 +69,7 @@ def test_a_half_turn_turns_and_shifts_leave_black() -> None:
 
 def _angle(seed: int) -> float:
     """The share of the largest rotation that a seed draws."""
-    drawn = torch.rand(9, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.rand(9, generator=torch.Generator().manual_seed(spread_seed(seed)))
     return abs(2 * float(drawn[1]) - 1)
 
 

@@ -15,8 +15,7 @@ import yaml
 from PIL import Image
 from transformers import ResNetConfig, ResNetModel
 
-from hf_ema_scaling.recipe import parse, run
-from hf_ema_scaling.recipe.byol import BYOL, build_byol
+from hf_ema_scaling.recipe import BYOL, build_byol, parse, run
 from hf_ema_scaling.recipe.images import load_images
 from hf_ema_scaling.training.byol import BYOLTrainer
 from hf_ema_scaling.training.byol_model import BYOLModel
