@@ -186,6 +186,6 @@ def test_the_digits_recipe_parses_and_its_comments_are_right() -> None:
     data, _, views, args = parse(BYOL, argv, ignored=("recipe",))
     assert CONFIG.read_text().startswith("recipe: byol\n")
     assert (data.image_size, data.num_channels) == (8, 1)
-    assert args.half_life(1.0) == pytest.approx(2207, abs=1)
+    assert args.half_life(1.0) == pytest.approx(4425, abs=1)
     assert views.build().flip == 0
     assert args.per_device_train_batch_size == args.reference_batch_size

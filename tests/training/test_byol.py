@@ -248,9 +248,9 @@ def test_labels_change_no_weight(tmp_path: Path) -> None:
 
 
 def test_both_weight_sets_are_probed(tmp_path: Path) -> None:
-    probe, evaluation = images(40, 1, labels=True), images(30, 2, labels=True)
+    probe, evaluation = images(60, 1, labels=True), images(300, 2, labels=True)
     made = trained(
-        tmp_path, probe_dataset=probe, eval_dataset=evaluation, learning_rate=0.3, per_device_eval_batch_size=7
+        tmp_path, probe_dataset=probe, eval_dataset=evaluation, learning_rate=0.3, per_device_eval_batch_size=70
     )
     scores = made.evaluate()
     made.save_model(str(tmp_path / "final"))
@@ -268,7 +268,7 @@ def test_both_weight_sets_are_probed(tmp_path: Path) -> None:
         assert scores[f"{prefix}probe_accuracy"] == pytest.approx(expected, abs=1e-9)
         found.append((expected, scores[f"{prefix}loss"]))
     assert found[0][0] != found[1][0] and found[0][1] != found[1][1]
-    whole = build(tmp_path, model=made.model, eval_dataset=evaluation, per_device_eval_batch_size=30)
+    whole = build(tmp_path, model=made.model, eval_dataset=evaluation, per_device_eval_batch_size=300)
     whole.average = made.average
     for key in ("eval_loss", "eval_ema_loss"):
         assert whole.evaluate()[key] == pytest.approx(scores[key], rel=1e-5)
