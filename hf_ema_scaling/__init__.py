@@ -25,6 +25,9 @@ _HOME = {
     "Labeler": "labels",
     "PseudoLabel": "labels",
     "ScheduledBatchSampler": "data",
+    "BYOLConfig": "training",
+    "BYOLModel": "training",
+    "BYOLTrainer": "training",
     "EMACallback": "training",
     "EMATrainer": "training",
     "EMATrainingArguments": "training",
@@ -49,6 +52,9 @@ if TYPE_CHECKING:
     from hf_ema_scaling.scaling import momentum_from_half_life as momentum_from_half_life
     from hf_ema_scaling.scaling import register_scaling_rule as register_scaling_rule
     from hf_ema_scaling.scaling import scale_momentum as scale_momentum
+    from hf_ema_scaling.training import BYOLConfig as BYOLConfig
+    from hf_ema_scaling.training import BYOLModel as BYOLModel
+    from hf_ema_scaling.training import BYOLTrainer as BYOLTrainer
     from hf_ema_scaling.training import EMACallback as EMACallback
     from hf_ema_scaling.training import EMATrainer as EMATrainer
     from hf_ema_scaling.training import EMATrainingArguments as EMATrainingArguments

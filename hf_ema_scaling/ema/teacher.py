@@ -62,6 +62,11 @@ class EMATeacher:
         return self._module
 
     @property
+    def average(self) -> WeightAverage:
+        """The average that it computes with."""
+        return self._average
+
+    @property
     def config(self) -> Any:
         """The teacher's own copy of the configuration, None for a module that has none."""
         return getattr(self._module, "config", None)

@@ -7,6 +7,7 @@ from hf_ema_scaling.recipe.asr_ctc import (
     SpeechDataArguments,
     build_asr_ctc,
 )
+from hf_ema_scaling.recipe.byol import BYOL, build_byol
 from hf_ema_scaling.recipe.config import parse
 from hf_ema_scaling.recipe.runner import results_table, run
 from hf_ema_scaling.recipe.sources import load_speech, load_text
@@ -19,6 +20,7 @@ from hf_ema_scaling.recipe.supervised import (
 
 __all__ = [
     "ASR_CTC",
+    "BYOL",
     "SUPERVISED",
     "AugmentationArguments",
     "ClassifierArguments",
@@ -26,6 +28,7 @@ __all__ = [
     "SpeechDataArguments",
     "TextDataArguments",
     "build_asr_ctc",
+    "build_byol",
     "build_supervised",
     "load_speech",
     "load_text",

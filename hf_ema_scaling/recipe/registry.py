@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_ema_scaling.recipe.asr_ctc import ASR_CTC, build_asr_ctc
+from hf_ema_scaling.recipe.byol import BYOL, build_byol
 from hf_ema_scaling.recipe.config import KIND_KEY, close_names, read_mapping
 from hf_ema_scaling.recipe.supervised import SUPERVISED, build_supervised
 from hf_ema_scaling.training.mixin import EMATrainerMixin
@@ -30,6 +31,7 @@ class RecipeKind:
 
 RECIPES: dict[str, RecipeKind] = {
     "asr_ctc": RecipeKind(ASR_CTC, build_asr_ctc),
+    "byol": RecipeKind(BYOL, build_byol),
     "supervised": RecipeKind(SUPERVISED, build_supervised),
 }
 

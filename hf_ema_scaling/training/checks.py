@@ -17,6 +17,7 @@ from hf_ema_scaling.data.lengths import row_lengths
 from hf_ema_scaling.data.stream import LABELLED
 from hf_ema_scaling.ema import WeightAverage, check_moved, unwrap
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths, frames_of, min_ctc_frames
+from hf_ema_scaling.training.optimizer_values import check_optim_args
 
 logger = logging.getLogger(__name__)
 
@@ -258,10 +259,11 @@ def refuse_unsupported(trainer: Trainer) -> None:
         raise ValueError("compute_loss_func is not used here: pass example_loss, which returns one loss per row")
     if trainer.lr_scheduler is not None:
         raise ValueError("a scheduler cannot be passed: choose lr_scheduler_type, which runs on the reference clock")
-    if trainer.optimizer_cls_and_kwargs is not None or trainer.args.optim_args:
-        raise ValueError(
-            "optimizer_cls_and_kwargs and optim_args hide what there is to scale: pass optimizers=(optimizer, None)"
-        )
+    if trainer.optimizer_cls_and_kwargs is not None:
+        raise ValueError("optimizer_cls_and_kwargs hide what there is to scale: pass optimizers=(optimizer, None)")
+    if trainer.optimizer is not None and trainer.args.optim_args:
+        raise ValueError(f"optim_args={trainer.args.optim_args!r} has no effect on the optimizer that was passed")
+    check_optim_args(trainer.args)
     if str(getattr(trainer.args.train_sampling_strategy, "value", trainer.args.train_sampling_strategy)) != "random":
         raise ValueError(
             f"train_sampling_strategy={trainer.args.train_sampling_strategy} is not used: set bucket_window to put "

@@ -81,6 +81,22 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.sum(-1) / (labels != -100).sum(-1).clamp(min=1)
 
 
+def byol_losses(predictions: Tensor, targets: Tensor) -> Tensor:
+    """BYOL's loss for each row: `2 - 2 cos` of each view's prediction and the other view's target, summed over both.
+
+    Args:
+        predictions: of the student, `(rows, 2 views, size)`.
+        targets: projections of the average, likewise; no gradient reaches them.
+
+    Returns:
+        float32 `(rows,)` in [0, 8].
+
+    Source: "Bootstrap your own latent", arXiv 2006.07733, eq. 2.
+    """
+    cosines = F.cosine_similarity(predictions.float(), targets.detach().float().flip(1), dim=-1)
+    return (2 - 2 * cosines).sum(-1)
+
+
 def cap_losses(losses: Tensor, maximum: float | None) -> Tensor:
     """Losses above `maximum` are scaled down to it, gradient and all, so that no example can dominate a batch."""
     if maximum is None:

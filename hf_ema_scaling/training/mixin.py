@@ -241,7 +241,8 @@ class EMATrainerMixin(BothWeightsEvaluation):
             self.average = WeightAverage(self.model, buffers=self.args.ema_buffers)  # type: ignore[arg-type]
 
     def label_micro_batches(self, inputs: dict[str, list[MicroBatch]]) -> list[MicroBatch]:
-        """The micro-batches of a step, unlabelled ones with their targets; there are none here."""
+        """The micro-batches of a step, unlabelled ones with their targets; here there are none: all have labels."""
+        check_labelled(self.model, inputs["micro_batches"], self.ctc)
         return inputs["micro_batches"]
 
     def training_step(
@@ -256,7 +257,6 @@ class EMATrainerMixin(BothWeightsEvaluation):
         self.lr_scheduler.begin(step)
         if self.batch_statistics:
             self._statistics = [(buffer, buffer.clone()) for buffer in batch_statistics_of(self.model)]
-        check_labelled(self.model, inputs["micro_batches"], self.ctc)
         micro_batches = self.label_micro_batches(inputs)
         model.train()
         # Processes average their gradients, so each multiplies its share by their number.

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_ema_scaling.scaling import OptimizerValues, known_rule, scaling_rule
 
-# What Trainer makes with the defaults of the class, whatever the arguments say of Adam's betas and eps.
-TORCH_DEFAULTS: dict[str, type[torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "rmsprop": torch.optim.RMSprop,
-    "adagrad": torch.optim.Adagrad,
+# What Trainer makes with the defaults of the class and `optim_args`, whatever the arguments say of Adam's betas and
+# eps; and what `optim_args` may state of it, which is all that has a scaling rule or needs none.
+OPTIM_ARGS: dict[str, tuple[str, ...]] = {
+    "sgd": ("momentum", "nesterov"),
+    "rmsprop": ("momentum", "alpha", "eps", "centered"),
+    "adagrad": ("eps",),
 }
 
 
@@ -56,6 +57,24 @@ def reference_values(group: dict[str, Any], has: tuple[str, ...]) -> OptimizerVa
     return OptimizerValues(float(group["lr"]), float(group.get("weight_decay", 0.0)), **values)
 
 
+def check_optim_args(args: TrainingArguments) -> None:
+    """Refuses `optim_args` that have no effect, or one that no scaling rule accounts for.
+
+    Raises:
+        ValueError: naming them, and what may be given.
+    """
+    name = str(getattr(args.optim, "value", args.optim))
+    words = [word for word in (args.optim_args or "").replace(" ", "").split(",") if word]
+    known = OPTIM_ARGS.get(name, ())
+    unknown = [word for word in words if word.partition("=")[0] not in known or "=" not in word]
+    if unknown:
+        raise ValueError(
+            f"optim_args={args.optim_args!r}: {', '.join(unknown)} is not scaled for optim={name}"
+            + (f", which takes {', '.join(f'{key}=...' for key in known)}" if known else "")
+            + ". Other values are training arguments, or come with the optimizer itself: optimizers=(optimizer, None)"
+        )
+
+
 def stated_values(args: TrainingArguments, optimizer: str, has: tuple[str, ...]) -> OptimizerValues:
     """The hyper-parameters of the optimizer that Trainer will make from arguments.
 
@@ -67,10 +86,10 @@ def stated_values(args: TrainingArguments, optimizer: str, has: tuple[str, ...])
     Raises:
         ValueError: for values that no argument states.
     """
-    kind = TORCH_DEFAULTS.get(optimizer)
-    if kind is not None:
-        nothing = [torch.zeros(1, requires_grad=True)]
-        made = kind(nothing, lr=args.learning_rate, weight_decay=args.weight_decay)  # type: ignore[call-arg]
+    check_optim_args(args)
+    if optimizer in OPTIM_ARGS:
+        kind, given = Trainer.get_optimizer_cls_and_kwargs(args)
+        made = kind([torch.zeros(1, requires_grad=True)], **given, weight_decay=args.weight_decay)
         return reference_values(made.param_groups[0], has)
     group = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     missing = [name for name in has if name not in group]

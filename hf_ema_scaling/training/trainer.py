@@ -95,7 +95,7 @@ class PseudoLabelTrainer(EMATrainerMixin):
 
     def label_micro_batches(self, inputs: dict[str, list[MicroBatch]]) -> list[MicroBatch]:
         """Labels the unlabelled rows by the teacher, on clean inputs; in its own batches where there are such."""
-        micro_batches = inputs["micro_batches"]
+        micro_batches = super().label_micro_batches(inputs)
         to_label = [batch for batch in micro_batches if batch["source"] == UNLABELLED and batch["weight"]]
         found: dict[int, PseudoLabel] = {}
         for batch in inputs.get("label_batches", to_label):

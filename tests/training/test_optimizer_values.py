@@ -49,6 +49,47 @@ def test_what_trainer_makes_is_what_the_plan_states(tmp_path: Path, name: str) -
     assert reference_values(made.create_optimizer().param_groups[0], has) == stated_values(args, name, has)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "stated"),
+    [
+        ("sgd", "momentum=0.9, nesterov=true", {"momentum": 0.9}),
+        ("rmsprop", "alpha=0.9,eps=1e-6,momentum=0.5", {"alpha": 0.9, "eps": 1e-6, "momentum": 0.5}),
+        ("adagrad", "eps=1e-7", {"eps": 1e-7}),
+    ],
+)
+def test_optim_args_are_part_of_the_reference(tmp_path: Path, name: str, text: str, stated: dict[str, float]) -> None:
+    args = tiny.arguments(tmp_path, optim=name, optim_args=text, kappa=4.0, weight_decay=0.07)
+    made = EMATrainer(tiny.bert(), args, train_dataset=tiny.sentences(8))
+    values = made.plan.recipe.optimizer_values()
+    assert {key: getattr(values, key) for key in stated} == stated and values.weight_decay == 0.07
+    group = made.create_optimizer().param_groups[0]
+    assert reference_values(group, scaling_rule(name).hyper_parameters) == values
+    assert group.get("nesterov", False) == ("nesterov" in text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("sgd", "momentum=0.9,dampening=0.5", "dampening=0.5 is not scaled for optim=sgd, which takes momentum=..."),
+        ("sgd", "weight_decay=0.1", "weight_decay=0.1 is not scaled"),
+        ("adagrad", "lr_decay=0.1", "lr_decay=0.1 is not scaled"),
+        ("sgd", "momentum", "momentum is not scaled"),
+        ("adamw_torch", "momentum=0.9", r"optim=adamw_torch\. Other values are training arguments"),
+    ],
+)
+def test_optim_args_without_effect_or_rule_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EMATrainer(tiny.bert(), tiny.arguments(tmp_path, optim=name, optim_args=text), train_dataset=tiny.sentences(8))
+
+
+def test_optim_args_beside_an_optimizer_are_refused(tmp_path: Path) -> None:
+    model = tiny.bert()
+    passed = torch.optim.SGD(model.parameters(), lr=0.1)
+    args = tiny.arguments(tmp_path, optim="sgd", optim_args="momentum=0.9")
+    with pytest.raises(ValueError, match="no effect on the optimizer that was passed"):
+        EMATrainer(model, args, train_dataset=tiny.sentences(8), optimizers=(passed, None))
+
+
 @pytest.mark.parametrize("name", [name.value for name in OptimizerNames if name.value not in RULES])
 def test_all_others_are_refused_with_the_way_out(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=rf"no scaling rule for optimizer '{name}'; known: .*register_scaling_rule"):
