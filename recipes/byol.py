@@ -2,9 +2,9 @@
 
     accelerate launch recipes/byol.py --config recipes/configs/byol_digits.yaml --output_dir runs/byol
     accelerate launch recipes/byol.py --config recipes/configs/byol_digits.yaml --output_dir runs/byol16 \\
-        --kappa 16 --small_batch_until 600
+        --kappa 16 --small_batch_until 1000
     accelerate launch recipes/byol.py --config recipes/configs/byol_digits.yaml --output_dir runs/unscaled \\
-        --kappa 16 --small_batch_until 600 --scale_ema false
+        --kappa 16 --small_batch_until 1000 --scale_ema false
 
 Every argument can stand in the YAML file or on the command line, which wins; `--help` lists them. `output_dir`
 receives the student, the average in `ema/` (both load with `BYOLModel.from_pretrained`), `metrics.json` with the
