@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -124,46 +123,32 @@ def test_the_spread_shares_the_initialisation_only(recipe: dict[str, Any], tmp_p
     assert not torch.equal(flat_weights(phase.model), flat_weights(other.model))
 
 
-def test_a_failed_run_does_not_stop_the_others(
-    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build: Callable[[SweepJob], Any] = module.build
-
-    def broken(job: SweepJob) -> Any:
-        if job.arm in ("unscaled",):
-            raise ValueError("no luck")
-        return build(job)
-
-    monkeypatch.setattr(module, "build", broken)
-    jobs = sweep(recipe, tmp_path)
-    with pytest.raises(RuntimeError, match=r"1 of 6 runs failed(.|\n)*seed 0, unscaled, kappa 4: ValueError: no luck"):
-        run_sweep(jobs, processes=1)
-    assert [job.arm for job in jobs if not module.is_finished(job)] == ["unscaled"]
-
-
-def test_runs_side_by_side_wait_for_their_phase(
-    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("processes", [1, 2])
+def test_runs_wait_for_their_phase_and_a_failed_one_stops_no_others(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
     done: list[SweepJob] = []
 
     def pretend(job: SweepJob) -> str:
         assert job.branch is None or job.branch in done
-        if (job.arm, job.seed) == ("phase", 1):
+        if (job.arm, job.seed) in (("phase", 1), ("unscaled", 0)):
             raise ValueError("no luck")
         job.folder.mkdir(parents=True)
-        (job.folder / "result.json").write_text("{}")
+        (job.folder / "result.json").write_text(json.dumps({"fingerprint": job.fingerprint}))
         done.append(job)
-        return ""
+        return "done"
 
     monkeypatch.setattr(module, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
     monkeypatch.setattr(module, "run_job", pretend)
     jobs = lay_out_sweep(recipe, [4], [0, 1], tmp_path)
-    with pytest.raises(RuntimeError, match=r"5 of 12 runs failed(.|\n)*seed 1, rule, kappa 4: .*seed 1, phase failed"):
-        run_sweep(jobs, processes=2)
-    assert sorted((job.seed, job.arm) for job in done) == [
-        *((0, arm) for arm in ("none", "phase", "rule", "rule", "spread", "unscaled")),
-        (1, "spread"),
-    ]
+    with pytest.raises(RuntimeError, match=r"6 of 12 runs failed") as failure:
+        run_sweep(jobs, processes=processes)
+    lines = str(failure.value).splitlines()
+    assert "  seed 0, unscaled, kappa 4: ValueError: no luck" in lines
+    assert "  seed 1, rule, kappa 4: RuntimeError: seed 1, phase failed" in lines
+    finished = [(job.seed, job.arm) for job in jobs if module.is_finished(job)]
+    assert sorted(finished) == [*((0, arm) for arm in ("none", "phase", "rule", "rule", "spread")), (1, "spread")]
+    assert len(done) == len(finished)
 
 
 def test_scaling_rules_may_change_where_all_agree(recipe: dict[str, Any], tmp_path: Path) -> None:
