@@ -24,6 +24,7 @@ from datasets import Array2D, Audio, Dataset, Features, List, Value
 from torch import Tensor
 from transformers import Speech2TextFeatureExtractor, Wav2Vec2BertProcessor, Wav2Vec2CTCTokenizer
 
+from hf_ema_scaling.data.seeding import spread_seed
 from hf_ema_scaling.data.wav import missing_bytes
 from hf_ema_scaling.labels.ctc import non_target_ids
 
@@ -387,7 +388,7 @@ class SpecAugment:
         # torchaudio draws from the global CPU generator, so each row seeds it and the fork puts it back.
         with torch.random.fork_rng(devices=[]):
             for row, (size, seed) in enumerate(zip(sizes, seeds, strict=True)):
-                torch.default_generator.manual_seed(seed)
+                torch.default_generator.manual_seed(spread_seed(seed))
                 masked[row, :size] = self._mask(size, bins)
         return features.masked_fill(masked.to(features.device), 0.0)
 

@@ -40,3 +40,9 @@ def test_a_row_is_masked_alike_alone_and_among_others() -> None:
 def test_inputs_without_features_are_refused() -> None:
     with pytest.raises(ValueError, match="input_features"):
         augment(SpecAugment(), {"input_values": torch.ones(1, 4)}, [0], 0, seed=0)
+
+
+def test_another_run_seed_masks_otherwise() -> None:
+    rows = torch.ones(8, 100, 40)
+    first, second = (augment(SpecAugment(), {"input_features": rows}, list(range(8)), 0, seed) for seed in (0, 1))
+    assert not any(torch.equal(a, b) for a, b in zip(first["input_features"], second["input_features"], strict=True))
