@@ -51,6 +51,10 @@ def main(
     output_dir: Annotated[Path, typer.Option("--output_dir", "--output-dir", help="Folder of the sweep.")],
     kappas: Annotated[str, typer.Option(help="Batches over the reference batch; 1 is always run.")] = "0.5,1,2,4,8",
     seeds: Annotated[str, typer.Option(help="One set of runs for each.")] = "0,1,2",
+    small_batch_until: Annotated[
+        float | None,
+        typer.Option("--small_batch_until", "--small-batch-until", min=0.0, help="In the place of the recipe's."),
+    ] = None,
     metric: Annotated[
         str | None, typer.Option(help="Metric of the curves, as in the log, e.g. eval_wer. Default: the loss.")
     ] = None,
@@ -61,9 +65,10 @@ def main(
 ) -> None:
     """Run a recipe at several kappas and report how far the runs part from the one at kappa 1."""
     try:
-        jobs = lay_out_sweep(
-            read_mapping(recipe), numbers(kappas, float, "--kappas"), numbers(seeds, int, "--seeds"), output_dir
+        settings = read_mapping(recipe) | (
+            {} if small_batch_until is None else {"small_batch_until": small_batch_until}
         )
+        jobs = lay_out_sweep(settings, numbers(kappas, float, "--kappas"), numbers(seeds, int, "--seeds"), output_dir)
         run_sweep(jobs, processes=processes)
         comparisons = compare(jobs)
         chosen = chosen_metric(metric, measured(comparisons))

@@ -33,7 +33,7 @@ def test_configs(name: str, half_life: float, kept: float) -> None:
     assert all(data.evaluation_sources().values())
 
 
-@pytest.mark.parametrize(("name", "start", "end"), [("polyak", 480, 880), ("pseudo", 720, 1120)])
+@pytest.mark.parametrize(("name", "start", "end"), [("polyak", 480, 800), ("pseudo", 720, 1040)])
 def test_sweeps_of_speech(name: str, start: int, end: int, tmp_path: Path) -> None:
     settings = read_mapping(CONFIGS / f"sweep_speech_{name}.yaml")
     jobs = lay_out_sweep(settings, [0.5, 1, 2, 4, 8], [0], tmp_path)
