@@ -104,7 +104,7 @@ def plan(
         typer.secho(f"{error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from error
     if as_json:
-        listed = [{"kappa": found.speedup_without_small_start} | found.to_dict() for found in plans]
+        listed = [{"kappa": found.stage_values()[-1]["kappa"]} | found.to_dict() for found in plans]
         typer.echo(json.dumps(listed if wanted else listed[0]))
     else:
         typer.echo(comparison_table(plans) if wanted else plans[0].explain())
