@@ -26,6 +26,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_ema_scaling.recipe.config import read_mapping
+from hf_ema_scaling.report import require_matplotlib
 from hf_ema_scaling.sweep import compare, lay_out_sweep, run_sweep
 from hf_ema_scaling.sweep.report import chosen_metric, measured, summary, write_report
 
@@ -69,6 +70,7 @@ def main(
             {} if small_batch_until is None else {"small_batch_until": small_batch_until}
         )
         jobs = lay_out_sweep(settings, numbers(kappas, float, "--kappas"), numbers(seeds, int, "--seeds"), output_dir)
+        require_matplotlib()
         run_sweep(jobs, processes=processes)
         comparisons = compare(jobs)
         chosen = chosen_metric(metric, measured(comparisons))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_ema_scaling.report import require_matplotlib
 from hf_ema_scaling.sweep.bounds import spread_of
 from hf_ema_scaling.sweep.distances import WEIGHTS, Comparison
 from hf_ema_scaling.sweep.jobs import NONE, RULE, SPREAD, UNSCALED
@@ -40,12 +41,11 @@ def plot_sweep(
     Raises:
         ImportError: without matplotlib, with the extra that brings it.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "hf-ema-scaling[report]"') from error
+    require_matplotlib()
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(15, 9), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
@@ -61,7 +61,8 @@ def plot_sweep(
                 style = {"color": "C3", "label": "another seed, kappa 1"} if arm == SPREAD else {"color": "black"}
                 style = {"label": "reference, kappa 1", "linewidth": 2} | style
             _curve(axis, [run for run in comparisons if (run.arm, run.kappa) == (arm, kappa)], metric, style)
-        axis.set(title=f"{name}: {metric} of the average", xlabel="reference steps")
+        axis.set_title(f"{name}: {metric} of the average", fontsize="medium")
+        axis.set(xlabel="reference steps")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     for axis, name in zip(lower.subplots(1, len(distances), squeeze=False)[0], distances, strict=True):
@@ -95,6 +96,7 @@ def _distances(axis: Any, comparisons: Sequence[Comparison], name: str, kappas: 
     axis.set_yscale("log")
     axis.set_xticks(kappas, [f"{kappa:g}" for kappa in kappas])
     what = "between weights, in ways of the student" if name == WEIGHTS else f"of {name}, mean difference"
-    axis.set(title=f"distance to kappa 1 {what}", xlabel="kappa")
+    axis.set_title(f"distance to kappa 1 {what}", fontsize="medium")
+    axis.set(xlabel="kappa")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize="small")
