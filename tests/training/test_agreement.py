@@ -26,11 +26,12 @@ def test_the_plan_is_that_of_the_optimizer_that_was_passed(tmp_path: Path) -> No
     model = tiny.bert()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     args = tiny.arguments(tmp_path, kappa=4.0, max_steps=8, lr_scheduler_type="constant")
-    made = EMATrainer(model=model, args=args, train_dataset=tiny.sentences(30), optimizers=(optimizer, None))
+    made = tiny.trainer(model, args, tiny.sentences(30), optimizers=(optimizer, None))
     planned = made.plan.step(0)
     made.train()
-    group = optimizer.param_groups[0]
+    (group,) = made.recorder.groups[0]
     assert (group["lr"], group["momentum"]) == (planned.learning_rate, planned.sgd_momentum)
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]) == (0.01, 0.9)
     assert planned.sgd_momentum == pytest.approx(0.9**4)
     assert planned.learning_rate == pytest.approx(4 * 0.01 * (1 - 0.9**4) / (1 - 0.9))
 
