@@ -27,6 +27,8 @@ class Verdict:
         limit: what it is compared with.
         holds: whether the bound holds; never where a value is not a number.
         all_seeds: the same with the largest spread of all seeds as the limit; None for bounds without a spread.
+        unscaled: whether the unscaled average of that kappa and seed keeps within the same limit: a bound that it
+            keeps, too, tells nothing. None where it is what the bound is about.
     """
 
     bound: str
@@ -37,6 +39,7 @@ class Verdict:
     limit: float
     holds: bool
     all_seeds: bool | None = None
+    unscaled: bool | None = None
 
 
 def judge(comparisons: Sequence[Comparison], distances: Sequence[str]) -> list[Verdict]:
@@ -58,6 +61,10 @@ def judge(comparisons: Sequence[Comparison], distances: Sequence[str]) -> list[V
         def rule(kappa: float, seed: int, weights: str = AVERAGE, name: str = name) -> float:
             return table[RULE, kappa, seed][name][weights]
 
+        def unscaled_keeps(kappa: float, seed: int, limit: float, name: str = name) -> bool | None:
+            run = table.get((UNSCALED, kappa, seed))
+            return None if run is None else run[name][AVERAGE] <= limit
+
         for kappa in kappas[-1:]:
             for seed in seeds:
                 value, limit = table[UNSCALED, kappa, seed][name][AVERAGE], rule(kappa, seed)
@@ -69,13 +76,15 @@ def judge(comparisons: Sequence[Comparison], distances: Sequence[str]) -> list[V
                     f"the rule's average is at most {OWN_STUDENT:g} x as far as its own student, or within the spread"
                 )
                 limits = max(own, spreads[seed]), max(own, widest)
-                verdicts.append(Verdict(text, kappa, name, seed, value, limits[0], *_at_most(value, limits)))
+                kept = unscaled_keeps(kappa, seed, limits[0])
+                verdicts.append(Verdict(text, kappa, name, seed, value, limits[0], *_at_most(value, limits), kept))
         for kappa in kappas[:-1]:
             for seed in seeds:
                 value = rule(kappa, seed)
                 text = "the rule's average is within the spread"
-                found = _at_most(value, (spreads[seed], widest))
-                verdicts.append(Verdict(text, kappa, name, seed, value, spreads[seed], *found))
+                limits = spreads[seed], widest
+                kept = unscaled_keeps(kappa, seed, limits[0])
+                verdicts.append(Verdict(text, kappa, name, seed, value, limits[0], *_at_most(value, limits), kept))
     return verdicts
 
 
@@ -95,6 +104,21 @@ def factors(comparisons: Sequence[Comparison], distance: str, weights: str = AVE
             own = table[RULE, kappa, seed]
             found.setdefault(kappa, {})[seed] = value / own if own > 0 else float("nan")
     return found
+
+
+def mean_factor(comparisons: Sequence[Comparison], distance: str, kappa: float, weights: str = AVERAGE) -> float:
+    """The same for the mean distances of all seeds, so that a seed whose rule's run is very near does not decide.
+
+    NaN where the rule's runs are as near as can be.
+    """
+
+    def mean(arm: str) -> float:
+        return statistics.fmean(
+            run.distances[distance][weights] for run in comparisons if (run.arm, run.kappa) == (arm, kappa)
+        )
+
+    own = mean(RULE)
+    return mean(UNSCALED) / own if own > 0 else float("nan")
 
 
 def spread_of(values: Sequence[float]) -> tuple[float, float, float]:

@@ -42,7 +42,7 @@ class Comparison:
 def area(curve: FloatArray, reference: FloatArray) -> float:
     """Area between two metric curves over their common clock, divided by its length: the mean of |difference|.
 
-    Evaluations are equally spaced, each stands for the interval before it. NaN where a curve has one.
+    Every evaluation counts the same. NaN where a curve has one.
     """
     return float(np.abs(curve - reference).mean())
 

@@ -74,7 +74,7 @@ class SweepJob:
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """All that the run's figures depend on, as JSON values."""
+        """The settings that the run's figures depend on, as JSON values; not what lies behind the paths of data."""
         before = None if self.branch is None else self.branch.configuration
         return {"start": self.start, "settings": dict(self.settings), "branch": before}
 

@@ -62,8 +62,9 @@ class TrajectoryRecorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The weights of the start, or those that are about to be evaluated."""
-        clock = self._clock(state)
-        if control.should_evaluate if clock > self.start else clock == self.start:
+        # Batches in seconds or tokens pass the start by a part of an item.
+        starts = not self.points and self._clock(state) >= self.start
+        if starts or (self.points and control.should_evaluate):
             self._write()
 
     def _clock(self, state: TrainerState) -> float:

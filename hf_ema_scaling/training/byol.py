@@ -60,12 +60,18 @@ class BYOLTrainer(EMATrainerMixin):
         self._target: EMATeacher | None = None
         measure = None if probe_dataset is None else self.measure
         super().__init__(model, args, example_loss=_example_loss, compute_metrics=measure, **kwargs)
-        batch = int(self.args.reference_batch_size or 0)
-        if self.batch_statistics and batch // -(-batch // self.args.per_device_train_batch_size) < 2:
-            raise ValueError(
-                f"per_device_train_batch_size={self.args.per_device_train_batch_size} cuts the reference batch of "
-                f"{batch} into single rows, which BatchNorm cannot normalise: raise it, at best to {batch}"
-            )
+        if self.batch_statistics and self.layout is not None:
+            self._refuse_single_rows()
+
+    def _refuse_single_rows(self) -> None:
+        for number in range(self.sampler.num_steps):
+            if any(len(rows) == 1 for rows in self.sampler.micro_batches(number)):
+                raise ValueError(
+                    f"optimizer step {number} has a micro-batch of one row, which BatchNorm cannot normalise "
+                    f"(per_device_train_batch_size={self.args.per_device_train_batch_size}, reference batch "
+                    f"{self.args.reference_batch_size:g}): make batches multiples of the reference batch, and "
+                    "per_device_train_batch_size the reference batch"
+                )
 
     def begin_training(self) -> None:
         """Also tests that the target network follows the student."""

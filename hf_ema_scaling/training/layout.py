@@ -267,14 +267,18 @@ def token_counts(dataset: Any, length_column: str, name: str) -> NDArray[np.floa
             f"batch_unit=tokens needs the column '{length_column}' (tokens of each row) or 'input_ids' in {name}; it "
             f"has {columns}: tokenise it first, or name the column with the number of tokens by length_column_name"
         )
-    if not stored:
-        return np.array([len(dataset[i]["input_ids"]) for i in range(len(dataset))], dtype=np.float64)
-    tokens = row_lengths(dataset, "input_ids")
-    # Rows padded to one length would all count the same, whatever they hold.
-    if np.ptp(tokens) == 0 and "attention_mask" in columns and holds_zeros(dataset, "attention_mask"):
+    masked = "attention_mask" in columns
+    if stored:
+        tokens = row_lengths(dataset, "input_ids")
+        padded = masked and holds_zeros(dataset, "attention_mask")
+    else:
+        rows = [dataset[i] for i in range(len(dataset))]
+        tokens = np.array([len(row["input_ids"]) for row in rows])
+        padded = masked and any(not value for row in rows for value in row["attention_mask"])
+    if padded:
         raise ValueError(
-            f"every row of {name} has {tokens[0]} input_ids and some are padding (zeros in attention_mask), which is "
-            f"no token: leave padding to the collator, or give the tokens of each row in a column '{length_column}'"
+            f"rows of {name} are padded (zeros in attention_mask), and padding is no token: leave it to the collator, "
+            f"or give the tokens of each row in a column '{length_column}'"
         )
     return tokens.astype(np.float64)
 

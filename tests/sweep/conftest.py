@@ -24,6 +24,7 @@ from hf_ema_scaling.training.trainer import EMATrainer
 @dataclass
 class TinyArguments:
     rows: int = 24
+    unequal: bool = False
     init_seed: int | None = None
 
 
@@ -35,9 +36,10 @@ def build_tiny(model: TinyArguments, args: EMATrainingArguments) -> Any:
     return EMATrainer(
         tiny.bert(dropout=0.1, seed=args.seed if model.init_seed is None else model.init_seed),
         args,
-        train_dataset=tiny.sentences(model.rows),
+        train_dataset=tiny.sentences(model.rows, lengths=(2, 9) if model.unequal else (6, 7)),
         eval_dataset={"clean": tiny.sentences(8, 1), "noisy": tiny.sentences(8, 2)},
         compute_metrics=accuracy,
+        data_collator=tiny.pad_sentences if model.unequal else None,
     )
 
 

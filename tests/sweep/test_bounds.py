@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hf_ema_scaling.sweep.bounds import factors, judge
+from hf_ema_scaling.sweep.bounds import factors, judge, mean_factor
 from hf_ema_scaling.sweep.distances import Comparison
 
 Make = Callable[..., Comparison]
@@ -42,6 +42,11 @@ def test_bounds_are_judged_seed_by_seed(sweep: list[Comparison]) -> None:
     }
     # By the widest spread of all seeds, 0.30, kappa 4 is within it for both.
     assert found[4.0, "rule's", 1].all_seeds and not found[2.0, "rule's", 1].all_seeds
+    # The unscaled average would keep within the spread at kappa 2 for seed 0, and was not run at 4.
+    assert [found[kappa, "rule's", seed].unscaled for kappa in (2.0, 4.0, 8.0) for seed in (0, 1)] == [
+        *(True, False, None, None),
+        *(False, False),
+    ]
     assert (found[4.0, "rule's", 1].value, found[4.0, "rule's", 1].limit) == (0.20, 0.05)
 
 
@@ -71,3 +76,14 @@ def test_factors_by_kappa_and_seed(sweep: list[Comparison]) -> None:
     found = factors(sweep, "weights")
     assert found == {8: {0: pytest.approx(3.0), 1: 1.0}, 2: {0: pytest.approx(3.0), 1: 1.0}}
     assert factors(sweep, "weights", "student")[8][0] == 1.0
+
+
+def test_one_seed_does_not_decide_the_factor(comparison: Make) -> None:
+    runs = [
+        comparison("rule", 8, 0, 0.001, 0.1),
+        comparison("rule", 8, 1, 0.2, 0.1),
+        comparison("unscaled", 8, 0, 0.4, 0.1),
+        comparison("unscaled", 8, 1, 0.4, 0.1),
+    ]
+    assert mean_factor(runs, "weights", 8) == pytest.approx(0.8 / 0.201)
+    assert max(factors(runs, "weights")[8].values()) == pytest.approx(400)

@@ -35,10 +35,10 @@ def test_figures_in_the_table(sweep: list[Comparison]) -> None:
     assert f"unscaled 8 {unscaled} {unscaled}" in lines
     assert "rule 1 0 0 0 0" in lines
     assert "rule 1 1.0000 (1.0000 to 1.0000) 0.5000 (0.5000 to 0.5000)" in lines
-    assert "8 3.0000 (3.0000 to 3.0000) 3.0000 (3.0000 to 3.0000)" in lines
+    assert "8 3.00 (3.00 to 3.00) 3.00 (3.00 to 3.00)" in lines
     within = "2 the rule's average is within the spread"
-    assert f"{within} loss true (0.1000, 0.1500) **false** (0.3500, 0.3000) **false**" in lines
-    assert f"{within} weights true (0.1000, 0.1500) true (0.2000, 0.3000) true" in lines
+    assert f"{within} loss true (0.1000, 0.1500) **false** (0.3500, 0.3000) **false** 0 of 2" in lines
+    assert f"{within} weights true (0.1000, 0.1500) true (0.2000, 0.3000) true 0 of 2" in lines
     assert "1 of 12 do not hold:" in lines
     assert "- kappa 2: kappa is large" in lines  # what the plan warned of
     assert "- kappa 2: no gradient noise scale in the log (noise_scale_every)" in lines

@@ -317,5 +317,10 @@ def test_each_view_is_normalised_by_its_own_statistics() -> None:
 
 
 def test_single_rows_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="per_device_train_batch_size=1 cuts the reference batch of 4"):
+    with pytest.raises(ValueError, match=r"step 0 has a micro-batch of one row.*per_device_train_batch_size=1"):
         build(tmp_path, per_device_train_batch_size=1)
+    # Steps of 5 straddle reference batches of 4: the first has one row of the second.
+    with pytest.raises(ValueError, match="step 0 has a micro-batch of one row"):
+        build(tmp_path, batch_size=5)
+    with pytest.raises(ValueError, match="step 4 has a micro-batch of one row"):
+        build(tmp_path, batch_schedule='[{"batch_size": 4, "until": 4}, {"batch_size": 5}]')

@@ -106,8 +106,14 @@ def test_rows_without_tokens_and_padded_rows_are_refused(tmp_path: Path) -> None
         data_source(empty, args, "train_dataset")
     masks = [[1, 1, 1], [1, 0, 0]]
     padded = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 0, 0]], "attention_mask": masks})
-    with pytest.raises(ValueError, match=r"every row of train_dataset has 3 input_ids and some are padding.*'length'"):
+    with pytest.raises(ValueError, match=r"rows of train_dataset are padded.*'length'"):
         data_source(padded, args, "train_dataset")
+    # Padded in pieces, as by a batched map: lengths differ, and are those of padding nevertheless.
+    pieces = [[1, 1, 0], [1, 0, 0], [1, 1, 1, 1]]
+    rows = [{"input_ids": [5] * len(mask), "attention_mask": mask} for mask in pieces]
+    for data in (rows, datasets.Dataset.from_list(rows)):
+        with pytest.raises(ValueError, match=r"rows of train_dataset are padded"):
+            data_source(data, args, "train_dataset")
     whole = padded.map(lambda row: {"attention_mask": [1, 1, 1]})
     assert data_source(whole, args, "train_dataset").units.tolist() == [3, 3]
     counted = padded.add_column("length", [3, 1])
