@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from .borders import StepBorders, step_borders
 from .momentum import PathWeights, path_correction, weight_from_log_momentum
 from .optimizers import OptimizerValues
@@ -131,6 +133,10 @@ class ScalingPlan:
     def stage_kappa(self) -> FloatArray:
         """Nominal kappa of the stage of each step, shape (steps,)."""
         return self.step_borders.stage_kappa
+
+    def step_at(self, clock: float) -> int:
+        """Optimizer steps done when the clock has reached `clock` reference steps; at most all of them."""
+        return int(np.searchsorted(self.borders[:-1], clock - DUST))
 
     def lr_factor(self, start: float, end: float) -> float:
         """Mean of the reference learning-rate schedule over a clock interval, `f(floor(s))` at position s.

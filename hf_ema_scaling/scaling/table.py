@@ -51,6 +51,14 @@ def plan_table(plan: ScalingPlan) -> str:
         f"({plan.recipe.max_steps * plan.recipe.reference_batch_size:g} {unit}); idealised speed-up "
         f"{plan.idealised_speedup:.3g}x{lost}. Rule: {plan.rule.name}."
     )
+    events = (
+        ("warm-up ends", plan.recipe.warmup_steps),
+        ("the average starts", plan.recipe.ema_start),
+        ("pseudo-labels start", plan.recipe.pl_start or 0.0),
+    )
+    reached = [f"{what} at {plan.step_at(clock)} ({clock:g})" for what, clock in events if clock]
+    if reached:
+        lines.append(f"In optimizer steps (reference steps): {'; '.join(reached)}.")
     if plan.recipe.pl_start is not None:
         kept = math.exp(plan.log_decay(plan.recipe.ema_start, plan.recipe.pl_start))
         lines.append(

@@ -185,6 +185,7 @@ def plan_of(
         sgd_momentum=values.momentum or 0.0,
         alpha=values.alpha or 0.0,
         max_grad_norm=args.max_grad_norm or None,
+        warmup_steps=args.get_warmup_steps(reference_steps),
         ema_start=args.ema_start,
         momentum_schedule=cast(MomentumScheduleKind, args.ema_momentum_schedule),
         pl_start=pl_start,

@@ -305,6 +305,7 @@ def test_table_and_summary() -> None:
         "smaller batches before). Rule: adamw."
     )
     assert totals in lines
+    assert "In optimizer steps (reference steps): pseudo-labels start at 5000 (5000)." in lines
     assert "Pseudo-labels from reference step 5000; there the teacher holds 0.607 of the weights it had at 0." in lines
     assert any(line.startswith("WARNING: at pl_start=5000 the teacher still holds 0.607") for line in lines)
 
@@ -325,3 +326,12 @@ def test_published_speed_up() -> None:
     tuned = recipe(max_steps=4800, steps_per_epoch=10)
     plan = ScalingPlan(tuned, BatchSchedule((Stage(64, 60, "epochs"), Stage(384))))
     assert plan.to_dict()["idealised_speedup"] == pytest.approx(480 / (60 + 420 / 6)) and len(plan) == 1300
+
+
+def test_events_in_optimizer_steps() -> None:
+    tuned = recipe(max_steps=100, warmup_steps=30, ema_start=10, pl_start=50)
+    plan = ScalingPlan(tuned, BatchSchedule.two_stage(64, 8, 20))
+    # 20 steps, then 20 to 50 in steps of 8, the last of them cut short: 4 steps.
+    assert [plan.step_at(clock) for clock in (0, 10, 20, 21, 30, 50, 100)] == [0, 10, 20, 21, 22, 24, len(plan)]
+    stated = "warm-up ends at 22 (30); the average starts at 10 (10); pseudo-labels start at 24 (50)."
+    assert f"In optimizer steps (reference steps): {stated}" in plan.explain()
