@@ -8,12 +8,13 @@ For every seed, one run with each of
     rule        everything scaled ("How to Scale Your EMA", arXiv 2307.13813)
     unscaled    the optimizer by its rule, the momentum of the average not at all
     none        nothing scaled, at the largest kappa only
-    spread      kappa 1 with the same initialisation and other seeds for data, dropout and augmentation
+    spread      kappa 1 with other seeds for data, dropout and augmentation, twice
+    dropout     kappa 1 with other dropout masks and nothing else
 
-All but the last share what comes before the recipe's `small_batch_until` (default: `pl_start`, where there is
-unlabelled data). Runs are compared with `rule` at kappa 1 on the reference clock, from there on, by weights and by
-metrics, of student and average. `output_dir` receives `sweep.md`, `sweep.csv`, `sweep.png`, and a folder per run. An
-interrupted sweep goes on where it was; a finished run of another configuration is never replaced.
+All share what comes before the recipe's `small_batch_until` (default: `pl_start`, where there is unlabelled data).
+Runs are compared with `rule` at kappa 1 on the reference clock, from there on, by weights and by metrics, of student
+and average. `output_dir` receives `sweep.md`, `sweep.csv`, `sweep.png`, and a folder per run. An interrupted sweep goes
+on where it was; a finished run of another configuration is never replaced.
 """
 
 from __future__ import annotations

@@ -48,14 +48,15 @@ def judge(comparisons: Sequence[Comparison], distances: Sequence[str]) -> list[V
     At the largest kappa K: the unscaled average is farther from kappa 1 than the rule's; the rule's is at most
     `OWN_STUDENT` times as far as its own student, or within the spread. At every kappa between 1 and K (2 and 4, when
     K is 8): the rule's average is within the spread. A distance is within the spread if it is at most that of the
-    spread run of its seed.
+    farthest spread run of its seed.
     """
     table = {(run.arm, run.kappa, run.seed): run.distances for run in comparisons}
+    by_chance = [run for run in comparisons if run.arm == SPREAD]
     seeds = sorted({run.seed for run in comparisons})
     kappas = sorted({run.kappa for run in comparisons if run.arm == RULE and run.kappa > 1})
     verdicts: list[Verdict] = []
     for name in distances:
-        spreads = {seed: table[SPREAD, 1.0, seed][name][AVERAGE] for seed in seeds}
+        spreads = {seed: max(run.distances[name][AVERAGE] for run in by_chance if run.seed == seed) for seed in seeds}
         widest = max(spreads.values())
 
         def rule(kappa: float, seed: int, weights: str = AVERAGE, name: str = name) -> float:

@@ -22,7 +22,7 @@ class Comparison:
     """One run of a sweep beside the run of its seed at kappa 1.
 
     Args:
-        arm, kappa, seed: as in `SweepJob`.
+        arm, kappa, seed, repeat: as in `SweepJob`.
         distances: by name, `weights` or a metric, then by `student` or `average`.
         run: the run itself.
     """
@@ -32,6 +32,7 @@ class Comparison:
     seed: int
     distances: dict[str, dict[str, float]]
     run: Trajectory
+    repeat: int = 0
 
     @property
     def ends(self) -> dict[str, dict[str, float]]:
@@ -83,11 +84,19 @@ def weight_distances(run: Trajectory, reference: Trajectory) -> dict[str, float]
 
 
 def align(run: Trajectory, reference: Trajectory) -> None:
-    """Refuses runs that were not evaluated at the same positions of the clock.
+    """Refuses runs that were not evaluated at the same positions of the clock, or not trained on the same data.
 
     Raises:
-        ValueError: with the positions.
+        ValueError: with the positions; for runs on other data, with what differs.
     """
+    changed = {key: (value, run.result["data"].get(key)) for key, value in reference.result["data"].items()}
+    changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
+    if changed:
+        listed = ", ".join(f"{key}: {theirs} there, {mine} here" for key, (theirs, mine) in changed.items())
+        raise ValueError(
+            f"{run.folder} was trained on other data than {reference.folder} ({listed}): remove the one that is out "
+            "of date and run the sweep again"
+        )
     if not len(reference.clock):
         raise ValueError(f"{reference.folder} has no evaluations: lower eval_steps")
     if len(run.clock) != len(reference.clock) or np.abs(run.clock - reference.clock).max() > APART:
@@ -131,6 +140,7 @@ def compare(jobs: Sequence[SweepJob]) -> list[Comparison]:
             seed=job.seed,
             distances=measure(run, references[job.seed]),
             run=run,
+            repeat=job.repeat,
         )
         for job, run in runs
     ]

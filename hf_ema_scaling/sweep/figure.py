@@ -58,7 +58,7 @@ def plot_sweep(
         for arm, kappa in dict.fromkeys([(RULE, 1.0), *((arm, kappa) for arm in arms for kappa in kappas)]):
             style: dict[str, Any] = {"color": colours[kappa], "label": f"kappa {kappa:g}"}
             if kappa == 1:
-                style = {"color": "C3", "label": "another seed, kappa 1"} if arm == SPREAD else {"color": "black"}
+                style = {"color": "C3", "label": "other seeds, kappa 1"} if arm == SPREAD else {"color": "black"}
                 style = {"label": "reference, kappa 1", "linewidth": 2} | style
             _curve(axis, [run for run in comparisons if (run.arm, run.kappa) == (arm, kappa)], metric, style)
         axis.set_title(f"{name}: {metric} of the average", fontsize="medium")

@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ from hf_ema_scaling.recipe.registry import kind_of
 from hf_ema_scaling.scaling import ReferenceClock, ScalingPlan
 from hf_ema_scaling.training.arguments import EMATrainingArguments
 
-RULE, UNSCALED, NONE, SPREAD, PHASE = "rule", "unscaled", "none", "spread", "phase"
+RULE, UNSCALED, NONE, SPREAD, DROPOUT, PHASE = "rule", "unscaled", "none", "spread", "dropout", "phase"
+SPREAD_RUNS = 2
+"""Spread runs of each seed."""
 SPREAD_SEEDS = 1000
-"""What a spread run adds to the seed of data, dropout and augmentation."""
+"""What the first spread run adds to the seed of data, dropout and augmentation; the next one adds it twice."""
 ARM_SETTINGS: dict[str, dict[str, Any]] = {
     RULE: {},
     UNSCALED: {"scale_ema": False},
     NONE: {"scale_ema": False, "scaling_rule": "none"},
     SPREAD: {},
+    DROPOUT: {},
     PHASE: {"eval_strategy": "no"},
 }
 # Never the recipe's: the sweep says what is run, recorded and kept, or they do not change what a run computes.
@@ -48,15 +52,16 @@ class SweepJob:
     """One run of a sweep, in words that another process understands.
 
     Args:
-        arm: `rule`, `unscaled` (momentum not scaled), `none` (nothing scaled), `spread` (kappa 1 with the
-            initialisation of its seed and other seeds for all else), or `phase` (what all of a seed but `spread`
-            share).
+        arm: `rule`, `unscaled` (momentum not scaled), `none` (nothing scaled), `spread` (kappa 1 with other seeds for
+            data, dropout and augmentation from `start` on), `dropout` (kappa 1 with the same data and augmentation
+            and other dropout masks), or `phase` (what all runs of a seed share).
         kappa: batch over reference batch from `start` on.
         seed: of the sweep.
         start: reference step from which on kappas differ, and runs are recorded.
         settings: all that the recipe's YAML file would say; without `output_dir`.
         folder: of the run.
         branch: the phase to go on from, if there is one.
+        repeat: tells the spread runs of a seed apart, from 1; 0 for all other runs.
     """
 
     arm: str
@@ -66,17 +71,26 @@ class SweepJob:
     settings: Mapping[str, Any]
     folder: Path
     branch: SweepJob | None = None
+    repeat: int = 0
 
     @property
     def name(self) -> str:
         """As people read it."""
-        return f"seed {self.seed}, {self.arm}" + (f", kappa {self.kappa:g}" if self.arm != PHASE else "")
+        arm = f"{self.arm} {self.repeat}" if self.repeat else self.arm
+        return f"seed {self.seed}, {arm}" + (f", kappa {self.kappa:g}" if self.arm != PHASE else "")
+
+    @property
+    def forks(self) -> bool:
+        """Whether the run leaves the random numbers of its branch behind: what follows is another draw."""
+        return self.branch is not None and self.arm in (SPREAD, DROPOUT)
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """The settings that the run's figures depend on, as JSON values; not what lies behind the paths of data."""
+        """What the run's figures depend on and is known before it, as JSON values; for its data see `RESULT`."""
         before = None if self.branch is None else self.branch.configuration
-        return {"start": self.start, "settings": dict(self.settings), "branch": before}
+        versions = {name: version(name) for name in ("hf-ema-scaling", "torch", "transformers")}
+        settings = dict(self.settings)
+        return {"start": self.start, "settings": settings, "branch": before, "forks": self.forks, "versions": versions}
 
     @property
     def fingerprint(self) -> str:
@@ -96,7 +110,9 @@ def lay_out_sweep(
 ) -> list[SweepJob]:
     """The runs of a sweep, each after the phase that it branches from.
 
-    Kappa 1 is always among them. `unscaled` is run at every other kappa, `none` at the largest.
+    Kappa 1 is always among them. `unscaled` is run at every other kappa, `none` at the largest. The `SPREAD_RUNS` runs
+    of `spread` and the one of `dropout` say how far runs at kappa 1 lie apart by chance; where there is no phase to
+    branch from, spread runs share the initialisation alone, and there is no `dropout`.
 
     Args:
         recipe: settings as in a recipe's YAML file, with max_steps and eval_steps; `small_batch_until` (default:
@@ -120,8 +136,8 @@ def lay_out_sweep(
     base = {key: value for key, value in recipe.items() if key not in DROPPED_SETTINGS} | OWN_SETTINGS
     start, grid = common_grid(base, chosen)
 
-    def job(arm: str, kappa: float, seed: int, branch: SweepJob | None = None) -> SweepJob:
-        other = seed + SPREAD_SEEDS * (arm == SPREAD)
+    def job(arm: str, kappa: float, seed: int, branch: SweepJob | None = None, repeat: int = 0) -> SweepJob:
+        other = seed + SPREAD_SEEDS * repeat
         settings = {
             **base,
             **ARM_SETTINGS[arm],
@@ -134,16 +150,16 @@ def lay_out_sweep(
                 "init_seed": seed,
             },
         }
-        name = arm if arm in (PHASE, SPREAD) else f"{arm}-{kappa:g}"
-        return SweepJob(arm, kappa, seed, start, settings, folder / f"seed-{seed}" / name, branch)
+        name = f"{arm}-{repeat}" if repeat else arm if arm in (PHASE, DROPOUT) else f"{arm}-{kappa:g}"
+        return SweepJob(arm, kappa, seed, start, settings, folder / f"seed-{seed}" / name, branch, repeat)
 
     jobs = []
     for seed in each_seed:
         branch = job(PHASE, 1.0, seed) if start else None
         jobs += [branch] if branch else []
-        # The longest ones first, so that no process is left with one of them at the end.
-        jobs += [job(SPREAD, 1.0, seed)]
         jobs += [job(RULE, kappa, seed, branch) for kappa in chosen]
+        jobs += [job(SPREAD, 1.0, seed, branch, repeat) for repeat in range(1, SPREAD_RUNS + 1)]
+        jobs += [job(DROPOUT, 1.0, seed, branch)] if branch else []
         jobs += [job(UNSCALED, kappa, seed, branch) for kappa in chosen if kappa != 1]
         jobs += [job(NONE, chosen[-1], seed, branch)] if chosen[-1] > 1 else []
     return jobs

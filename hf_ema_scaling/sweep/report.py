@@ -11,10 +11,10 @@ from typing import Any
 
 from hf_ema_scaling.sweep.bounds import Verdict, factors, judge, mean_factor, spread_of
 from hf_ema_scaling.sweep.distances import WEIGHTS, Comparison, loss_beside
-from hf_ema_scaling.sweep.jobs import NONE, RULE, SPREAD, UNSCALED
+from hf_ema_scaling.sweep.jobs import DROPOUT, NONE, RULE, SPREAD, UNSCALED
 from hf_ema_scaling.sweep.trajectory import SIDES
 
-ARM_ORDER = (RULE, UNSCALED, NONE, SPREAD)
+ARM_ORDER = (RULE, UNSCALED, NONE, SPREAD, DROPOUT)
 
 
 def measured(comparisons: Sequence[Comparison]) -> list[str]:
@@ -47,8 +47,8 @@ def judged_distances(metric: str, names: Sequence[str]) -> list[str]:
 def rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
     """One row per run: distances and end points of student and average, steps, seconds."""
     listed = []
-    for run in sorted(comparisons, key=lambda run: (run.seed, ARM_ORDER.index(run.arm), run.kappa)):
-        row: dict[str, Any] = {"seed": run.seed, "arm": run.arm, "kappa": run.kappa}
+    for run in sorted(comparisons, key=lambda run: (run.seed, ARM_ORDER.index(run.arm), run.kappa, run.repeat)):
+        row: dict[str, Any] = {"seed": run.seed, "arm": run.arm, "kappa": run.kappa, "repeat": run.repeat}
         row |= {key: run.run.result[key] for key in ("optimizer_steps", "seconds")}
         for what, values in (("distance", run.distances), ("end", run.ends)):
             for name, by_side in values.items():
@@ -100,17 +100,20 @@ def markdown(comparisons: Sequence[Comparison], metric: str, title: str) -> str:
         f"# {title}",
         f"Distance to the run of the same seed at kappa 1, {shown}. `weights`: mean distance along the run, in shares "
         "of the way that the reference's student comes; metrics: mean absolute difference along the run. `spread` is "
-        "kappa 1 with the same initialisation and other seeds for data, dropout and augmentation.",
+        "kappa 1 with other seeds for data, dropout and augmentation where kappas part, `dropout` is kappa 1 with "
+        "nothing but other dropout masks: so far runs of one recipe lie apart by chance.",
         _table(comparisons, distances, "distances"),
         f"End of the run, {shown}.",
         _table(comparisons, list(dict.fromkeys([*names, metric])), "ends"),
         "How many times farther the unscaled average is than the rule's: ratio of the mean distances (smallest to "
         "largest ratio of a seed).",
         _factor_table(comparisons, distances),
-        "Bounds, on averages. A bound that the unscaled average keeps as well tells nothing: by weights the spread is "
-        "wide, because its runs part from the reference at step 0, all others where the compared part starts.",
+        "Bounds, on averages, seed by seed; the spread is the distance of the farther of the seed's spread runs. A "
+        "bound that the unscaled average keeps as well tells nothing.",
         _verdict_table(verdicts, seeds),
-        _reasons(comparisons, verdicts),
+        _broken(verdicts),
+        "What the plans of the rule's runs warn of, and the gradient noise that they measured:",
+        _conditions(comparisons),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -166,7 +169,7 @@ def _verdict_table(verdicts: Sequence[Verdict], seeds: Sequence[int]) -> str:
     return _markdown_table(heads, lines)
 
 
-def _reasons(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict]) -> str:
+def _broken(verdicts: Sequence[Verdict]) -> str:
     if not verdicts:
         return "No bound applies: they are about kappas above 1."
     broken = [each for each in verdicts if not each.holds]
@@ -179,11 +182,14 @@ def _reasons(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict]) -> 
             f"({each.value:.4f}, limit {each.limit:.4f})"
             + ("; within the widest spread of the seeds" if each.all_seeds else "")
         )
-    kappas = sorted({each.kappa for each in broken})
-    runs = [run for run in comparisons if run.arm == RULE and run.kappa in kappas]
-    lines += ["", "What the plans of the rule's runs warn of, and the noise that was measured:", ""]
-    for kappa in kappas:
-        here = [run for run in runs if run.kappa == kappa]
+    return "\n".join(lines)
+
+
+def _conditions(comparisons: Sequence[Comparison]) -> str:
+    """Whether the rule's runs were where the rules hold, as far as their plans and their noise tell."""
+    lines = []
+    for kappa in sorted({run.kappa for run in comparisons if run.arm == RULE}):
+        here = [run for run in comparisons if (run.arm, run.kappa) == (RULE, kappa)]
         warnings = list(dict.fromkeys(text for run in here for text in run.run.result["warnings"]))
         lines += [f"- kappa {kappa:g}: {text}" for text in warnings or ["no warnings"]]
         lines.append(f"- kappa {kappa:g}: {_noise(here)}")

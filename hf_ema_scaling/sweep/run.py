@@ -15,14 +15,17 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ema_scaling.recipe.config import parse
 from hf_ema_scaling.recipe.registry import kind_of
+from hf_ema_scaling.sweep.branch import branch_of
 from hf_ema_scaling.sweep.jobs import PHASE, SweepJob
 from hf_ema_scaling.sweep.trajectory import RESULT, TrajectoryRecorder, evaluated
 from hf_ema_scaling.training.flow import StopAt
 from hf_ema_scaling.training.process import prepare_process
+
+DATA_KEYS = ("_items", "_sizes")
+"""What the identity of a run says of its data."""
 
 Done = Callable[[SweepJob, str | BaseException], None]
 
@@ -174,17 +177,11 @@ def _phase(job: SweepJob) -> tuple[Any, dict[str, Any]]:
 
 def _trajectory(job: SweepJob) -> tuple[Any, dict[str, Any]]:
     trainer = build(job)
-    branch = None
-    if job.branch is not None:
-        branch = get_last_checkpoint(str(job.branch.folder))
-        if branch is None:
-            raise FileNotFoundError(
-                f"there is no checkpoint in {job.branch.folder}: remove the folder to run it again"
-            )
     recorder = TrajectoryRecorder(job.folder, job.start)
     recorder.trainer = trainer
     trainer.add_callback(recorder)
-    trainer.train(resume_from_checkpoint=branch)
+    with branch_of(job) as branch:
+        trainer.train(resume_from_checkpoint=branch)
     trainer.save_state()
     clock, metrics = evaluated(trainer.state.log_history, job.start)
     noise = [
@@ -192,4 +189,6 @@ def _trajectory(job: SweepJob) -> tuple[Any, dict[str, Any]]:
         for row in trainer.state.log_history
         if "noise/scale" in row and row["clock/reference_step"] > job.start
     ]
-    return trainer, {"clock": clock, "metrics": metrics, "warnings": trainer.plan.warnings(), "noise": noise}
+    data = {key: value for key, value in trainer.layout.identity.items() if key.endswith(DATA_KEYS)}
+    plan = {"warnings": trainer.plan.warnings(), "noise": noise}
+    return trainer, {"clock": clock, "metrics": metrics, "data": data, **plan}

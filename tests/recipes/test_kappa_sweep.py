@@ -39,12 +39,13 @@ def test_pseudo_labelled_speech_in_two_processes(recipe: Path, tmp_path: Path) -
     found = json.loads(done.stdout)
     assert [(row["arm"], row["kappa"], row["optimizer_steps"]) for row in found["runs"]] == [
         *(("rule", 0.5, 10), ("rule", 1.0, 6), ("rule", 2.0, 4)),
-        *(("unscaled", 0.5, 10), ("unscaled", 2.0, 4), ("none", 2.0, 4), ("spread", 1.0, 6)),
+        *(("unscaled", 0.5, 10), ("unscaled", 2.0, 4), ("none", 2.0, 4)),
+        *(("spread", 1.0, 6), ("spread", 1.0, 6), ("dropout", 1.0, 6)),
     ]
     assert {each["distance"] for each in found["bounds"]} == {"weights", "loss", "wer"}
     rule = {row["kappa"]: row for row in found["runs"] if row["arm"] == "rule"}
     assert rule[1.0]["distance/weights/average"] == 0 < rule[2.0]["distance/weights/average"]
-    assert {"seed 0, phase", "seed 0, spread, kappa 1"} <= {
+    assert {"seed 0, phase", "seed 0, spread 2, kappa 1"} <= {
         line.partition(":")[0] for line in done.stderr.splitlines()
     }
     for name in ("sweep.md", "sweep.csv", "sweep.png"):

@@ -24,6 +24,7 @@ from hf_ema_scaling.training.trainer import EMATrainer
 @dataclass
 class TinyArguments:
     rows: int = 24
+    dropout: float = 0.1
     unequal: bool = False
     init_seed: int | None = None
 
@@ -34,7 +35,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def build_tiny(model: TinyArguments, args: EMATrainingArguments) -> Any:
     return EMATrainer(
-        tiny.bert(dropout=0.1, seed=args.seed if model.init_seed is None else model.init_seed),
+        tiny.bert(dropout=model.dropout, seed=args.seed if model.init_seed is None else model.init_seed),
         args,
         train_dataset=tiny.sentences(model.rows, lengths=(2, 9) if model.unequal else (6, 7)),
         eval_dataset={"clean": tiny.sentences(8, 1), "noisy": tiny.sentences(8, 2)},
@@ -84,7 +85,8 @@ def trajectory(tmp_path: Path) -> Callable[..., Trajectory]:
             tensors = [torch.tensor(weights, dtype=torch.float32) for weights in pair]
             save_file(dict(zip(("student", "average"), tensors, strict=True)), weights_file(folder, point))
         curves = {key: np.array(values, dtype=np.float64) for key, values in metrics.items()}
-        result = {"optimizer_steps": 3, "seconds": 1.0, "warnings": ["kappa is large"], "noise": []}
+        result = {"optimizer_steps": 3, "seconds": 1.0, "warnings": ["kappa is large"]}
+        result |= {"noise": [], "data": {"labelled_items": 24}}
         return Trajectory(folder, np.array(clock), curves, result)
 
     return make
@@ -94,9 +96,9 @@ def trajectory(tmp_path: Path) -> Callable[..., Trajectory]:
 def comparison(trajectory: Callable[..., Trajectory]) -> Callable[..., Comparison]:
     """A run with these distances by weights and by loss, (average, student)."""
 
-    def make(arm: str, kappa: float, seed: int, average: float, student: float) -> Comparison:
-        run = trajectory(f"{arm}-{kappa}-{seed}", {"eval_loss": [2.0, 1.0], "eval_ema_loss": [2.0, 0.5]})
+    def make(arm: str, kappa: float, seed: int, average: float, student: float, repeat: int = 0) -> Comparison:
+        run = trajectory(f"{arm}-{kappa}-{seed}-{repeat}", {"eval_loss": [2.0, 1.0], "eval_ema_loss": [2.0, 0.5]})
         sides = {"average": average, "student": student}
-        return Comparison(arm, kappa, seed, {"weights": sides, "loss": sides}, run)
+        return Comparison(arm, kappa, seed, {"weights": sides, "loss": sides}, run, repeat)
 
     return make

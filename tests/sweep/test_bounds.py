@@ -15,7 +15,8 @@ def sweep(comparison: Make) -> list[Comparison]:
     """Seed 0 meets every bound; seed 1 breaks each of them."""
     return [
         *(comparison("rule", 1, seed, 0.0, 0.0) for seed in (0, 1)),
-        comparison("spread", 1, 0, 0.30, 0.40),
+        comparison("spread", 1, 0, 0.05, 0.40, 1),
+        comparison("spread", 1, 0, 0.30, 0.40, 2),  # the farther one is the limit
         comparison("spread", 1, 1, 0.05, 0.40),
         comparison("rule", 2, 0, 0.10, 0.20),
         comparison("rule", 2, 1, 0.40, 0.20),

@@ -18,7 +18,7 @@ def sweep(comparison: Make) -> list[Comparison]:
         comparison(arm, kappa, seed, scale * (1 + seed), 2 * scale)
         for seed in (0, 1)
         for arm, kappa, scale in (
-            *(("rule", 1, 0.0), ("rule", 2, 0.1), ("rule", 8, 0.2), ("spread", 1, 0.15)),
+            *(("rule", 1, 0.0), ("rule", 2, 0.1), ("rule", 8, 0.2), ("spread", 1, 0.15), ("dropout", 1, 0.01)),
             *(("unscaled", 2, 0.3), ("unscaled", 8, 0.6), ("none", 8, 0.7)),
         )
     ]
@@ -40,6 +40,8 @@ def test_figures_in_the_table(sweep: list[Comparison]) -> None:
     assert f"{within} loss true (0.1000, 0.1500) **false** (0.3500, 0.3000) **false** 0 of 2" in lines
     assert f"{within} weights true (0.1000, 0.1500) true (0.2000, 0.3000) true 0 of 2" in lines
     assert "1 of 12 do not hold:" in lines
+    chance = "0.0200 (0.0200 to 0.0200) 0.0150 (0.0100 to 0.0200)"
+    assert f"dropout 1 {chance} {chance}" in lines
     assert "- kappa 2: kappa is large" in lines  # what the plan warned of
     assert "- kappa 2: no gradient noise scale in the log (noise_scale_every)" in lines
 
@@ -52,9 +54,10 @@ def test_noise_that_explains_a_bound(sweep: list[Comparison]) -> None:
     assert "- kappa 2: gradient noise scale 24 units (median), largest useful kappa 1.5, which it exceeds" in text
 
 
-def test_where_all_bounds_hold_nothing_is_explained(sweep: list[Comparison]) -> None:
+def test_conditions_are_told_where_all_bounds_hold(sweep: list[Comparison]) -> None:
     text = markdown([run for run in sweep if run.seed == 0], "loss", "")
-    assert "Every bound holds for every seed." in text and "warn" not in text
+    assert "Every bound holds for every seed." in text and "do not hold" not in text
+    assert text.count("kappa is large") == 3  # of the rule's runs, at kappa 1, 2 and 8
 
 
 def test_csv_has_one_row_per_run(sweep: list[Comparison], tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 from hf_ema_scaling.recipe.registry import kind_of
@@ -40,12 +39,14 @@ def test_a_sweep_trains_once_and_reports(
     recipe: dict[str, Any], tmp_path: Path, trained: list[tuple[str, float]]
 ) -> None:
     jobs = sweep(recipe, tmp_path)
-    assert run_sweep(jobs, processes=1) == 6
+    assert run_sweep(jobs, processes=1) == 8
     assert sorted(trained) == [
-        *(("none", 4.0), ("phase", 1.0), ("rule", 1.0), ("rule", 4.0), ("spread", 1.0), ("unscaled", 4.0))
+        *(("dropout", 1.0), ("none", 4.0), ("phase", 1.0), ("rule", 1.0), ("rule", 4.0)),
+        *(("spread", 1.0), ("spread", 1.0), ("unscaled", 4.0)),
     ]
     comparisons = compare(jobs)
     by_name = {(run.arm, run.kappa): run for run in comparisons}
+    assert len(comparisons) == len(by_name) + 1  # two spread runs
     for run in comparisons:
         assert run.run.clock.tolist() == [8.0, 12.0]
     # 4 steps of the phase and 8 of its own, or 2 of four reference batches.
@@ -56,14 +57,13 @@ def test_a_sweep_trains_once_and_reports(
     rule, unscaled = by_name["rule", 4.0].distances["weights"], by_name["unscaled", 4.0].distances["weights"]
     assert rule["student"] == unscaled["student"] > 0 and unscaled["average"] > rule["average"] > 0
     assert by_name["none", 4.0].distances["weights"]["student"] not in (rule["student"], 0.0)
-    # All but the spread part from one point, and the spread's first point is as far along as theirs.
-    starts = {name: run.run.weights(0)["student"] for name, run in by_name.items()}
-    spread = starts.pop(("spread", 1.0))
-    common = starts["rule", 1.0]
-    assert all(torch.equal(start, common) for start in starts.values())
-    initial = flat_weights(tiny.bert(dropout=0.1, seed=0))
-    assert float((spread - initial).norm()) == pytest.approx(float((common - initial).norm()), rel=0.5)
-    assert float((spread - common).norm()) > 0.1 * float((common - initial).norm())
+    # All part from one point, and no two alike: other data parts farther than other dropout masks alone.
+    starts = [run.run.weights(0)["student"] for run in comparisons]
+    assert all(torch.equal(start, starts[0]) for start in starts)
+    spreads = [run.distances["weights"]["average"] for run in comparisons if run.arm == "spread"]
+    dropout = by_name["dropout", 1.0].distances["weights"]["average"]
+    assert len(set(spreads)) == 2 and min(spreads) > dropout > 0
+    assert not list(tmp_path.glob("**/fork-*"))
     text = write_report(comparisons, tmp_path / "report", metric="clean_accuracy", title="Tiny")
     found = summary(comparisons, chosen_metric("eval_ema_clean_accuracy", comparisons[0].run.names()))
     assert {each["distance"] for each in found["bounds"]} == {"weights", "clean_loss", "clean_accuracy"}
@@ -123,15 +123,37 @@ def test_branching_gives_the_bits_of_a_run_of_one_piece(recipe: dict[str, Any], 
     assert run.metric("noisy_loss", "average")[-1] == last["eval_ema_noisy_loss"]
 
 
-def test_the_spread_shares_the_initialisation_only(recipe: dict[str, Any], tmp_path: Path) -> None:
-    jobs = {job.arm: job for job in sweep(recipe, tmp_path) if job.kappa == 1}
-    phase, spread = (module.build(jobs[arm]) for arm in ("phase", "spread"))
-    assert torch.equal(flat_weights(phase.model), flat_weights(spread.model))
-    assert phase.args.seed != spread.args.seed
-    first, second = ([draw.index for draw in made.sampler.draws(0, 0)] for made in (phase, spread))
-    assert first != second
-    other = module.build(SweepJob("phase", 1.0, 0, 4, jobs["phase"].settings | {"init_seed": 1}, tmp_path / "other"))
-    assert not torch.equal(flat_weights(phase.model), flat_weights(other.model))
+def test_without_a_phase_the_spread_shares_the_initialisation_only(recipe: dict[str, Any], tmp_path: Path) -> None:
+    jobs = [job for job in sweep(recipe, tmp_path, small_batch_until=0) if job.kappa == 1]
+    rule, *spreads = (module.build(job) for job in jobs)
+    drawn = [[draw.index for draw in made.sampler.draws(0, 0)] for made in (rule, *spreads)]
+    assert len(spreads) == 2 and drawn[0] != drawn[1] != drawn[2] != drawn[0]
+    assert all(torch.equal(flat_weights(rule.model), flat_weights(made.model)) for made in spreads)
+    other = module.build(SweepJob("rule", 1.0, 0, 0, jobs[0].settings | {"init_seed": 1}, tmp_path / "other"))
+    assert not torch.equal(flat_weights(rule.model), flat_weights(other.model))
+
+
+def test_other_dropout_masks_change_nothing_without_dropout(recipe: dict[str, Any], tmp_path: Path) -> None:
+    jobs = [
+        job
+        for job in sweep(recipe, tmp_path, dropout=0.0)
+        if job.arm in ("phase", "dropout") or (job.arm, job.kappa) == ("rule", 1.0)
+    ]
+    run_sweep(jobs, processes=1)
+    (found,) = (run for run in compare(jobs) if run.arm == "dropout")
+    assert set(found.distances["weights"].values()) == set(found.distances["clean_loss"].values()) == {0.0}
+
+
+def test_runs_on_other_data_are_not_compared(recipe: dict[str, Any], tmp_path: Path) -> None:
+    jobs = [job for job in sweep(recipe, tmp_path) if job.arm in ("phase", "rule")]
+    run_sweep(jobs, processes=1)
+    path = jobs[-1].folder / "result.json"
+    result = json.loads(path.read_text())
+    assert result["data"]["labelled_items"] == 24
+    result["data"]["labelled_items"] = 25
+    path.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=r"labelled_items: 24 there, 25 here"):
+        compare(jobs)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -152,13 +174,14 @@ def test_runs_wait_for_their_phase_and_a_failed_one_stops_no_others(
     monkeypatch.setattr(module, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
     monkeypatch.setattr(module, "run_job", pretend)
     jobs = lay_out_sweep(recipe, [4], [0, 1], tmp_path)
-    with pytest.raises(RuntimeError, match=r"6 of 12 runs failed") as failure:
+    with pytest.raises(RuntimeError, match=r"9 of 16 runs failed") as failure:
         run_sweep(jobs, processes=processes)
     lines = str(failure.value).splitlines()
     assert "  seed 0, unscaled, kappa 4: ValueError: no luck" in lines
     assert "  seed 1, rule, kappa 4: RuntimeError: seed 1, phase failed" in lines
     finished = [(job.seed, job.arm) for job in jobs if module.is_finished(job)]
-    assert sorted(finished) == [*((0, arm) for arm in ("none", "phase", "rule", "rule", "spread")), (1, "spread")]
+    arms = ("dropout", "none", "phase", "rule", "rule", "spread", "spread")
+    assert sorted(finished) == [(0, arm) for arm in arms]
     assert len(done) == len(finished)
 
 

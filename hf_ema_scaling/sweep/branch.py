@@ -1,0 +1,60 @@
+"""Where a run of a sweep goes on from: the checkpoint of its phase, or a copy of it with other random numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_ema_scaling.ema.storage import STATE_NAME
+from hf_ema_scaling.sweep.jobs import SweepJob
+
+
+@contextmanager
+def branch_of(job: SweepJob) -> Iterator[str | None]:
+    """The checkpoint to resume, None for a run from its initialisation.
+
+    A run that forks gets a copy that is removed afterwards.
+
+    Raises:
+        FileNotFoundError: when the phase left no checkpoint.
+    """
+    if job.branch is None:
+        yield None
+        return
+    checkpoint = get_last_checkpoint(str(job.branch.folder))
+    if checkpoint is None:
+        raise FileNotFoundError(f"there is no checkpoint in {job.branch.folder}: remove the folder to run it again")
+    if not job.forks:
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory(dir=job.folder, prefix="fork-") as folder:
+        yield str(fork(Path(checkpoint), Path(folder), seed=int(job.settings["data_seed"])))
+
+
+def fork(checkpoint: Path, folder: Path, *, seed: int) -> Path:
+    """Copies a checkpoint so that a run that resumes it draws other random numbers than the run that wrote it.
+
+    The state of random number generators is left out: dropout goes on from what the trainer's own seed gives. The
+    order of data from here on is that of `seed`; what was drawn before the checkpoint stays drawn.
+
+    Args:
+        checkpoint: `checkpoint-N`, of the trainers of this library.
+        folder: receives a folder of the same name.
+        seed: of the order of data.
+
+    Returns:
+        The copy.
+    """
+    copy = folder / checkpoint.name
+    shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns("rng_state*"))
+    path = copy / "ema" / STATE_NAME
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["state"]["identity"]["seed"] = seed
+    path.write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
+    return copy
