@@ -13,8 +13,8 @@ For every seed, one run with each of
 
 All share what comes before the recipe's `small_batch_until` (default: `pl_start`, where there is unlabelled data).
 Runs are compared with `rule` at kappa 1 on the reference clock, from there on, by weights and by metrics, of student
-and average. `output_dir` receives `sweep.md`, `sweep.csv`, `sweep.png`, and a folder per run. An interrupted sweep goes
-on where it was; a finished run of another configuration is never replaced.
+and average. `output_dir` receives `sweep.md`, `sweep.csv`, `sweep.png`, and a folder per run. An interrupted sweep
+goes on where it was; a finished run of another configuration is never replaced.
 """
 
 from __future__ import annotations
