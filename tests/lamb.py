@@ -57,5 +57,5 @@ class LAMBRule(AdamRule):
         return dataclasses.replace(
             scaled,
             learning_rate=scaled.learning_rate * longer,
-            weight_decay=math.sqrt(kappa) * reference.weight_decay,
+            weight_decay=math.sqrt(stage_kappa) * reference.weight_decay,
         )

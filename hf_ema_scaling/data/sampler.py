@@ -42,7 +42,7 @@ class SampledStep(NamedTuple):
     end: float
     """Clock after it."""
     stage_kappa: float
-    """Batch over reference batch of the stage the step belongs to."""
+    """Batch over reference batch of the stage the step belongs to; of a step that is cut short its own, `kappa`."""
     units: float
     """Units drawn."""
     items: int
@@ -124,6 +124,7 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         # In seconds a small step may fall inside one long utterance and draw nothing: it is no step of the run.
         self._planned = np.flatnonzero(np.diff(positions) > 0)
         self._stage_kappa = borders.stage_kappa[self._planned]
+        self._cut = borders.cut[self._planned]
         self.borders = borders
         self.positions: NDArray[np.int64] = np.concatenate([positions[:1], positions[self._planned + 1]])
         self._passes = stream.labelled_passes(self.positions)
@@ -147,7 +148,9 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         first, last = int(self.positions[number]), int(self.positions[number + 1])
         start, end = float(self.stream.clock(first)), float(self.stream.clock(last))
         units = float(self.stream.cumulative_units[last] - self.stream.cumulative_units[first])
-        return SampledStep(start, end, float(self._stage_kappa[number]), units, last - first)
+        # What a short step draws is far from its nominal kappa where items are long.
+        stage_kappa = end - start if self._cut[number] else float(self._stage_kappa[number])
+        return SampledStep(start, end, stage_kappa, units, last - first)
 
     def done(self, steps: int) -> StepBorders:
         """The borders of the first `steps` optimizer steps, which a resumed run keeps."""
@@ -193,18 +196,13 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
             border = borders[np.argmin(np.abs(self.stream.clock(borders) - middle))]
             parts = [np.split(positions, [np.searchsorted(positions, border)]) for positions in sources]
         elif any(map(self.stream.lengths_differ, sources)):
-            parts = [np.split(positions, [self._middle(positions)]) for positions in sources]
+            # By number and not by units: a half that ends where its units reach a target is no sample of lengths.
+            parts = [np.split(positions, [(len(positions) + 1) // 2]) for positions in sources]
         else:
             return []
         if min(len(part) for both in parts for part in both) < self.world_size:
             return []
         return [[both[half] for both in parts] for half in (0, 1)]
-
-    def _middle(self, positions: NDArray[np.int64]) -> int:
-        """Number of the first positions of one source that have, to half an item, half of the units of all."""
-        sums = self.stream.cumulative_units
-        units = np.cumsum(sums[positions + 1] - sums[positions])
-        return int(np.argmin(np.abs(units - units[-1] / 2))) + 1
 
     def _rounds(self, positions: NDArray[np.int64]) -> int:
         """Micro-batches of each process that positions of one source take."""

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .momentum import check_not_negative, check_positive
 from .schedule import DUST, FloatArray, ResolvedStage, is_number, json_list
@@ -21,18 +22,22 @@ __all__ = ["Segment", "StepBorders", "step_borders"]
 
 @dataclass(frozen=True)
 class Segment:
-    """`count` steps of `kappa` reference steps each from `start`; the last one ends at `end`, cut short if need be."""
+    """`count` steps of `kappa` reference steps each from `start`; the last one ends at `end`."""
 
     start: float
     kappa: float
     count: int
     end: float
+    cut: bool = False
+    """Whether this is a single step, shorter than those of its stage so that it does not cross a cut."""
 
     def __post_init__(self) -> None:
         check_not_negative("start of a segment", self.start)
         check_positive("kappa of a segment", self.kappa)
         if not isinstance(self.count, int) or self.count < 1:
             raise ValueError(f"count of a segment must be a whole number above 0, got {self.count!r}")
+        if self.cut and self.count != 1:
+            raise ValueError(f"a step that is cut short is a segment of its own, got {self!r}")
         if not (math.isfinite(self.end) and self.position(self.count - 1) < self.end):
             raise ValueError(f"end of a segment must lie after the start of its last step, got {self!r}")
 
@@ -84,11 +89,19 @@ class StepBorders:
 
     @cached_property
     def stage_kappa(self) -> FloatArray:
-        """Nominal kappa of the stage of each step; float64, shape (steps,), read-only."""
+        """Nominal kappa of each step, that of its stage unless it is cut short; float64, shape (steps,), read-only."""
         kappas = np.array([segment.kappa for segment in self.segments], dtype=np.float64)
         stage_kappa = np.repeat(kappas, [segment.count for segment in self.segments])
         stage_kappa.setflags(write=False)
         return stage_kappa
+
+    @property
+    def cut(self) -> npt.NDArray[np.bool_]:
+        """Whether each step is cut short, shape (steps,)."""
+        return np.repeat(
+            np.array([segment.cut for segment in self.segments], dtype=bool),
+            [segment.count for segment in self.segments],
+        )
 
     def prefix(self, steps: int) -> StepBorders:
         """The first `steps` steps, with the same bits.
@@ -102,7 +115,7 @@ class StepBorders:
         for segment in self.segments:
             if steps <= 0:
                 break
-            if steps < segment.count:
+            if steps < segment.count:  # never one that is cut short, which has a single step
                 segment = Segment(segment.start, segment.kappa, steps, segment.position(steps))
             kept.append(segment)
             steps -= segment.count
@@ -121,9 +134,14 @@ class StepBorders:
         """
         segments = []
         for entry in json_list("step borders", value):
-            if set(entry) != {"start", "kappa", "count", "end"} or not all(map(is_number, entry.values())):
+            given = dict(entry)
+            cut = given.pop("cut", False)
+            if set(given) != {"start", "kappa", "count", "end"} or not all(map(is_number, given.values())):
                 raise ValueError(f"a segment needs the numbers start, kappa, count and end, got {dict(entry)!r}")
-            segments.append(Segment(float(entry["start"]), float(entry["kappa"]), entry["count"], float(entry["end"])))
+            if not isinstance(cut, bool):
+                raise ValueError(f"cut of a segment must be true or false, got {cut!r}")
+            start, kappa, end = (float(given[name]) for name in ("start", "kappa", "end"))
+            segments.append(Segment(start, kappa, given["count"], end, cut))
         return cls(tuple(segments))
 
 
@@ -136,7 +154,8 @@ def step_borders(
     """Lay a run out as optimizer steps.
 
     A step advances the clock by `batch_size / reference_batch_size` and never crosses a cut, a stage end or the end of
-    the run: it is cut short there. A remainder below 1e-9 of a step is no step of its own.
+    the run: it is cut short there, and is a segment of its own, since its gradient has the noise of its own batch: to
+    the optimizer a short step is a switch to its kappa and one back. A remainder below 1e-9 of a step is no step.
 
     Args:
         stages: Consecutive stages from 0 to the end of the run, as `BatchSchedule.resolve` gives them.
@@ -168,17 +187,30 @@ def step_borders(
                 if resumed and position - start > DUST * kappa and _continues(segments[-1], kappa):
                     # Counting on from the segment's own start gives the bits of the uninterrupted run.
                     position = segments.pop().start
-                segments.append(Segment(position, kappa, _step_count(position, end, kappa), end))
+                segments += _piece(position, kappa, end)
                 position, resumed = end, False
             start = end
     return StepBorders(tuple(segments))
 
 
-def _step_count(start: float, end: float, kappa: float) -> int:
+def _piece(start: float, kappa: float, end: float) -> list[Segment]:
+    """Steps of `kappa` from `start` to `end`, the last one apart if it is shorter."""
+    count = _step_count(start, end, kappa)
+    last = start + kappa * (count - 1)
+    if end > last + kappa * (1 - _dust(end, kappa)):
+        return [Segment(start, kappa, count, end)]
+    whole = [Segment(start, kappa, count - 1, last)] if count > 1 else []
+    return [*whole, Segment(last, end - last, 1, end, cut=True)]
+
+
+def _dust(end: float, kappa: float) -> float:
     # The second term is the rounding of the positions themselves, which exceeds the first past some 1e6 steps.
-    dust = DUST + 4 * np.finfo(np.float64).eps * end / kappa
-    return max(0, math.ceil((end - start) / kappa - dust))
+    return float(DUST + 4 * np.finfo(np.float64).eps * end / kappa)
+
+
+def _step_count(start: float, end: float, kappa: float) -> int:
+    return max(0, math.ceil((end - start) / kappa - _dust(end, kappa)))
 
 
 def _continues(segment: Segment, kappa: float) -> bool:
-    return segment.kappa == kappa and segment.end == segment.position(segment.count)
+    return not segment.cut and segment.kappa == kappa and segment.end == segment.position(segment.count)

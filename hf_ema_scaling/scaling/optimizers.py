@@ -77,7 +77,7 @@ def register_scaling_rule(name: str, rule: ScalingRule, *, replace: bool = False
     `theta <- theta - lr * |theta| / |u + lam * theta| * (u + lam * theta)`. Betas, eps, clip norm and state scale as
     Adam's do, two values differ (derived, for dominating noise):
 
-    - u stands outside Adam's denominator, as the decay does; its mean grows with `sqrt(kappa)`, so the decay must too.
+    - u stands outside Adam's denominator, as the decay does; its mean grows with `sqrt(k)`, so the decay must too.
     - Averaging over fewer steps, `beta1 ** k` for `beta1`, makes u longer, by `c(beta1 ** k) / c(beta1)` with
       `c(b) = sqrt((1 - b) / (1 + b))`; the division takes that away again, and the learning rate has to give it back.
 
@@ -90,7 +90,7 @@ def register_scaling_rule(name: str, rule: ScalingRule, *, replace: bool = False
             return dataclasses.replace(
                 scaled,
                 learning_rate=scaled.learning_rate * longer,
-                weight_decay=math.sqrt(kappa) * reference.weight_decay,
+                weight_decay=math.sqrt(stage_kappa) * reference.weight_decay,
             )
 
 

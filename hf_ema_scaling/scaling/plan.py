@@ -131,7 +131,7 @@ class ScalingPlan:
 
     @property
     def stage_kappa(self) -> FloatArray:
-        """Nominal kappa of the stage of each step, shape (steps,)."""
+        """Nominal kappa of each step, shape (steps,): that of its stage unless it is cut short."""
         return self.step_borders.stage_kappa
 
     def step_at(self, clock: float) -> int:
@@ -163,7 +163,7 @@ class ScalingPlan:
             reference: The group's values at the reference batch; its learning rate is the peak.
             start: Clock position before the step.
             end: Clock position after it; `end - start` is the step's kappa.
-            stage_kappa: Nominal kappa of the stage.
+            stage_kappa: Nominal kappa of the stage; of a step that is cut short its own.
         """
         current = replace(reference, learning_rate=reference.learning_rate * self.lr_factor(start, end))
         return self.rule.scale(current, kappa=end - start, stage_kappa=stage_kappa)

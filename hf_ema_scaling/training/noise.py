@@ -59,27 +59,40 @@ BUCKETED = (
 class Halves:
     """Where a step is divided.
 
+    Sizes are counted in items, and an item stands for as many units as one of the run does on average: a measurement at
+    the units of its own items would be at a random batch, which is biased upwards.
+
     Args:
         border: micro-batches of each process in the first part.
-        units: units of each process in its first part.
-        step_units: units of the whole step.
+        items: items of each process in its first part.
+        step_items: items of the whole step.
+        item_units: units of an item of the run, on average.
+        mean: from the step's `.grad`, the sum over its items over `n_ref * units / B`, to the mean over its items; 1 in
+            samples.
     """
 
     border: int
-    units: tuple[float, ...]
-    step_units: float
+    items: tuple[int, ...]
+    step_items: int
+    item_units: float
+    mean: float
 
     @property
     def small_batch(self) -> float:
-        """Harmonic mean of `units`: what the mean of the processes' squared norms is a measurement at."""
-        return len(self.units) / sum(1.0 / units for units in self.units)
+        """Units of the first part: what the mean of the processes' squared norms is a measurement at."""
+        return self.item_units * len(self.items) / sum(1.0 / items for items in self.items)
+
+    @property
+    def step_batch(self) -> float:
+        """Units of the whole step."""
+        return self.item_units * self.step_items
 
     def rescaling(self, rank: int) -> float:
-        """From a process's `.grad` in the first part to the gradient of its items as a step of their own.
+        """From a process's `.grad` in the first part to the mean over its items there.
 
-        `.grad` carries the factor `processes / (n_ref * step_units / B)`, such a step `1 / (n_ref * units / B)`.
+        `.grad` carries the factor `processes / (n_ref * units / B)`, units of the whole step.
         """
-        return self.step_units / (len(self.units) * self.units[rank])
+        return self.mean * self.step_items / (len(self.items) * self.items[rank])
 
 
 def halve(sampler: ScheduledBatchSampler, number: int) -> Halves | str:
@@ -88,8 +101,7 @@ def halve(sampler: ScheduledBatchSampler, number: int) -> Halves | str:
     At a valid border no item of the first part comes after one of its source in the second, by construction and not by
     chance, and on each process the first part has its share of both sources, to half an item. Where items are sorted
     by length or bucketed these are the sampler's own halves; with batch statistics, reference batches. Parts need not
-    be equal: the estimator knows their sizes. Where units differ between items it divides by a random number of them,
-    which makes it exact to first order in one over the items of a part.
+    be equal: the estimator knows their sizes.
     """
     stream, world = sampler.stream, sampler.world_size
     groups = sampler.micro_batches(number)
@@ -98,13 +110,21 @@ def halve(sampler: ScheduledBatchSampler, number: int) -> Halves | str:
     units = np.array([(sums[group + 1] - sums[group]).sum() for group in groups]).reshape(rounds, world)
     before = units.cumsum(0)[:-1]  # (borders, processes)
     total = float(units.sum())
+    sizes = np.array([len(group) for group in groups]).reshape(rounds, world)
+    step_items = int(sizes.sum())
+
+    def at(border: int) -> Halves:
+        first = tuple(sizes[:border].sum(0).tolist())
+        examples = stream.examples_per_reference_batch * total / stream.reference_batch_size
+        return Halves(border, first, step_items, float(sums[-1]) / len(stream), examples / step_items)
+
     by_length = stream.bucketed or any(map(stream.lengths_differ, sampler.sources(number)))
     in_order = np.ones(len(before), dtype=bool)
     if by_length and not sampler.batch_statistics:
         half = sampler.half(number)
         if half is None:
             return BUCKETED if stream.bucketed else FEW_ITEMS
-        return Halves(half, tuple(before[half - 1].tolist()), total)
+        return at(half)
     if by_length:
         in_order = _between_reference_batches(sampler, number, groups)
     shared = (before > 0).all(1)
@@ -125,8 +145,7 @@ def halve(sampler: ScheduledBatchSampler, number: int) -> Halves | str:
     valid = np.flatnonzero(shared & in_order)
     if len(valid) == 0:
         return UNEVEN if in_order.any() else BUCKETED if stream.bucketed else BY_LENGTH
-    best = int(valid[np.argmin(np.abs(before[valid].sum(1) - total / 2))])
-    return Halves(best + 1, tuple(before[best].tolist()), total)
+    return at(int(valid[np.argmin(np.abs(before[valid].sum(1) - total / 2))]) + 1)
 
 
 def _between_reference_batches(
@@ -160,7 +179,8 @@ class NoiseMeter:
     mean over processes of the squared norms is a measurement at the harmonic mean of their units. (It is not the
     squared norm of the averaged half, which would take an all-reduce of all gradients.)
 
-    Dropout and augmentation are part of the noise, as they are part of the step. Measured before clipping. Gradients
+    Dropout and augmentation are part of the noise, as they are part of the step; that batches in seconds or tokens hold
+    a varying number of items is not. Measured before clipping. Gradients
     that are not finite are not counted. Passes over the data draw without replacement: where a step is a large part
     of a pass, what is measured is the noise that the run sees, not that of independent draws.
 
@@ -181,7 +201,8 @@ class NoiseMeter:
         self._halves: Halves | None = None
         self._small = 0.0
         self._stage_kappa = 0.0
-        self._warned = False
+        self._warned: set[float] = set()
+        self._measures = True
 
     def begin(self, sampler: ScheduledBatchSampler, number: int) -> None:
         """Before the micro-batches of optimizer step `number`, counted from 0."""
@@ -190,10 +211,12 @@ class NoiseMeter:
             return
         stage_kappa = sampler.step(number).stage_kappa
         if stage_kappa != self._stage_kappa:
-            self._stage_kappa, self._warned = stage_kappa, False
+            self._stage_kappa = stage_kappa
+            self._compare()
         if (number + 1) % self.every:
             return
         halves = halve(sampler, number)
+        self._measures = isinstance(halves, Halves)
         if isinstance(halves, Halves):
             self._halves = halves
         elif halves not in self._said and self.accelerator.is_main_process:
@@ -214,8 +237,8 @@ class NoiseMeter:
         if self.accelerator.num_processes > 1:
             mine = torch.tensor(self._small, device=self.accelerator.device)
             self._small = float(self.accelerator.reduce(mine, reduction="mean"))
-        sizes = {"small_batch": self._halves.small_batch, "big_batch": self._halves.step_units}
-        self.last = self._small, square
+        sizes = {"small_batch": self._halves.small_batch, "big_batch": self._halves.step_batch}
+        self.last = self._small, square * self._halves.mean**2
         if self.scale.add(*self.last, **sizes):
             self._compare()
 
@@ -225,9 +248,11 @@ class NoiseMeter:
 
     def _compare(self) -> None:
         largest = self.scale.largest_useful_kappa(self.reference_batch_size)
-        if self._warned or largest is None or self.scale.count < ENOUGH or self._stage_kappa <= largest:
+        if largest is None or self.scale.count < ENOUGH or self._stage_kappa <= largest:
             return
-        self._warned = True
+        if self._stage_kappa in self._warned:
+            return
+        self._warned.add(self._stage_kappa)
         if self.accelerator.is_main_process:
             logger.warning(
                 f"kappa={self._stage_kappa:g} of this stage exceeds the largest useful one, {largest:.3g}: the "
@@ -237,17 +262,21 @@ class NoiseMeter:
             )
 
     def logs(self) -> dict[str, float]:
-        """`noise/scale` in units and `noise/largest_kappa`; nothing while there is no estimate."""
+        """`noise/scale` in units and `noise/largest_kappa`; nothing without an estimate, or while steps are not halved."""
+        if not self._measures:
+            return {}
         value, largest = self.scale.value, self.scale.largest_useful_kappa(self.reference_batch_size)
         return {} if value is None or largest is None else {"noise/scale": value, "noise/largest_kappa": largest}
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """For the counters in a checkpoint; the same on every process."""
-        return {**self.scale.state_dict(), "stage_kappa": self._stage_kappa, "warned": float(self._warned)}
+        own = {"stage_kappa": self._stage_kappa, "warned": sorted(self._warned), "measures": self._measures}
+        return {**self.scale.state_dict(), **own}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict()`; an empty mapping starts anew."""
         self.scale.load_state_dict(state)
         self._stage_kappa = float(state.get("stage_kappa", 0.0))
-        self._warned = bool(state.get("warned", 0.0))
+        self._warned = set(state.get("warned", ()))
+        self._measures = bool(state.get("measures", True))
         self._said.clear()

@@ -86,7 +86,7 @@ def test_every_step_writes_what_the_plan_says_of_its_interval(
         if whole:
             planned = plan.step(number)
             assert (step.start, step.end) == pytest.approx((planned.start, planned.end), abs=1e-9)
-            assert step.stage_kappa == planned.stage_kappa
+            assert step.stage_kappa == pytest.approx(planned.stage_kappa, rel=1e-9)
             group = written(optimizer.param_groups[0])
             nominal = OptimizerValues(
                 planned.learning_rate,
@@ -143,12 +143,13 @@ def test_the_log_of_a_run_is_the_plan_step_by_step(tmp_path: Path, changes: dict
         log_rho = plan.log_momentum(step.start, step.end)
         assert entry["ema/momentum"] == math.exp(log_rho)
         reference = plan.recipe.optimizer_values()
-        interval = {"start": step.start, "end": step.end, "stage_kappa": planned.stage_kappa}
+        interval = {"start": step.start, "end": step.end, "stage_kappa": step.stage_kappa}
+        assert step.stage_kappa == (step.kappa if plan.step_borders.cut[number] else planned.stage_kappa)
         values = plan.optimizer_values(reference, **interval)
         assert entry["learning_rate"] == groups[0]["lr"] == pytest.approx(values.learning_rate, rel=1e-12)
         if not tokens:
             assert entry["learning_rate"] == pytest.approx(planned.learning_rate, rel=1e-12)
             assert entry["ema/momentum"] == pytest.approx(planned.momentum, rel=1e-12)
-            assert groups[0]["weight_decay"] == planned.weight_decay
+            assert groups[0]["weight_decay"] == pytest.approx(planned.weight_decay, rel=1e-12)
             if planned.betas is not None:
-                assert groups[0]["betas"] == planned.betas
+                assert groups[0]["betas"] == pytest.approx(planned.betas, rel=1e-12)

@@ -57,11 +57,11 @@ def test_scaled_step() -> None:
     assert values.eps == pytest.approx(1e-8 / math.sqrt(8)) and values.max_grad_norm == pytest.approx(8**-0.5)
     assert values.momentum == pytest.approx(0.99**8, rel=1e-14)
     assert values.ema_weight == pytest.approx(1 - 0.99**8, rel=1e-13)
-    # The last step is cut short: its own kappa is 4, its memory is the stage's.
+    # The last step is cut short, to a stage of its own.
     last = plan.step(562)
-    assert (last.kappa, last.stage_kappa) == (4, 8)
-    assert last.betas == values.betas and last.momentum == pytest.approx(0.99**4, rel=1e-14)
-    assert last.max_grad_norm == 0.5
+    assert (last.kappa, last.stage_kappa) == (4, 4)
+    assert last.betas == pytest.approx((0.9**4, 0.999**4), rel=1e-14)
+    assert last.momentum == pytest.approx(0.99**4, rel=1e-14) and last.max_grad_norm == 0.5
 
 
 def test_sgd_plan() -> None:
@@ -115,9 +115,9 @@ def test_adagrad_plan() -> None:
     )
     found = [plan.step(t) for t in range(3)]
     assert [values.kappa for values in found] == [4, 4, 2]
-    # The last step has half the data of the others.
-    assert [values.learning_rate for values in found] == [1e-3, 1e-3, 5e-4]
-    assert [values.eps for values in found] == [2.5e-5] * 3
+    # The last step is at half the others' batch.
+    assert [values.learning_rate for values in found] == [1e-3] * 3
+    assert [values.eps for values in found] == [2.5e-5, 2.5e-5, 5e-5]
     assert [values.max_grad_norm for values in found] == pytest.approx([0.5, 0.5, 2**-0.5])
 
 
@@ -157,7 +157,7 @@ def test_optimizer_values_of_another_param_group() -> None:
     plan = ScalingPlan(recipe(weight_decay=0.1), BatchSchedule.constant(256), lr_multiplier=cosine)
     group = OptimizerValues(5e-4, 0.0, betas=(0.8, 0.9), eps=1e-6)
     values = plan.optimizer_values(group, start=0, end=2, stage_kappa=4)
-    assert values.learning_rate == pytest.approx(5e-4 * plan.lr_factor(0, 2) * math.sqrt(2), rel=1e-15)
+    assert values.learning_rate == pytest.approx(5e-4 * plan.lr_factor(0, 2) * math.sqrt(4) / 2, rel=1e-15)
     assert values.weight_decay == 0.0 and values.betas == pytest.approx((0.8**4, 0.9**4))
     assert values.eps == 5e-7
 

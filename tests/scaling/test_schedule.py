@@ -30,7 +30,8 @@ def test_three_stages_with_a_kappa_that_does_not_divide() -> None:
     borders = lay_out((1, 2), (3, 9), (2, None), max_steps=14)
     assert borders.borders.tolist() == [0, 1, 2, 5, 8, 9, 11, 13, 14]
     assert np.diff(borders.borders).tolist() == [1, 1, 3, 3, 1, 2, 2, 1]
-    assert borders.stage_kappa.tolist() == [1, 1, 3, 3, 3, 2, 2, 2]
+    assert borders.stage_kappa.tolist() == [1, 1, 3, 3, 1, 2, 2, 1]
+    assert borders.cut.tolist() == [False, False, False, False, True, False, False, True]
     assert borders.borders.dtype == borders.stage_kappa.dtype == np.float64
     assert len(borders) == 8 and borders.position == 14
 
@@ -43,7 +44,10 @@ def test_b_2b_4b_is_exact() -> None:
 
 
 def test_cuts_shorten_the_step_before_them() -> None:
-    assert lay_out((3, None), max_steps=10, cuts=(4, 5)).borders.tolist() == [0, 3, 4, 5, 8, 10]
+    cut = lay_out((3, None), max_steps=10, cuts=(4, 5))
+    assert cut.borders.tolist() == [0, 3, 4, 5, 8, 10]
+    assert cut.stage_kappa.tolist() == [3, 1, 1, 3, 2]
+    assert cut.cut.tolist() == [False, True, True, False, True]
     # On a border already, at an end, outside the run, or given twice: no further step.
     assert lay_out((3, None), max_steps=9, cuts=(3, 0, 9, 20, 3)).borders.tolist() == [0, 3, 6, 9]
 
@@ -74,6 +78,7 @@ def test_resume_gives_the_bits_of_the_uninterrupted_run() -> None:
         resumed = step_borders(stages, 11.0, cuts=(12.345,), done=StepBorders.from_json(json.dumps(done.to_json())))
         assert resumed.borders.tobytes() == whole.borders.tobytes()
         assert resumed.stage_kappa.tobytes() == whole.stage_kappa.tobytes()
+        assert resumed == whole
 
 
 def test_resume_with_another_schedule_replaces_the_tail_only() -> None:
@@ -81,7 +86,7 @@ def test_resume_with_another_schedule_replaces_the_tail_only() -> None:
     stages = BatchSchedule((Stage(20, 10), Stage(40))).resolve(20)
     resumed = step_borders(stages, 10, cuts=(5,), done=done)
     assert resumed.borders.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 14, 18, 20]
-    assert resumed.stage_kappa.tolist() == [1] * 7 + [2, 2, 4, 4, 4]
+    assert resumed.stage_kappa.tolist() == [1] * 7 + [2, 1, 4, 4, 2]
     # Stopped inside what is now the last stage.
     late = step_borders(BatchSchedule.two_stage(10, 8, 3).resolve(20), 10, done=done)
     assert late.borders.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 15, 20]
@@ -105,17 +110,19 @@ def test_random_layouts_obey_the_rules() -> None:
         borders = step_borders(resolved, 10, cuts)
         kappas = np.diff(borders.borders)
         assert borders.borders[0] == 0 and borders.borders[-1] == 100
-        assert (kappas > 0).all() and (kappas <= borders.stage_kappa * (1 + 1e-12) + 1e-12).all()
+        assert (kappas > 0).all() and kappas == pytest.approx(borders.stage_kappa, rel=1e-9)
         assert {*cuts, *ends} <= set(borders.borders.tolist())
         for stage in resolved:
             inside = (borders.borders[:-1] >= stage.start) & (borders.borders[:-1] < stage.end)
-            assert (borders.stage_kappa[inside] == stage.batch_size / 10).all()
+            whole = inside & ~borders.cut
+            assert (borders.stage_kappa[whole] == stage.batch_size / 10).all()
+            assert (borders.stage_kappa[inside & borders.cut] < stage.batch_size / 10).all()
 
 
 def test_borders_round_trip_bit_exactly() -> None:
     borders = step_borders(BatchSchedule((Stage(1 / 3, 2.2), Stage(math.pi))).resolve(1e4 / 7), 0.77, (1.1,))
     text = json.dumps(borders.to_json())
-    assert len(borders) == 356 and len(borders.to_json()) == 3
+    assert len(borders) == 356 and [segment["cut"] for segment in borders.to_json()] == [False, True] * 3
     again = StepBorders.from_json(text)
     assert again == borders and again.borders.tobytes() == borders.borders.tobytes()
     assert StepBorders.from_json([]).borders.tolist() == [0.0] and len(StepBorders()) == 0
@@ -125,6 +132,8 @@ def test_borders_round_trip_bit_exactly() -> None:
     ("value", "message"),
     [
         ([{"start": 0, "kappa": 1, "count": 2}], "needs the numbers start, kappa, count and end"),
+        ([{"start": 0, "kappa": 1, "count": 1, "end": 1, "cut": 1}], "cut of a segment must be true or false, got 1"),
+        ([{"start": 0, "kappa": 1, "count": 2, "end": 2, "cut": True}], "cut short is a segment of its own"),
         ([{"start": 1, "kappa": 1, "count": 2, "end": 3}], "begins at 1.0, the one before it ends at 0.0"),
         ([{"start": 0, "kappa": 1, "count": 0, "end": 3}], "count of a segment"),
         (

@@ -36,7 +36,7 @@ def test_ratios_are_pieces_of_the_clock_and_equal_neighbours_are_one() -> None:
     found = plan(*SIZED)
     # Stages at 0, 100, 250.5, 500; the second and third have the recipe's ratio.
     assert found.unlabelled_ratios == ((100.0, 3.0), (500.0, 7.0))
-    assert found.stage_kappa.tolist() == [1.0] * 251 + [2.0] * 125 + [2.0] * 250
+    assert found.stage_kappa.tolist() == [1.0] * 250 + [0.5] + [2.0] * 124 + [1.5] + [2.0] * 250
     back = plan({"batch_size": 64, "until": 300}, {"labelled": 8, "unlabelled": 56, "until": 400}, {"batch_size": 96})
     assert back.unlabelled_ratios == ((100.0, 3.0), (300.0, 7.0), (400.0, 3.0))
     assert plan({"batch_size": 640}).unlabelled_ratios == ((100.0, 3.0),)

@@ -19,7 +19,7 @@ class AdagradRule(NoiseDominatedRule):
     data are `t / k` steps of variance `sigma ** 2 / k`, so the sum is `s / k ** 2` and its root `sqrt(s) / k`: the
     division alone makes one step worth k reference steps. Hence, with `k = stage_kappa`:
 
-    - learning rate: unchanged for a whole step; `lr * kappa / k` for a step that is cut short.
+    - learning rate: unchanged for a whole step; `lr * kappa / k` for one that draws a little more or less.
     - eps `/ k`.
     - weight decay is L2 in the gradient, scales with it, and stays.
     - clip norm: `/ sqrt(kappa)`.

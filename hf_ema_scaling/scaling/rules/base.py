@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from ..momentum import check_below_one, check_not_negative, check_positive
 
-__all__ = ["NoiseDominatedRule", "OptimizerValues", "ScalingRule"]
+__all__ = ["NoiseDominatedRule", "OptimizerValues", "ScalingRule", "noise_dominated_rate"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class ScalingRule:
         Args:
             reference: Values at the reference batch; the learning rate is the scheduled one of this moment.
             kappa: Units of this step over the reference batch; above 0.
-            stage_kappa: Nominal ratio of the current batch stage; above 0.
+            stage_kappa: Nominal ratio of the current batch stage, for which the optimizer's state is scaled; above 0.
 
         Raises:
             ValueError: If a ratio is not a finite number above 0.
@@ -120,3 +120,12 @@ class NoiseDominatedRule(ScalingRule):
     def clip_norm(self, max_norm: float, kappa: float) -> float:
         """Gradient-norm limit of a step of `kappa` reference batches: `max_norm / sqrt(kappa)`."""
         return max_norm / math.sqrt(check_positive("kappa", kappa))
+
+
+def noise_dominated_rate(learning_rate: float, kappa: float, stage_kappa: float) -> float:
+    """`sqrt(k) * lr * kappa / k`, `k = stage_kappa`: the square-root rule for a step of exactly `k` reference batches.
+
+    Gradients are divided by the root of a second moment that belongs to `k`, so the way of a step grows with its data
+    and not with their root.
+    """
+    return math.sqrt(stage_kappa) * (kappa / stage_kappa) * learning_rate

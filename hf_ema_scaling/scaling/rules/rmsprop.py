@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..momentum import ema_weight, scale_momentum
-from .base import NoiseDominatedRule, OptimizerValues
+from .base import NoiseDominatedRule, OptimizerValues, noise_dominated_rate
 
 __all__ = ["RMSpropRule"]
 
@@ -19,14 +19,15 @@ class RMSpropRule(NoiseDominatedRule):
 
     With `k = stage_kappa`, a gradient of mean m and noise variance `sigma ** 2 / k`, noise dominating:
 
-    - learning rate `sqrt(kappa) * lr` and eps `eps / sqrt(k)` (published: arXiv 2205.10287); `alpha ** k` (derived;
-      the published `1 - k (1 - alpha)` is its first order and negative past `1 / (1 - alpha)`).
-    - momentum `mu`, whose buffer sums normalised gradients (`b <- mu b + g / (sqrt(v) + eps)`): `mu ** k`, learning
-      rate `sqrt(kappa) * lr * (1 - mu ** k) / (1 - mu)` (derived): each gradient moves the weights by
+    - learning rate `sqrt(k) * lr` and eps `eps / sqrt(k)` (published: arXiv 2205.10287), in proportion for a step that
+      draws a little more or less, `sqrt(k) * lr * kappa / k` (derived); `alpha ** k` (derived; the published
+      `1 - k (1 - alpha)` is its first order and negative past `1 / (1 - alpha)`).
+    - momentum `mu`, whose buffer sums normalised gradients (`b <- mu b + g / (sqrt(v) + eps)`): `mu ** k`, that
+      learning rate times `(1 - mu ** k) / (1 - mu)` (derived): each gradient moves the weights by
       `lr / (1 - mu)` normalised gradients in all, and the time constant of the buffer, counted in data, stays.
     - weight decay is L2 in the gradient and normalised with it. It moves the weights by
-      `sqrt(kappa) * lr * lam * theta / (sigma / sqrt(kappa))` per step, which is that of `kappa` reference steps: it
-      stays (derived).
+      `sqrt(k) * lr * lam * theta / (sigma / sqrt(k))` per step, which is that of `k` reference steps: it stays
+      (derived).
     - clip norm: `/ sqrt(kappa)` (derived).
     - state at a switch of ratio q (derived): `square_avg / q`. Centered, only the variance is divided,
       `(square_avg - grad_avg ** 2) / q + grad_avg ** 2`, since the mean gradient does not depend on the batch;
@@ -38,7 +39,7 @@ class RMSpropRule(NoiseDominatedRule):
     hyper_parameters: ClassVar[tuple[str, ...]] = ("alpha", "eps", "momentum")
 
     def _scale(self, reference: OptimizerValues, kappa: float, stage_kappa: float) -> OptimizerValues:
-        learning_rate = math.sqrt(kappa) * reference.learning_rate
+        learning_rate = noise_dominated_rate(reference.learning_rate, kappa, stage_kappa)
         alpha, eps, mu = reference.alpha, reference.eps, reference.momentum
         if alpha is not None:
             alpha = scale_momentum(alpha, stage_kappa)

@@ -25,11 +25,16 @@ def test_adam(kappa: float) -> None:
 
 
 def test_step_kappa_and_stage_kappa_govern_different_values() -> None:
-    cut_short = scaling_rule("adamw").scale(ADAM, kappa=2, stage_kappa=8)
+    short = scaling_rule("adamw").scale(ADAM, kappa=6, stage_kappa=8)
     full = scaling_rule("adamw").scale(ADAM, kappa=8, stage_kappa=8)
-    assert (cut_short.betas, cut_short.eps) == (full.betas, full.eps)
-    assert cut_short.learning_rate == pytest.approx(1e-3 * math.sqrt(2), rel=1e-15)
-    assert 1 - cut_short.learning_rate * cut_short.weight_decay == pytest.approx((1 - 1e-4) ** 2, rel=1e-15)
+    assert (short.betas, short.eps) == (full.betas, full.eps)
+    # The second moment is that of the stage, so the way is in proportion to the data.
+    assert short.learning_rate == pytest.approx(1e-3 * math.sqrt(8) * 6 / 8, rel=1e-15)
+    assert 1 - short.learning_rate * short.weight_decay == pytest.approx((1 - 1e-4) ** 6, rel=1e-15)
+    still = scaling_rule("adamw").scale(OptimizerValues(0.0, 0.1), kappa=6, stage_kappa=8)
+    assert still.weight_decay == pytest.approx(0.1 * math.sqrt(8), rel=1e-15)
+    one = scaling_rule("adamw").scale(ADAM, kappa=1, stage_kappa=8)
+    assert 1 - one.learning_rate * one.weight_decay == pytest.approx(1 - 1e-4, rel=1e-15)
 
 
 @pytest.mark.parametrize("kappa", KAPPAS)

@@ -32,10 +32,10 @@ def test_values_without_momentum(momentum: float | None) -> None:
     assert values == OptimizerValues(4e-3, alpha=0.9**16, momentum=momentum)
 
 
-def test_a_step_cut_short_keeps_the_memory_of_its_stage() -> None:
-    short, full = RULE.scale(REFERENCE, kappa=2, stage_kappa=8), RULE.scale(REFERENCE, kappa=8, stage_kappa=8)
+def test_a_step_with_less_data_moves_less_and_keeps_the_memory_of_its_stage() -> None:
+    short, full = RULE.scale(REFERENCE, kappa=6, stage_kappa=8), RULE.scale(REFERENCE, kappa=8, stage_kappa=8)
     assert (short.alpha, short.eps, short.momentum) == (full.alpha, full.eps, full.momentum)
-    assert short.learning_rate == pytest.approx(full.learning_rate / 2, rel=1e-15)
+    assert short.learning_rate == pytest.approx(full.learning_rate * 6 / 8, rel=1e-15)
 
 
 @pytest.mark.parametrize("foreach", [False, True])
