@@ -246,8 +246,11 @@ class ScalingPlan:
         return stage.batch_size / self.recipe.reference_batch_size
 
     def _at_peak(self, stage: ResolvedStage) -> dict[str, Any]:
-        """Values of a full step at the peak learning rate; the average's at the stage's start, and where it ends."""
-        kappa = self._kappa(stage)
+        """Values of a full step at the peak learning rate; the average's at the stage's start, and where it ends.
+
+        In a stage that is shorter than one of its steps, those of the one that fits.
+        """
+        kappa = min(self._kappa(stage), stage.end - stage.start)
         values = self.rule.scale(self.recipe.optimizer_values(self.rule), kappa=kappa, stage_kappa=kappa)
         constant = self.recipe.momentum_schedule == "constant"
         first = 0.0 if constant else stage.start

@@ -44,7 +44,8 @@ def plan_table(plan: ScalingPlan) -> str:
     template = "  ".join(f"{{:{'>' if index else '<'}{width}}}" for index, width in enumerate(widths))
     lines = [template.format(*row) for row in rows]
     without = plan.speedup_without_small_start
-    lost = f" ({without:.3g}x without the smaller batches before)" if without > 1.01 * plan.idealised_speedup else ""
+    smaller = any(stage.batch_size < plan.stages[-1].batch_size for stage in plan.stages)
+    lost = f" ({without:.3g}x without the smaller batches before)" if smaller else ""
     lines.append(
         "\n"
         f"{len(plan)} optimizer steps for {plan.recipe.max_steps:g} reference steps "

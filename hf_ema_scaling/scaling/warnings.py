@@ -60,10 +60,17 @@ def _run_warnings(plan: ScalingPlan) -> list[str]:
             "average is the student throughout"
         )
     elif plan.log_decay(recipe.ema_start, recipe.max_steps) > math.log(0.5):
+        length = f"{recipe.max_steps - recipe.ema_start:g} reference steps from ema_start"
         if recipe.momentum_schedule == "constant":
             half_life = half_life_from_momentum(recipe.ema_momentum, 1.0)
+            steps = "steps"
+            if not plan.scale_ema:
+                steps, length = (
+                    "optimizer steps",
+                    f"{len(plan) - plan.step_at(recipe.ema_start)} of them from ema_start",
+                )
             reason = (
-                f"the half-life of the average, {half_life:.4g} steps at ema_momentum={recipe.ema_momentum:g}, is "
+                f"the half-life of the average, {half_life:.4g} {steps} at ema_momentum={recipe.ema_momentum:g}, is "
                 "longer than the run"
             )
         else:
@@ -71,16 +78,19 @@ def _run_warnings(plan: ScalingPlan) -> list[str]:
                 f"with a {recipe.momentum_schedule} from ema_momentum={recipe.ema_momentum:g} less than half of the "
                 "average is replaced in the run"
             )
-        found.append(
-            f"{reason} ({recipe.max_steps - recipe.ema_start:g} reference steps from ema_start): the average stays "
-            "mostly its start; lower ema_momentum or train longer"
-        )
+        found.append(f"{reason} ({length}): the average stays mostly its start; lower ema_momentum or train longer")
     return found
 
 
 def _stage_warnings(plan: ScalingPlan, stage: ResolvedStage) -> list[str]:
     kappa = stage.batch_size / plan.recipe.reference_batch_size
     found = []
+    if kappa > stage.end - stage.start:
+        found.append(
+            f"the stage from reference step {stage.start:g} to {stage.end:g} is shorter than one step of its batch "
+            f"(kappa={kappa:g}): its only step is cut short; give it {kappa:g} reference steps or more, or drop it"
+        )
+        kappa = stage.end - stage.start
     if kappa < 1:
         found.append(
             f"kappa is {kappa:g}, below 1: batches are smaller than the one the recipe was tuned at, gradients "

@@ -190,5 +190,5 @@ def _trajectory(job: SweepJob) -> tuple[Any, dict[str, Any]]:
         if "noise/scale" in row and row["clock/reference_step"] > job.start
     ]
     data = {key: value for key, value in trainer.layout.identity.items() if key.endswith(DATA_KEYS)}
-    plan = {"warnings": trainer.plan.warnings(), "noise": noise}
+    plan = {"warnings": trainer.layout.warnings(), "noise": noise}
     return trainer, {"clock": clock, "metrics": metrics, "data": data, **plan}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -223,6 +224,8 @@ class EMATrainingArguments(TrainingArguments):
         """
         assert self.reference_batch_size is not None
         if self.ema_half_life is not None:
+            if not math.isfinite(self.ema_half_life):
+                raise ValueError(f"ema_half_life must be a finite number of units, got {self.ema_half_life}")
             return momentum_from_half_life(self.ema_half_life, self.reference_batch_size)
         if self.ema_epoch_weight is not None:
             return momentum_from_epoch_weight(self.ema_epoch_weight, steps_per_epoch)

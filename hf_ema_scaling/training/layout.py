@@ -38,6 +38,18 @@ class RunLayout:
         """The items of the run in order."""
         return self.sampler.stream
 
+    def warnings(self) -> list[str]:
+        """What the plan warns of, and where the data makes another run of it."""
+        planned, run = len(self.plan), self.sampler.num_steps
+        found = self.plan.warnings()
+        if planned != run:
+            found.append(
+                f"the run takes {run} optimizer steps and not the {planned} of its plan, in which every step has the "
+                "same batch: some batches are smaller than the longest items, and a step that draws none is no step. "
+                "It sees the same data; for even steps choose a larger batch, or drop the longest items"
+            )
+        return found
+
 
 def lay_out(
     args: EMATrainingArguments,

@@ -220,7 +220,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
         """At the start of `train()`: the average, the counters of the log, the liveness watch."""
         self._last_step = None
         if self.is_world_process_zero():
-            for warning in self.plan.warnings():
+            for warning in self._laid_out().warnings():
                 logger.warning(f"Plan: {warning}")
         if self._resumed is None:
             self._ensure_average()

@@ -59,16 +59,16 @@ BUCKETED = (
 class Halves:
     """Where a step is divided.
 
-    Sizes are counted in items, and an item stands for as many units as one of the run does on average: a measurement at
-    the units of its own items would be at a random batch, which is biased upwards.
+    Sizes are counted in items, and an item stands for as many units as one of the run does on average: a measurement
+    at the units of its own items would be at a random batch, which is biased upwards.
 
     Args:
         border: micro-batches of each process in the first part.
         items: items of each process in its first part.
         step_items: items of the whole step.
         item_units: units of an item of the run, on average.
-        mean: from the step's `.grad`, the sum over its items over `n_ref * units / B`, to the mean over its items; 1 in
-            samples.
+        mean: from the step's `.grad`, the sum over its items over `n_ref * units / B`, to the mean over its items; 1
+            in samples.
     """
 
     border: int
@@ -179,10 +179,11 @@ class NoiseMeter:
     mean over processes of the squared norms is a measurement at the harmonic mean of their units. (It is not the
     squared norm of the averaged half, which would take an all-reduce of all gradients.)
 
-    Dropout and augmentation are part of the noise, as they are part of the step; that batches in seconds or tokens hold
-    a varying number of items is not. Measured before clipping. Gradients
-    that are not finite are not counted. Passes over the data draw without replacement: where a step is a large part
-    of a pass, what is measured is the noise that the run sees, not that of independent draws.
+    Dropout and augmentation are part of the noise, as they are part of the step; that batches in seconds or tokens
+    hold a varying number of items is not. Measured before clipping. Gradients that are not finite are not counted.
+    Passes over the data draw without replacement: where a step is a large part of a pass, what is measured is the
+    noise that the run sees, not that of independent draws. Where few directions carry the gradient (tens, not
+    thousands) twenty measurements are still mostly chance, and the warning may come early.
 
     Args:
         every: optimizer steps between measurements; 0 for none.
@@ -262,7 +263,7 @@ class NoiseMeter:
             )
 
     def logs(self) -> dict[str, float]:
-        """`noise/scale` in units and `noise/largest_kappa`; nothing without an estimate, or while steps are not halved."""
+        """`noise/scale` in units and `noise/largest_kappa`; nothing without an estimate, or of steps not halved."""
         if not self._measures:
             return {}
         value, largest = self.scale.value, self.scale.largest_useful_kappa(self.reference_batch_size)

@@ -129,7 +129,8 @@ def optimizer_family(name: str, optimizer: Any | None) -> str:
     A rule registered under the name of the optimizer's class comes first.
 
     Raises:
-        ValueError: for SGD with dampening and Adagrad with lr_decay, for which no rule is known.
+        ValueError: for SGD with dampening and Adagrad with lr_decay, for which no rule is known; for Adam whose param
+            groups do not agree on decoupled_weight_decay.
     """
     if optimizer is None:
         return str(getattr(name, "value", name))
@@ -137,8 +138,14 @@ def optimizer_family(name: str, optimizer: Any | None) -> str:
     if known_rule(kind.__name__) is not None:
         return kind.__name__
     family = OPTIMIZER_FAMILIES.get(kind, kind.__name__)
-    if family == "adam" and optimizer.defaults.get("decoupled_weight_decay"):
-        return "adamw"
+    if family == "adam":
+        decoupled = {bool(group.get("decoupled_weight_decay")) for group in optimizer.param_groups}
+        if len(decoupled) > 1:
+            raise ValueError(
+                "Adam's param groups do not agree on decoupled_weight_decay, and the two kinds of weight decay scale "
+                "by different rules: set it in all of them, or in none"
+            )
+        return "adamw" if True in decoupled else "adam"
     if family == "sgd" and any(group.get("dampening") for group in optimizer.param_groups):
         raise ValueError("SGD with dampening has no scaling rule: set dampening=0")
     if family == "adagrad" and any(group.get("lr_decay") for group in optimizer.param_groups):

@@ -176,7 +176,8 @@ def check_teacher(trainer: EMATrainerMixin) -> tuple[str, str]:
 
 def check_plan(trainer: EMATrainerMixin) -> tuple[str, str]:
     """What the plan warns of."""
-    found = trainer.plan.warnings()
+    assert trainer.layout is not None
+    found = trainer.layout.warnings()
     steps = f"{trainer.sampler.num_steps} optimizer steps for {trainer.plan.recipe.max_steps:g} reference steps"
     return (WARNING, "; ".join(found)) if found else (PASSED, f"{steps}, no warnings")
 

@@ -289,6 +289,29 @@ def test_unscaled_momentum_is_judged_by_optimizer_steps() -> None:
     assert f"still holds {0.99**100:.3g} of the weights" in warning
 
 
+def test_an_unscaled_half_life_is_compared_with_optimizer_steps() -> None:
+    tuned = recipe(ema_momentum=0.999, max_steps=1000)
+    (found,) = (
+        text for text in ScalingPlan(tuned, BatchSchedule.constant(512), scale_ema=False).warnings() if "half" in text
+    )
+    assert "692.8 optimizer steps" in found and "longer than the run (125 of them from ema_start)" in found
+
+
+def test_a_stage_shorter_than_one_of_its_steps() -> None:
+    schedule = BatchSchedule((Stage(64, 100), Stage(512, 103), Stage(128)))
+    plan = ScalingPlan(recipe(), schedule)
+    row, step = plan.stage_values()[1], plan.step(100)
+    assert row["steps"] == 1 and step.kappa == 3
+    for name in ("learning_rate", "weight_decay", "betas", "eps", "momentum"):
+        assert row[name] == pytest.approx(getattr(step, name))
+    (warning,) = plan.warnings()
+    assert "from reference step 100 to 103 is shorter than one step of its batch (kappa=8)" in warning
+
+
+def test_a_batch_that_does_not_grow_has_no_small_start() -> None:
+    assert "smaller batches" not in ScalingPlan(recipe(max_steps=100), BatchSchedule.constant(64 * 32)).explain()
+
+
 def test_table_and_summary() -> None:
     tuned = recipe(weight_decay=0.1, ema_momentum=0.9999, max_grad_norm=1.0, max_steps=20_000, pl_start=5_000)
     plan = ScalingPlan(tuned, BatchSchedule.two_stage(64, 8, 5_000))

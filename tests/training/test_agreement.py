@@ -40,6 +40,12 @@ def test_optimizers_are_told_apart_by_what_they_do() -> None:
     weights = [torch.zeros(1, requires_grad=True)]
     assert optimizer_family("adamw_torch", torch.optim.Adam(weights)) == "adam"
     assert optimizer_family("adamw_torch", torch.optim.Adam(weights, decoupled_weight_decay=True)) == "adamw"
+    groups = [
+        {"params": [torch.zeros(1, requires_grad=True)], "decoupled_weight_decay": decoupled} for decoupled in (1, 0)
+    ]
+    assert optimizer_family("adamw_torch", torch.optim.Adam(groups[:1])) == "adamw"
+    with pytest.raises(ValueError, match="do not agree on decoupled_weight_decay"):
+        optimizer_family("adamw_torch", torch.optim.Adam(groups))
     assert optimizer_family("adamw_torch", None) == "adamw_torch"
     with pytest.raises(ValueError, match="dampening"):
         optimizer_family("sgd", torch.optim.SGD(weights, lr=0.1, momentum=0.9, dampening=0.5))

@@ -163,6 +163,8 @@ def test_the_momentum_by_half_life_and_by_epoch() -> None:
     assert by_epoch.momentum(5.0) ** 5 == pytest.approx(0.2)
     assert tiny.arguments("out", ema_momentum=None).momentum(5.0) == 0.999
     assert tiny.arguments("out").half_life(5.0) == half_life_from_momentum(0.9, 4)
+    with pytest.raises(ValueError, match="ema_half_life must be a finite number of units, got inf"):
+        tiny.arguments("out", ema_momentum=None, ema_half_life=float("inf")).momentum(5.0)
 
 
 def test_arguments_are_json(tmp_path: Path) -> None:

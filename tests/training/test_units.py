@@ -60,6 +60,15 @@ def laid_out(folder: Path, unit: str, kappa: float, *, pseudo: bool = False, wor
 # ---- What is counted
 
 
+def test_batches_below_the_longest_item_are_said(tmp_path: Path) -> None:
+    layout = laid_out(tmp_path, "tokens", 1.0)
+    assert layout.sampler.num_steps == len(layout.plan) == 60 and layout.warnings() == layout.plan.warnings()
+    small = laid_out(tmp_path, "tokens", 0.1)
+    assert small.sampler.num_steps < len(small.plan)
+    counts = f"takes {small.sampler.num_steps} optimizer steps and not the {len(small.plan)} of its plan"
+    assert counts in small.warnings()[-1]
+
+
 def test_tokens_are_counted_before_padding(tmp_path: Path) -> None:
     data = rows("tokens", 30)
     args = tiny.arguments(tmp_path, batch_unit="tokens", reference_batch_size=24)
