@@ -78,8 +78,8 @@ class MicroBatchCollator:
     """Groups the rows of one step into micro-batches and pads each with the base collator.
 
     Returns `{"micro_batches": [MicroBatch, ...]}`, and beside it `"label_batches"` where the sampler groups unlabelled
-    rows for the teacher (`Draw.label_batch`), which also holds the rows that are labelled only. There is no top-level `labels`, so Trainer counts no items and scales no
-    loss.
+    rows for the teacher (`Draw.label_batch`); rows that are labelled only are in these alone. There is no top-level
+    `labels`, so Trainer counts no items and scales no loss.
     """
 
     def __init__(self, collate: Collate) -> None:

@@ -7,6 +7,7 @@ of them leave needs no labels, so it is all laid out before the run.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -96,7 +97,8 @@ class LabelEvents(NamedTuple):
     """Whether the item is drawn at that position; the others take the place of the item that is."""
 
 
-class LabelPool(NamedTuple):
+@dataclass(frozen=True)
+class LabelPool:
     """The pool of a run: what is held where, at every position of its stream."""
 
     size: int

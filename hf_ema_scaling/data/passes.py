@@ -119,9 +119,7 @@ class Passes:
         return np.concatenate(parts)
 
 
-def _cut(
-    items: NDArray[np.int32], sizes: NDArray[np.float64], size: float, begun: float
-) -> list[NDArray[np.int32]]:
+def _cut(items: NDArray[np.int32], sizes: NDArray[np.float64], size: float, begun: float) -> list[NDArray[np.int32]]:
     """`items` in pieces of `size` units, the first one shorter by the `begun` units it already has."""
     units = sizes[items]
     piece_of = np.floor((begun + np.cumsum(units) - units) / size + CLOCK_DUST)
