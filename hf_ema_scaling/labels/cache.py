@@ -19,7 +19,7 @@ from torch import Tensor
 from hf_ema_scaling.labels.base import PseudoLabel
 
 CACHE_NAME = "label_cache.safetensors"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = 1
 TENSORS = ("rows", "clock", "confidence", "reason", "lengths", "ids")
 
 
@@ -78,8 +78,8 @@ class LabelCache:
     def save(self, folder: str | Path) -> None:
         """Write `label_cache.safetensors` into `folder`, which exists: beside its place first, then renamed.
 
-        Tensors: `rows` (int32), `clock` (float64), `confidence` (float64), `reason` (int32, an index of the
-        metadata's `reasons`) and `lengths` (int32) by slot, and `ids` (int32), the ids of all slots in a row.
+        Tensors: `rows` (int32), `clock` (float64), `confidence` (float64), `reason` (int32, an index of `reasons` in
+        the metadata's JSON) and `lengths` (int32) by slot, and `ids` (int32), those of all slots one after another.
         """
         tensors: dict[str, NDArray[Any]] = {
             "rows": self.rows,
@@ -91,13 +91,14 @@ class LabelCache:
         }
         record = {
             "format_version": FORMAT_VERSION,
-            "reasons": json.dumps(self._reasons),
-            "crc32": json.dumps({name: _checksum(value) for name, value in tensors.items()}),
+            "reasons": self._reasons,
+            "crc32": {name: _checksum(value) for name, value in tensors.items()},
         }
         path = Path(folder) / CACHE_NAME
         partial = path.with_name(f".{CACHE_NAME}.partial")
         try:
-            save_file(tensors, partial, metadata=record)
+            # One entry: the order of several would be another in every file.
+            save_file(tensors, partial, metadata={"label_cache": json.dumps(record)})
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -117,15 +118,14 @@ class LabelCache:
         way_out = "Resume from another checkpoint, or start anew from the weights in this one"
         try:
             with safe_open(path, framework="numpy") as file:
-                record = file.metadata()
+                record = json.loads(file.metadata()["label_cache"])
                 found = {name: file.get_tensor(name) for name in TENSORS}
             if record["format_version"] != FORMAT_VERSION:
                 raise LabelCacheError(
                     f"{path} has format version {record['format_version']}, this version reads {FORMAT_VERSION}: use "
                     "the version of hf_ema_scaling that wrote it"
                 )
-            reasons, checksums = json.loads(record["reasons"]), json.loads(record["crc32"])
-            damaged = [name for name, value in found.items() if checksums[name] != _checksum(value)]
+            damaged = [name for name, value in found.items() if record["crc32"][name] != _checksum(value)]
         except FileNotFoundError as error:
             raise LabelCacheError(
                 f"{path} is missing, but at this point of the run {int((held >= 0).sum())} labels are in the cache. "
@@ -144,7 +144,7 @@ class LabelCache:
         cache = cls(len(held))
         cache.rows, cache.clock = found["rows"].copy(), found["clock"].copy()
         cache._confidence, cache._reason = found["confidence"].copy(), found["reason"].copy()
-        cache._reasons = reasons
+        cache._reasons = record["reasons"]
         flat, ends = found["ids"].astype("<i4").tobytes(), 4 * np.cumsum(found["lengths"], dtype=np.int64)
         cache._ids = [flat[end - 4 * length : end] for end, length in zip(ends, found["lengths"], strict=True)]
         return cache
