@@ -179,7 +179,7 @@ def test_a_pool_costs_eight_bytes_for_each_item_drawn() -> None:
 
 
 def test_what_cannot_be_laid_out_is_refused() -> None:
-    with pytest.raises(ValueError, match="the run ends before its pool of 448 .* lower cache_steps"):
+    with pytest.raises(ValueError, match=r"the run ends before its pool of 448 .* lower cache_steps"):
         stream_of(cache_steps=56.0)
     for changes in ({"cache_refresh": 0.0}, {"cache_refresh": 1.5}, {"cache_steps": -1.0}):
         with pytest.raises(ValueError, match=r"cache_refresh in \(0, 1\]"):
