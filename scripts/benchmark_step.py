@@ -15,6 +15,7 @@ batches as plain Trainer draws them, and the trainers' length buckets.
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -332,6 +333,7 @@ def main(
     prepare_process()
     # What plans of a few steps warn of is of no interest here.
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("hf_ema_scaling").setLevel(logging.ERROR)
     size = QUICK if quick else FULL
     with tempfile.TemporaryDirectory() as folder:
         if memory_of is not None:

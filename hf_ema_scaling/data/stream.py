@@ -48,7 +48,8 @@ class ReferenceStream:
 
     With a pool the unlabelled items of the first `cache_steps` reference steps from `pl_start` on are those of a run
     without one, and fill it; from then on unlabelled items are drawn from it (`PooledPasses`). Its size stays, also
-    where the ratio changes later. Drawn items count by their own sizes, whenever they were labelled.
+    where the ratio changes later. Units are those of the items drawn, whenever they were labelled;
+    items that enter the pool count where they are drawn.
 
     It holds 13 bytes for each item drawn in the run, 21 with a pool.
 

@@ -31,7 +31,8 @@ class StepLabeler:
             content = int(abs(float(row[0])) * 1000)
             # Sums of such confidences are exact, in any order.
             ids = tuple(1 + (number // 7**place) % 7 for number in (step, content) for place in range(3))
-            labels.append(PseudoLabel(ids[: 4 + content % 3], content / 2**13, "confidence" if content % 5 == 0 else None))
+            reason = "confidence" if content % 5 == 0 else None
+            labels.append(PseudoLabel(ids[: 4 + content % 3], content / 2**13, reason))
         return labels
 
 
