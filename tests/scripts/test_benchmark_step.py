@@ -104,5 +104,5 @@ def test_it_runs(json_output: bool) -> None:
         "memory_kappa16_over_kappa1",
         "real_frame_share",
     }
-    assert 0.5 < found["pl_cached_over_supervised"] and 0.9 < found["real_frame_share"] <= 1
+    assert found["pl_cached_over_supervised"] > 0.5 and 0.9 < found["real_frame_share"] <= 1
     assert 0.9 < found["memory_kappa16_over_kappa1"] < 1.5
