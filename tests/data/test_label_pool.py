@@ -88,7 +88,8 @@ def test_draws_are_those_of_a_pool_kept_item_by_item(source: Any, bucket_window:
     assert len({tuple(one) for one in passes}) == len(passes)
     # What a step must look up, whatever it covers.
     drawn = np.flatnonzero(stream.source == UNLABELLED)
-    for first, last in ((0, len(stream)), (pool.full_at - 5, pool.full_at + 40), (300, 301), (200, 420)):
+    full = pool.full_at
+    for first, last in ((0, len(stream)), (full - 9, full), (full - 5, full + 40), (300, 301), (200, 420)):
         inside = (drawn >= first) & (drawn < last)
         expected = np.where(np.array(made)[inside] >= first, np.array(made)[inside], -1)
         order = np.random.default_rng(0).permutation(int(inside.sum()))
