@@ -58,7 +58,7 @@ class Size(NamedTuple):
     kappas: tuple[int, ...]
 
 
-FULL = Size(hidden=320, layers=6, channels=64, seconds=2.0, items=96, kappas=(1, 4, 16))
+FULL = Size(hidden=256, layers=6, channels=64, seconds=2.0, items=96, kappas=(1, 4, 16))
 QUICK = Size(hidden=32, layers=1, channels=8, seconds=0.25, items=64, kappas=(1, 16))
 
 
@@ -319,7 +319,7 @@ def report(seconds: dict[str, float], memory: dict[int, int], padding: dict[str,
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Steps of each trainer that are measured.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each trainer that are measured.")] = 10,
     quick: Annotated[
         bool, typer.Option(help="A tiny model and few steps: shows that it runs, measures nothing.")
     ] = False,
