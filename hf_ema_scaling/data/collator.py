@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hf_ema_scaling.data.sampler import Draw
+from hf_ema_scaling.data.sampler import LABELLED_ONLY, Draw
 from hf_ema_scaling.data.stream import UNLABELLED
 
 Example = Mapping[str, Any]
@@ -78,8 +78,8 @@ class MicroBatchCollator:
     """Groups the rows of one step into micro-batches and pads each with the base collator.
 
     Returns `{"micro_batches": [MicroBatch, ...]}`, and beside it `"label_batches"` where the sampler groups unlabelled
-    rows for the teacher (`Draw.label_batch`). There is no top-level `labels`, so Trainer counts no items and scales no
-    loss.
+    rows for the teacher (`Draw.label_batch`); rows that are labelled only are in these alone. There is no top-level
+    `labels`, so Trainer counts no items and scales no loss.
     """
 
     def __init__(self, collate: Collate) -> None:
@@ -87,7 +87,8 @@ class MicroBatchCollator:
 
     def __call__(self, rows: Sequence[tuple[Draw, Example]]) -> dict[str, list[MicroBatch]]:
         """The micro-batches of the rows that `TwoSourceDataset` gave for one step of one process."""
-        groups = [list(group) for _, group in groupby(rows, key=lambda row: row[0].micro_batch)]
+        drawn = [row for row in rows if row[0].micro_batch != LABELLED_ONLY]
+        groups = [list(group) for _, group in groupby(drawn, key=lambda row: row[0].micro_batch)]
         batches = {"micro_batches": [self._collated(group) for group in groups]}
         for_teacher: dict[int, list[tuple[Draw, Example]]] = {}
         for row in rows:

@@ -16,6 +16,9 @@ from hf_ema_scaling.scaling.borders import StepBorders
 # Reference steps by which a step border may miss a position of the stream and still mean it.
 BORDER_TOLERANCE = 1e-6
 
+# In the place of the number of a micro-batch: the item is labelled in this step, but not trained on.
+LABELLED_ONLY = -1
+
 
 class Draw(NamedTuple):
     """One item of one step, as the sampler hands it to the data set."""
@@ -25,11 +28,12 @@ class Draw(NamedTuple):
     index: int  # type: ignore[assignment]  # hides tuple.index
     """Row in that source."""
     position: int
-    """Place in the reference stream: the identity that seeds augmentation."""
+    """Place in the reference stream: the identity that seeds augmentation. Of an item that is labelled only, the place
+    of the item whose slot of the label pool it takes."""
     micro_batch: int
-    """Number of the micro-batch on this process."""
+    """Number of the micro-batch on this process, or `LABELLED_ONLY`."""
     weight: float
-    """1.0, or 0.0 for padding that only keeps the processes in step."""
+    """1.0, or 0.0 for padding that only keeps the processes in step and for items that are labelled only."""
     label_batch: int | None = None
     """Number of the teacher's batch on this process; `None` where the teacher takes micro-batches, or nothing."""
 
@@ -83,7 +87,9 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         batch_statistics: keep micro-batches inside reference batches.
         halve_every: optimizer steps between those that are halved; 0 for none.
         label_batch_size: unlabelled items per batch of the teacher and process, a memory limit only; the items of a
-            step are sorted by length for it. `None` without such batches.
+            step are sorted by length for it. `None` without such batches: the teacher labels micro-batches, but for
+            items that enter the stream's label pool without being drawn, which are labelled in batches of
+            `micro_batch_size`.
 
     Raises:
         ValueError: for sizes below 1, or borders that leave out the stream's `pl_start`, a change of its ratio or its
@@ -264,12 +270,12 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
                 yield kind, positions
 
     def draws(self, number: int, rank: int) -> list[Draw]:
-        """The items of step `number` on process `rank`."""
-        return self._draws(self.micro_batches(number), rank)
+        """The items of step `number` on process `rank`; last those that are labelled only."""
+        return self._draws(number, self.micro_batches(number), rank)
 
-    def _draws(self, groups: list[NDArray[np.int64]], rank: int) -> list[Draw]:
+    def _draws(self, number: int, groups: list[NDArray[np.int64]], rank: int) -> list[Draw]:
         drawn: list[Draw] = []
-        label_batches = self._label_batches(groups[rank :: self.world_size])
+        label_batches, labelled_only = self._label_batches(number, groups, rank)
         for micro_batch, slot in enumerate(range(rank, len(groups), self.world_size)):
             weight = 1.0 if len(groups[slot]) else 0.0
             # Padding repeats an item of the first process, which has one of the same source.
@@ -279,19 +285,52 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
                 Draw(source, index, position, micro_batch, weight, label_batches.get(position) if weight else None)
                 for source, index, position in zip(*(row.tolist() for row in rows), strict=True)
             )
-        return drawn
+        return drawn + labelled_only
 
-    def _label_batches(self, groups: list[NDArray[np.int64]]) -> dict[int, int]:
-        """The teacher's batch of each unlabelled position in the micro-batches of one process."""
-        if self.label_batch_size is None or not groups:
-            return {}
-        positions = np.concatenate(groups)
-        positions = self.stream.sort_by_length(np.sort(positions[self.stream.source[positions] == UNLABELLED]))
-        batches = np.array_split(positions, max(1, -(-len(positions) // self.label_batch_size)))
-        return {position: number for number, batch in enumerate(batches) for position in batch.tolist()}
+    def labels_micro_batches(self, number: int) -> bool:
+        """Whether the teacher labels the unlabelled micro-batches of a step, and not batches of its own."""
+        pool = self.stream.pool
+        return self.label_batch_size is None and (pool is None or self.positions[number + 1] <= pool.full_at)
+
+    def _label_batches(
+        self, number: int, groups: list[NDArray[np.int64]], rank: int
+    ) -> tuple[dict[int, int], list[Draw]]:
+        """The teacher's batch of each position that is labelled and drawn on a process, and what is labelled only.
+
+        An item is labelled where it is drawn; those that are not drawn in the step are dealt in order of length.
+        """
+        if self.labels_micro_batches(number):
+            return {}, []
+        positions = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *groups[rank :: self.world_size]]))
+        positions = positions[self.stream.source[positions] == UNLABELLED]
+        rows, drawn = self.stream.index[positions], len(positions)
+        if self.stream.pool is not None:
+            positions = positions[positions < self.stream.pool.full_at]
+            events = self.stream.pool.events(int(self.positions[number]), int(self.positions[number + 1]))
+            entering, others = events.positions[~events.drawn], events.rows[~events.drawn]
+            mine = self._by_length(others)[rank :: self.world_size]
+            rows, drawn = np.concatenate([self.stream.index[positions], others[mine]]), len(positions)
+            positions = np.concatenate([positions, entering[mine]])
+        batches: dict[int, int] = {}
+        labelled_only: list[Draw] = []
+        size = self.label_batch_size or self.micro_batch_size
+        pieces = np.array_split(self._by_length(rows), -(-len(rows) // size)) if len(rows) else []
+        for batch, piece in enumerate(pieces):
+            batches.update((int(positions[i]), batch) for i in piece if i < drawn)
+            labelled_only.extend(
+                Draw(UNLABELLED, int(rows[i]), int(positions[i]), LABELLED_ONLY, 0.0, batch)
+                for i in piece
+                if i >= drawn
+            )
+        return batches, labelled_only
+
+    def _by_length(self, rows: NDArray[np.int32]) -> NDArray[np.intp]:
+        """The order of length of rows of the unlabelled set; their own order where lengths are unknown or equal."""
+        lengths = self.stream.lengths_of(rows)
+        return np.arange(len(rows)) if lengths is None else np.argsort(lengths, kind="stable")
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for number in range(self.num_steps):
             groups = self.micro_batches(number)
             for rank in range(self.world_size):
-                yield self._draws(groups, rank)
+                yield self._draws(number, groups, rank)

@@ -6,52 +6,17 @@ processes and micro-batches only cut it (`sampler.py`): runs at different kappa 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-LABELLED = 0
-UNLABELLED = 1
+from hf_ema_scaling.data.label_pool import LabelPool, PooledPasses
+from hf_ema_scaling.data.passes import CLOCK_DUST, LABELLED, UNLABELLED, DataSource, Passes
 
-# Share of a reference step below which a difference of clock positions is rounding, not data.
-CLOCK_DUST = 1e-9
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """The sizes of one data set, as the stream needs them.
-
-    Args:
-        units: float64 `(items,)`: what each item counts for - 1.0 in samples, its duration in seconds, its tokens.
-        lengths: float64 `(items,)` or `None`: what padding depends on (frames, seconds, tokens). Used to put items of
-            similar length together; `None` keeps the random order.
-    """
-
-    units: NDArray[np.float64]
-    lengths: NDArray[np.float64] | None = None
-
-    def __post_init__(self) -> None:
-        if self.units.ndim != 1 or len(self.units) == 0:
-            raise ValueError(f"a data source needs at least one item, got sizes of shape {self.units.shape}")
-        bad = np.flatnonzero(~(np.isfinite(self.units) & (self.units > 0)))
-        if len(bad):
-            raise ValueError(
-                f"item {bad[0]} has size {self.units[bad[0]]}; every item needs a finite size above 0 "
-                f"({len(bad)} of {len(self.units)} do not): drop those items from the data set"
-            )
-        if self.lengths is not None and len(self.lengths) != len(self.units):
-            raise ValueError(f"{len(self.lengths)} lengths for {len(self.units)} items")
-
-    @classmethod
-    def of_samples(cls, items: int, lengths: NDArray[np.float64] | None = None) -> DataSource:
-        """`items` items that count one unit each."""
-        return cls(np.ones(items, dtype=np.float64), lengths)
-
-    def __len__(self) -> int:
-        return len(self.units)
+__all__ = ["LABELLED", "UNLABELLED", "DataSource", "ReferenceStream"]
 
 
 class ReferenceStream:
@@ -78,8 +43,15 @@ class ReferenceStream:
         ratio_changes: pairs of a reference step after `pl_start` and the ratio from there on.
         seed: seed of the permutations.
         bucket_window: reference batches per bucketing window; 0 for none.
+        cache_steps: reference steps whose unlabelled items make up the pool of pseudo-labelled items; 0 for no pool.
+        cache_refresh: probability that an item of the pool is replaced once it has been drawn.
 
-    It holds 13 bytes for each item drawn in the run.
+    With a pool the unlabelled items of the first `cache_steps` reference steps from `pl_start` on are those of a run
+    without one, and fill it; from then on unlabelled items are drawn from it (`PooledPasses`). Its size stays, also
+    where the ratio changes later. Units are those of the items drawn, whenever they were labelled;
+    items that enter the pool count where they are drawn.
+
+    It holds 13 bytes for each item drawn in the run, 21 with a pool.
 
     Raises:
         ValueError: for sizes, ratios or starts that cannot be laid out, naming the value.
@@ -97,6 +69,8 @@ class ReferenceStream:
         ratio_changes: Sequence[tuple[float, float]] = (),
         seed: int = 0,
         bucket_window: int = 0,
+        cache_steps: float = 0.0,
+        cache_refresh: float = 0.1,
     ) -> None:
         if not (np.isfinite(reference_batch_size) and reference_batch_size > 0):
             raise ValueError(f"reference_batch_size must be above 0, got {reference_batch_size}")
@@ -119,6 +93,10 @@ class ReferenceStream:
                     f"changes of the ratio must lie in order between pl_start={pl_start} and the end of the run at "
                     f"{reference_steps}, got {clocks[1:-1]}"
                 )
+            if cache_steps and not (np.isfinite(cache_steps) and cache_steps > 0 and 0 < cache_refresh <= 1):
+                raise ValueError(
+                    f"cache_steps must be 0 or above and cache_refresh in (0, 1], got {cache_steps}, {cache_refresh}"
+                )
         elif ratio_changes:
             raise ValueError(f"the ratio changes at {ratio_changes[0][0]}, but there is no unlabelled source")
         self.reference_batch_size = float(reference_batch_size)
@@ -132,11 +110,12 @@ class ReferenceStream:
         dust = CLOCK_DUST * self.reference_batch_size
         supervised = total if unlabelled is None else pl_start * self.reference_batch_size
         batch = self.reference_batch_size
-        passes = _Passes(labelled, LABELLED, seed, bucket_window)
+        passes = Passes(labelled, LABELLED, seed, bucket_window)
         first = passes.take(supervised - dust, batch)
         source = np.zeros(len(first), dtype=np.int8)
         index = first
         units = labelled.units[first]
+        second: Passes | None = None
         if unlabelled is not None:
             begun = units.sum()
             # In seconds the last utterance before `pl_start` may reach past a change.
@@ -145,7 +124,13 @@ class ReferenceStream:
             targets = [_Target(starts, 1.0 / (1.0 + ratios)), _Target(starts, ratios / (1.0 + ratios))]
             # One item more than the target of each source: the interleaving may run ahead by one.
             extra = max(labelled.units.max(), unlabelled.units.max())
-            both = (passes, _Passes(unlabelled, UNLABELLED, seed, bucket_window))
+            second = Passes(unlabelled, UNLABELLED, seed, bucket_window)
+            if cache_steps:
+                fill = targets[1].reached_at(max(0.0, (pl_start + cache_steps) * batch - begun)) - dust
+                second = PooledPasses(
+                    unlabelled, UNLABELLED, seed, bucket_window, fill=max(fill, dust), refresh=cache_refresh
+                )
+            both = (passes, second)
             drawn = [
                 target.take(source_passes, total - begun, extra=extra, batch=batch)
                 for target, source_passes in zip(targets, both, strict=True)
@@ -163,7 +148,22 @@ class ReferenceStream:
         self.source: NDArray[np.int8] = source[:end]
         self.index: NDArray[np.int32] = index[:end]
         self.cumulative_units: NDArray[np.float64] = cumulative[: end + 1]
+        self.pool: LabelPool | None = None
+        if isinstance(second, PooledPasses):
+            self.pool = self._pool(second)
         self._lengths = (labelled.lengths, None if unlabelled is None else unlabelled.lengths)
+
+    def _pool(self, passes: PooledPasses) -> LabelPool:
+        places = np.flatnonzero(self.source == UNLABELLED)
+        size = len(passes.pool)
+        if len(places) <= size:
+            raise ValueError(
+                f"the run ends before its pool of {size} pseudo-labelled items is full, {len(places)} unlabelled "
+                "items after pl_start: lower cache_steps, or set it to 0 for labels that are made as items are drawn"
+            )
+        slot, entering = np.full((2, len(self.index)), -1, dtype=np.int32)
+        slot[places], entering[places] = passes.slots(len(places)), passes.entering(len(places))
+        return LabelPool(size, int(places[size - 1]) + 1, slot, entering, self.index)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -195,6 +195,11 @@ class ReferenceStream:
             return positions
         return positions[np.argsort(lengths[self.index[positions]], kind="stable")]
 
+    def lengths_of(self, rows: NDArray[np.int32]) -> NDArray[np.float64] | None:
+        """Lengths of rows of the unlabelled set; None where they are unknown."""
+        lengths = self._lengths[UNLABELLED]
+        return None if lengths is None else lengths[rows]
+
     def lengths_differ(self, positions: NDArray[np.int64]) -> bool:
         """Whether lengths of these `positions` of one source are known and not all equal, so that sorting matters."""
         lengths = self._lengths[int(self.source[positions[0]])] if len(positions) else None
@@ -220,7 +225,12 @@ class _Target:
         lengths = np.diff(starts)
         self.reached: list[float] = [0.0, *np.cumsum(lengths * shares[:-1]).tolist()]
 
-    def take(self, passes: _Passes, end: float, *, extra: float, batch: float) -> NDArray[np.int32]:
+    def reached_at(self, position: float) -> float:
+        """The target at a position."""
+        piece = bisect_right(self.starts, position) - 1
+        return float(self.reached[piece] + (position - self.starts[piece]) * self.shares[piece])
+
+    def take(self, passes: Passes, end: float, *, extra: float, batch: float) -> NDArray[np.int32]:
         """The items for the target at `end`, and `extra` units more."""
         taken: list[NDArray[np.int32]] = []
         drawn = 0.0
@@ -243,63 +253,3 @@ class _Target:
         for start, reached, share in zip(self.starts[1:], self.reached[1:], self.shares[1:], strict=True):
             keys = np.where(keys < start - dust, keys, np.maximum(start, start + (drawn - reached) / share))
         return keys
-
-
-class _Passes:
-    """Consecutive seeded passes over one source; `take` continues where the last one stopped."""
-
-    def __init__(self, source: DataSource, kind: int, seed: int, bucket_window: int) -> None:
-        self.source = source
-        self.kind = kind
-        self.seed = seed
-        self.bucket_window = bucket_window
-        self.passes = 0
-        self.rest: NDArray[np.int32] = np.empty(0, dtype=np.int32)
-
-    def take(self, units: float, batch: float, begun: float = 0.0, stop: float | None = None) -> NDArray[np.int32]:
-        """The next items, until they make up at least `units`; passes begun here are bucketed by `batch` units.
-
-        The first item taken is taken for the first of a reference batch of which `begun` units are drawn already. With
-        `stop` these are the first of them, up to so many units, with the same bits.
-        """
-        left = 0.0 if stop is None else units - stop
-        taken: list[NDArray[np.int32]] = []
-        missing = units
-        while missing > left:
-            if len(self.rest) == 0:
-                self.rest = self._next_pass(batch, begun=(begun + units - missing) % batch)
-            sums = np.cumsum(self.source.units[self.rest])
-            count = min(int(np.searchsorted(sums, missing - left, side="left")) + 1, len(self.rest))
-            taken.append(self.rest[:count])
-            missing -= sums[count - 1]
-            self.rest = self.rest[count:]
-        return np.concatenate(taken) if taken else np.empty(0, dtype=np.int32)
-
-    def _next_pass(self, batch: float, begun: float) -> NDArray[np.int32]:
-        """The items of one pass, which begins when `begun` units of a reference batch are drawn already."""
-        rng = np.random.default_rng([self.seed, self.kind, self.passes])
-        self.passes += 1
-        order = rng.permutation(len(self.source)).astype(np.int32)
-        if self.bucket_window == 0 or self.source.lengths is None:
-            return order
-        parts: list[NDArray[np.int32]] = []
-        windows = self._cut(order, batch * self.bucket_window, begun)
-        for number, window in enumerate(windows):
-            window = window[np.argsort(self.source.lengths[window], kind="stable")]
-            batches = self._cut(window, batch, 0.0 if number else begun)
-            # What the pass before left of its last batch stays first, and this pass's own unfilled last batch stays
-            # last: elsewhere they would shift every other batch off its border.
-            first = 1 if number == 0 and begun > CLOCK_DUST * batch else 0
-            unfilled = self.source.units[batches[-1]].sum() < batch * (1 - CLOCK_DUST)
-            last = len(batches) - 1 if number == len(windows) - 1 and unfilled else len(batches)
-            last = max(first, last)
-            parts.extend(batches[:first])
-            parts.extend(batches[i] for i in first + rng.permutation(last - first))
-            parts.extend(batches[last:])
-        return np.concatenate(parts)
-
-    def _cut(self, items: NDArray[np.int32], size: float, begun: float) -> list[NDArray[np.int32]]:
-        """`items` in pieces of `size` units, the first one shorter by the `begun` units it already has."""
-        units = self.source.units[items]
-        piece_of = np.floor((begun + np.cumsum(units) - units) / size + CLOCK_DUST)
-        return np.split(items, np.flatnonzero(np.diff(piece_of)) + 1)

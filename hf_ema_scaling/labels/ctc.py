@@ -202,14 +202,15 @@ class CTCLabeler:
         lengths = frame_lengths.cpu()
         frames = logits.shape[1]
         scores = logits.float()
-        log_best = (scores.amax(-1) - scores.logsumexp(-1)).cpu()
+        best = scores.max(-1)
+        log_best = (best.values - scores.logsumexp(-1)).cpu()
         valid = torch.arange(frames)[None] < lengths[:, None]
         log_best = log_best.masked_fill(~valid, 0.0)
         broken = torch.isnan(log_best).any(1).nonzero().flatten().tolist()
         if broken:
             raise ValueError(f"the teacher's logits are NaN in rows {broken} of the batch: it has diverged")
         confidence = (log_best.double().sum(1) / lengths.clamp(min=1)).exp().masked_fill(lengths == 0, 0.0)
-        rows = _collapse(logits.argmax(-1).cpu(), lengths, self._dropped)
+        rows = _collapse(best.indices.cpu(), lengths, self._dropped)
         available = lengths if target_frames is None else target_frames.cpu()
         return [
             PseudoLabel(tuple(ids), min(score, 1.0), self._reason(ids, room))

@@ -262,6 +262,8 @@ class ScalingPlan:
             "max_grad_norm": self.max_grad_norm(kappa),
             "momentum": math.exp(log_rho),
             "momentum_at_end": None if constant else math.exp(self._log_momentum(last, last + kappa)),
+            "pl_ramp_steps": self.recipe.pl_ramp / kappa or None,
+            "cache_steps": self.recipe.cache_steps / kappa or None,
             "half_life_units": half_life * kappa * self.recipe.reference_batch_size,
             "half_life_steps": half_life,
         }

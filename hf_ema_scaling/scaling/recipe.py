@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from .momentum import check_below_one, check_not_negative, check_positive
 from .momentum_schedule import MomentumSchedule, MomentumScheduleKind
 from .optimizers import OptimizerValues, ScalingRule, known_rule
+from .ramp import Ramp
 
 __all__ = ["Recipe", "Unit"]
 
@@ -36,6 +37,8 @@ class Recipe:
         pl_start: Where pseudo-labelling starts; `None` without pseudo-labels. No optimizer step crosses it.
         unlabelled_ratio: Unlabelled units per labelled unit from `pl_start` on.
         steps_per_epoch: Needed only by stages that end after a number of epochs.
+        pl_ramp: Reference steps over which the weight of pseudo-labels rises from 0 at `pl_start` to its value.
+        cache_steps: Reference steps whose unlabelled items make up the pool of cached labels; 0 without a cache.
         momentum_schedule: "constant", or "cosine" from `ema_momentum` at step 0 to 1 at `max_steps`.
 
     Raises:
@@ -60,6 +63,8 @@ class Recipe:
     unlabelled_ratio: float = 1.0
     steps_per_epoch: float | None = None
     momentum_schedule: MomentumScheduleKind = "constant"
+    pl_ramp: float = 0
+    cache_steps: float = 0
 
     def __post_init__(self) -> None:
         if self.unit not in get_args(Unit):
@@ -76,6 +81,15 @@ class Recipe:
         if check_not_negative("pl_start", self.pl_start or 0.0) >= self.max_steps:
             raise ValueError(
                 f"pl_start={self.pl_start:g} must be before the end of the run (max_steps={self.max_steps:g})"
+            )
+        for name in ("pl_ramp", "cache_steps"):
+            if check_not_negative(name, getattr(self, name)) and self.pl_start is None:
+                raise ValueError(f"{name}={getattr(self, name):g} is about pseudo-labels, but pl_start is None")
+        if self.cache_steps and (self.pl_start or 0.0) + self.cache_steps >= self.max_steps:
+            raise ValueError(
+                f"cache_steps={self.cache_steps:g} from pl_start={self.pl_start:g} on reaches the end of the run "
+                f"(max_steps={self.max_steps:g}): no label would ever come from the cache; lower cache_steps or set "
+                "it to 0"
             )
         self.average_momentum()
         OptimizerValues(self.learning_rate, self.weight_decay, self.betas, self.eps, self.sgd_momentum, self.alpha)
@@ -100,6 +114,10 @@ class Recipe:
     def average_momentum(self) -> MomentumSchedule:
         """Momentum of the average at every reference step, `ema_start` aside."""
         return MomentumSchedule(self.ema_momentum, self.momentum_schedule, self.max_steps)
+
+    def pseudo_label_ramp(self) -> Ramp:
+        """Weight of pseudo-labels over their full weight, at every reference step."""
+        return Ramp(self.pl_start or 0.0, self.pl_ramp)
 
     def warmup_multiplier(self, step: int) -> float:
         """Linear warm-up from 0 over `warmup_steps`, then 1."""

@@ -28,6 +28,8 @@ _LABELS = {
     "momentum_at_end": "EMA momentum at the end",
     "half_life_units": "EMA half-life ({unit})",
     "half_life_steps": "EMA half-life (optimizer steps)",
+    "pl_ramp_steps": "pseudo-label ramp (optimizer steps)",
+    "cache_steps": "label cache (optimizer steps)",
 }
 
 
@@ -52,10 +54,13 @@ def plan_table(plan: ScalingPlan) -> str:
         f"({plan.recipe.max_steps * plan.recipe.reference_batch_size:g} {unit}); idealised speed-up "
         f"{plan.idealised_speedup:.3g}x{lost}. Rule: {plan.rule.name}."
     )
+    begun = plan.recipe.pl_start or 0.0
     events = (
         ("warm-up ends", plan.recipe.warmup_steps),
         ("the average starts", plan.recipe.ema_start),
-        ("pseudo-labels start", plan.recipe.pl_start or 0.0),
+        ("pseudo-labels start", begun),
+        ("pseudo-labels have full weight", plan.recipe.pl_ramp and begun + plan.recipe.pl_ramp),
+        ("the label cache is full", plan.recipe.cache_steps and begun + plan.recipe.cache_steps),
     )
     reached = [f"{what} at {plan.step_at(clock)} ({clock:g})" for what, clock in events if clock]
     if reached:

@@ -47,6 +47,13 @@ def _run_warnings(plan: ScalingPlan) -> list[str]:
                 f"ema_start={recipe.ema_start:g} (should be at most 0.05): start pseudo-labelling later, or lower "
                 f"ema_momentum={recipe.ema_momentum:g}"
             )
+        reached = recipe.pseudo_label_ramp().at(math.ceil(recipe.max_steps) - 1)
+        if recipe.pl_start + recipe.pl_ramp > recipe.max_steps:
+            found.append(
+                f"pl_ramp={recipe.pl_ramp:g} from pl_start={recipe.pl_start:g} on ends after the run "
+                f"(max_steps={recipe.max_steps:g}): the weight of pseudo-labels reaches {reached:.3g} of its value "
+                "only; shorten pl_ramp"
+            )
     found += [
         f"from reference step {start:g} on there are {ratio:.4g} unlabelled units per labelled one, in the recipe "
         f"{recipe.unlabelled_ratio:.4g}: the run no longer sees the recipe's data, so runs at other batches do not "
@@ -95,6 +102,12 @@ def _stage_warnings(plan: ScalingPlan, stage: ResolvedStage) -> list[str]:
         found.append(
             f"kappa is {kappa:g}, below 1: batches are smaller than the one the recipe was tuned at, gradients "
             "are noisier and each update of the average is smaller; keep the average in fp32"
+        )
+    if plan.recipe.cache_steps and kappa > plan.recipe.cache_steps:
+        found.append(
+            f"a step of kappa={kappa:g} draws the whole label cache (cache_steps={plan.recipe.cache_steps:g}) more "
+            "than once: it trains on labels that are made in it, where the recipe has older ones; lower kappa, or "
+            "raise cache_steps"
         )
     log_rho = plan.average_momentum.log_at(math.floor(stage.start))
     every = plan.ema_update_every

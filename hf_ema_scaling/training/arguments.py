@@ -256,6 +256,15 @@ class PseudoLabelArguments:
         min_confidence: pseudo-labels less confident than this are dropped (reason `confidence`).
         label_batch_size: rows per forward pass of the teacher on each process; None for the student's micro-batches.
             It changes throughput and memory only: the rows of a step are collated once more for the teacher.
+        pl_ramp: reference steps over which the weight of pseudo-labels rises linearly from 0 at `pl_start` to
+            `unlabeled_weight`; 0 for the full weight at once.
+        cache_steps: length of the label cache (slimIPL, arXiv 2010.11524): the unlabelled items of so many reference
+            steps, with the labels they were given when they entered. 0 for labels that are made as items are drawn.
+            The first `cache_steps` reference steps after `pl_start` fill it; from then on unlabelled items are drawn
+            from it, each once per pass over it.
+        cache_refresh: probability that an item is replaced by a new one, labelled at that moment, once it has been
+            drawn. It is about items, so it does not change with kappa. A label is used 1 / `cache_refresh` times and
+            is `cache_steps / cache_refresh` reference steps old when it is used, on average.
     """
 
     pl_start: float = field(default=0.0, metadata={"help": "Reference step at which unlabelled items begin."})
@@ -273,6 +282,16 @@ class PseudoLabelArguments:
         default=None,
         metadata={"help": "Rows per forward pass of the teacher, per process; None: the student's micro-batches."},
     )
+    pl_ramp: float = field(
+        default=0.0, metadata={"help": "Reference steps over which unlabeled_weight is reached from 0 at pl_start."}
+    )
+    cache_steps: float = field(
+        default=0.0,
+        metadata={"help": "Reference steps whose unlabelled items make up the label cache; 0: labels are not kept."},
+    )
+    cache_refresh: float = field(
+        default=0.1, metadata={"help": "Probability that an item of the label cache is replaced once it is drawn."}
+    )
 
     def __post_init__(self) -> None:
         if not self.pl_start >= 0:
@@ -285,6 +304,18 @@ class PseudoLabelArguments:
             raise ValueError(f"min_confidence must lie in [0, 1], got {self.min_confidence}")
         if self.label_batch_size is not None and self.label_batch_size < 1:
             raise ValueError(f"label_batch_size must be at least 1 or None, got {self.label_batch_size}")
+        if not 0 <= self.pl_ramp < math.inf:
+            raise ValueError(f"pl_ramp must be a number of reference steps of at least 0, got {self.pl_ramp}")
+        if self.cache_steps != 0 and not 1 <= self.cache_steps < math.inf:
+            raise ValueError(
+                f"cache_steps must be 0 (no cache) or at least 1 reference step, got {self.cache_steps}: a smaller "
+                "pool would give the same item twice within a reference step"
+            )
+        if not 0 < self.cache_refresh <= 1:
+            raise ValueError(
+                f"cache_refresh must lie in (0, 1], got {self.cache_refresh}; for labels that are made anew at every "
+                "draw set cache_steps=0"
+            )
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

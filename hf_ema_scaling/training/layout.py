@@ -107,6 +107,7 @@ def lay_out(
         "unlabelled_items": 0 if second is None else len(second),
         "labelled_sizes": _checksum(first),
         "unlabelled_sizes": None if second is None else _checksum(second),
+        "cache": [pseudo.cache_steps, pseudo.cache_refresh] if pseudo is not None and pseudo.cache_steps else None,
     }
     if resumed is not None:
         resumed.check_identity(identity)
@@ -121,6 +122,8 @@ def lay_out(
         ratio_changes=changes,
         seed=seed,
         bucket_window=args.bucket_window,
+        cache_steps=plan.recipe.cache_steps,
+        cache_refresh=1.0 if pseudo is None else pseudo.cache_refresh,
     )
     sampler = ScheduledBatchSampler(
         stream,
@@ -203,6 +206,8 @@ def plan_of(
         pl_start=pl_start,
         unlabelled_ratio=ratio or 1.0,
         steps_per_epoch=steps_per_epoch if pseudo is None else None,
+        pl_ramp=0.0 if pseudo is None else pseudo.pl_ramp,
+        cache_steps=0.0 if pseudo is None else pseudo.cache_steps,
     )
     return ScalingPlan(
         recipe,

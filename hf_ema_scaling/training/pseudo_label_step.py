@@ -45,13 +45,13 @@ def drop_too_long(labels: list[PseudoLabel], frames: Tensor) -> list[PseudoLabel
     ]
 
 
-def with_targets(micro_batch: MicroBatch, labels: list[PseudoLabel], weight: float) -> MicroBatch:
+def with_targets(micro_batch: MicroBatch, labels: list[PseudoLabel], weight: float | Tensor) -> MicroBatch:
     """The micro-batch with `labels` as targets; dropped rows stay, so that batch statistics do not depend on labels.
 
     Args:
         micro_batch: unlabelled rows.
         labels: one per row.
-        weight: lambda, the weight of a kept row.
+        weight: lambda, the weight of a kept row; or float32 `(rows,)`, of each.
     """
     kept = torch.tensor([label.kept for label in labels])
     targets = pad_labels([label.ids if label.kept else () for label in labels])

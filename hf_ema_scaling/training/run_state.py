@@ -14,7 +14,7 @@ from hf_ema_scaling.ema.storage import STATE_NAME
 from hf_ema_scaling.scaling import StepBorders, known_rule
 from hf_ema_scaling.scaling.schedule import DUST
 
-UNLABELLED_KEYS = ("pl_start", "unlabelled_items", "unlabelled_sizes")
+UNLABELLED_KEYS = ("pl_start", "unlabelled_items", "unlabelled_sizes", "cache")
 
 
 @dataclass
@@ -30,6 +30,7 @@ class RunState:
         loss: sum of the losses since the last log.
         last_logged: optimizer step of the last log.
         counters: what is counted between logs.
+        checkpoint: the folder that this was read from; not part of the state.
     """
 
     global_step: int
@@ -40,10 +41,13 @@ class RunState:
     loss: float = 0.0
     last_logged: int = 0
     counters: dict[str, Any] = field(default_factory=dict)
+    checkpoint: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As a dictionary for JSON."""
-        return asdict(self)
+        state = asdict(self)
+        del state["checkpoint"]
+        return state
 
     @property
     def done(self) -> StepBorders:
@@ -52,7 +56,8 @@ class RunState:
 
     def changed_values(self, recipe: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Values of the recipe that may change on resume and did: name to then and now."""
-        open_keys = {"pl_start", "unlabelled_ratio", "steps_per_epoch"}  # `check_identity` knows when these may
+        # `check_identity` knows when these may.
+        open_keys = {"pl_start", "unlabelled_ratio", "steps_per_epoch", "cache_steps"}
         now = json.loads(json.dumps(recipe))  # tuples as the file has them
         return {
             key: (self.recipe[key], value)
@@ -105,7 +110,7 @@ def read_run_state(checkpoint: str | Path) -> RunState:
     """
     path = Path(checkpoint) / "ema" / STATE_NAME
     try:
-        return RunState(**json.loads(path.read_text(encoding="utf-8"))["state"])
+        return RunState(**json.loads(path.read_text(encoding="utf-8"))["state"], checkpoint=Path(checkpoint))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AverageStateError(
             f"{checkpoint} cannot be resumed: {path.name} in its 'ema' folder is missing or damaged ({error}). Only "

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_ema_scaling.data.collator import MicroBatch, TwoSourceDataset
+from hf_ema_scaling.data.passes import CLOCK_DUST
 from hf_ema_scaling.data.sampler import Draw
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
 from hf_ema_scaling.ema import EMATeacher, check_liveness
 from hf_ema_scaling.labels import CTCLabeler, Labeler, PseudoLabel, blank_id, ctc_frame_lengths, non_target_ids
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
+from hf_ema_scaling.training.cached_labels import CachedLabels
 from hf_ema_scaling.training.diagnostics import LabelStatistics
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 from hf_ema_scaling.training.pseudo_label_step import drop_too_long, label_rows, with_targets, without_targets
@@ -64,6 +68,7 @@ class PseudoLabelTrainer(EMATrainerMixin):
         self.teacher_factory = teacher_factory
         self.teacher: EMATeacher | None = None
         self.label_statistics = LabelStatistics()
+        self.cached_labels: CachedLabels | None = None
         super().__init__(model, args, **kwargs)
         if labeler is None and not self.ctc:
             raise ValueError(f"no labeler is known for {type(self.model).__name__}: pass labeler=")
@@ -86,6 +91,13 @@ class PseudoLabelTrainer(EMATrainerMixin):
 
     def begin_training(self) -> None:
         """Also builds the teacher over the average's storage and tests that it follows the student."""
+        self.cached_labels = None
+        if self.sampler.stream.pool is not None:
+            resumed = self._resumed
+            checkpoint = None
+            if resumed is not None and resumed.checkpoint is not None:
+                checkpoint = resumed.checkpoint, resumed.global_step
+            self.cached_labels = CachedLabels(self.sampler, self.accelerator, checkpoint)
         super().begin_training()
         assert self.average is not None
         self.teacher = EMATeacher(self.model, self.average, factory=self.teacher_factory)
@@ -94,12 +106,19 @@ class PseudoLabelTrainer(EMATrainerMixin):
         check_liveness(self.model, self.average, self.teacher, self._prepare_inputs(self.data_collator([dict(row)])))
 
     def label_micro_batches(self, inputs: dict[str, list[MicroBatch]]) -> list[MicroBatch]:
-        """Labels the unlabelled rows by the teacher, on clean inputs; in its own batches where there are such."""
+        """Labels the unlabelled rows by the teacher, on clean inputs; in its own batches where there are such.
+
+        All labels of a step are made by the teacher as it is when the step begins. With a cache only the rows that
+        enter it are labelled; every row drawn has the label with which it entered.
+        """
         micro_batches = super().label_micro_batches(inputs)
-        to_label = [batch for batch in micro_batches if batch["source"] == UNLABELLED and batch["weight"]]
+        drawn = [batch for batch in micro_batches if batch["source"] == UNLABELLED and batch["weight"]]
+        number = self.state.global_step
         found: dict[int, PseudoLabel] = {}
-        for batch in inputs.get("label_batches", to_label):
+        for batch in inputs.get("label_batches", drawn if self.sampler.labels_micro_batches(number) else []):
             found.update(zip(batch["positions"], self.labels_of(batch), strict=True))
+        if self.cached_labels is not None:
+            found = self.cached_labels.labels(number, found, drawn)
         return [batch if batch["source"] == LABELLED else self._labelled(batch, found) for batch in micro_batches]
 
     def _labelled(self, micro_batch: MicroBatch, found: dict[int, PseudoLabel]) -> MicroBatch:
@@ -109,7 +128,16 @@ class PseudoLabelTrainer(EMATrainerMixin):
         if self.ctc:
             labels = drop_too_long(labels, ctc_frame_lengths(self.model, micro_batch["inputs"]))
         self.label_statistics.add(labels)
-        return with_targets(micro_batch, labels, self.pseudo_label_args.unlabeled_weight)
+        return with_targets(micro_batch, labels, self._weights(micro_batch["positions"]))
+
+    def _weights(self, positions: list[int]) -> float | Tensor:
+        """lambda; while it rises, that of each row's own reference step, so that it is the same at every kappa."""
+        full = self.pseudo_label_args.unlabeled_weight
+        if self.pseudo_label_args.pl_ramp == 0:
+            return full
+        ramp = self.plan.recipe.pseudo_label_ramp()
+        steps = np.floor(self.sampler.stream.clock(np.array(positions)) + CLOCK_DUST).astype(int).tolist()
+        return torch.tensor([full * ramp.at(step) for step in steps], dtype=torch.float32)
 
     def labels_of(self, batch: MicroBatch) -> list[PseudoLabel]:
         """The teacher's label for each row of one of its batches, an unlabelled micro-batch or one of its own."""
@@ -119,8 +147,21 @@ class PseudoLabelTrainer(EMATrainerMixin):
             return label_rows(self.labeler, self.teacher, inputs, min_confidence=self.pseudo_label_args.min_confidence)
 
     def training_logs(self) -> dict[str, float]:
-        """Also the shares of pseudo-labels kept and dropped since the last log."""
-        return {**super().training_logs(), **self.label_statistics.logs(self._over_processes)}
+        """Also the shares of pseudo-labels kept and dropped since the last log, their weight, and the cache."""
+        logs = {**super().training_logs(), **self.label_statistics.logs(self._over_processes)}
+        step, start = self._last_step, self.plan.recipe.pl_start
+        if step is not None and start is not None and step.end > start + CLOCK_DUST:
+            rise = self.plan.recipe.pseudo_label_ramp().mean(step.start, step.end)
+            logs["pl/weight"] = self.pseudo_label_args.unlabeled_weight * rise
+        return logs if self.cached_labels is None else {**logs, **self.cached_labels.logs()}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `EMATrainer`; a checkpoint also gets the labels in the cache (`label_cache.safetensors`)."""
+        super().save_model(output_dir, _internal_call)
+        # Trainer names the folder in its own calls for checkpoints only.
+        checkpoint = output_dir if _internal_call and self.is_in_train else None
+        if self.cached_labels is not None and checkpoint is not None and self.args.should_save:
+            self.cached_labels.cache.save(checkpoint)
 
     def _over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
@@ -128,10 +169,13 @@ class PseudoLabelTrainer(EMATrainerMixin):
     def counters(self) -> dict[str, Any]:
         """Also the counts of pseudo-labels, over all processes while they train together."""
         total = self._over_processes if self.is_in_train else None
-        return {**super().counters(), "labels": self.label_statistics.state_dict(total)}
+        cache = {} if self.cached_labels is None else {"cache": self.cached_labels.state_dict()}
+        return {**super().counters(), "labels": self.label_statistics.state_dict(total), **cache}
 
     def load_counters(self, counters: dict[str, Any]) -> None:
         """Restore `counters()`; what was counted over all processes goes to one of them."""
         super().load_counters(counters)
         mine = counters.get("labels", {}) if self.is_world_process_zero() else {}
         self.label_statistics.load_state_dict(mine)
+        if self.cached_labels is not None:
+            self.cached_labels.load_state_dict(counters.get("cache", {}))

@@ -1,0 +1,120 @@
+"""The label cache on two gloo processes is the one of one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from hf_ema_scaling.labels.cache import CACHE_NAME
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cached_processes
+
+pytestmark = pytest.mark.distributed
+
+TOLERANCE = 3e-5
+"""Relative, in the norm over all parameters: float32 sums in another order."""
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("cached")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tests = Path(__file__).parents[1]
+    paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(Path(cached_processes.__file__)), str(folder)],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-5000:]
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    folder = tmp_path_factory.mktemp("alone")
+    made = cached_processes.cached(folder)
+    made.train()
+    return made, folder
+
+
+def test_two_processes_train_on_the_labels_of_one(
+    launched: tuple[Path, list[dict[str, Any]]], alone: tuple[Any, Path]
+) -> None:
+    folder, ranks = launched
+    made, alone_in = alone
+    expected = cached_processes.seen(made)
+    for rank in ranks:
+        found = rank["whole"]
+        assert len(found["gradients"]) == len(expected["gradients"]) == 8
+        for step in range(8):
+            assert tiny.difference(expected["gradients"][step], found["gradients"][step]) < TOLERANCE
+            assert tiny.difference(expected["averages"][step], found["averages"][step]) < TOLERANCE
+        assert found["cache"] == expected["cache"] and len(found["cache"]) == 12
+        assert found["history"] == expected["history"] and any("cache/age" in entry for entry in found["history"])
+    # The files hold the same bits, at every step.
+    for step in range(1, 9):
+        files = [path / f"checkpoint-{step}" / CACHE_NAME for path in (folder / "whole", alone_in)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_each_process_labels_its_share_and_no_row_is_labelled_twice(
+    launched: tuple[Path, list[dict[str, Any]]], alone: tuple[Any, Path]
+) -> None:
+    _, ranks = launched
+    sampler = alone[0].sampler
+    for step in range(sampler.num_steps):
+        events = sampler.stream.pool.events(int(sampler.positions[step]), int(sampler.positions[step + 1]))
+        shares = [sum(count for at, count in rank["whole"]["rows"] if at == step) for rank in ranks]
+        assert sum(shares) == len(events.positions) and abs(shares[0] - shares[1]) <= 1
+    # Both label what enters the full pool, and what is drawn later is theirs or the other's.
+    assert all(sum(count for at, count in rank["whole"]["rows"] if at > 3) >= 4 for rank in ranks)
+
+
+def test_both_processes_and_one_continue_from_the_cache(
+    launched: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    folder, ranks = launched
+    for rank in ranks:
+        for key in ("gradients", "averages", "drawn"):
+            assert tiny.same_bits(rank["resumed"][key], rank["whole"][key][5:]), key
+        assert rank["resumed"]["cache"] == rank["whole"]["cache"]
+    one = cached_processes.cached(tmp_path)
+    one.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-5"))
+    assert len(one.recorder.gradients) == 3
+    for step in range(3):
+        assert tiny.difference(ranks[0]["whole"]["gradients"][5 + step], one.recorder.gradients[step]) < TOLERANCE
+    assert (tmp_path / "checkpoint-8" / CACHE_NAME).read_bytes() == (
+        folder / "whole" / "checkpoint-8" / CACHE_NAME
+    ).read_bytes()
