@@ -105,6 +105,19 @@ class Diary(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class Rows:
+    """Rows in memory: reading them from a table costs more than training on them."""
+
+    def __init__(self, table: datasets.Dataset) -> None:
+        self.rows = [dict(row) for row in table]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self.rows[index])
+
+
 def limit_files(size: int) -> None:
     """Files can grow to `size` bytes; writing more fails as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
