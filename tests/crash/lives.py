@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate.utils  # noqa: F401  (what a run imports late, once for all of them)
+import datasets
 import tiny
 import torch
 import transformers
