@@ -183,6 +183,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
             batch_sampler=self.sampler,
             collate_fn=MicroBatchCollator(self.data_collator),
             num_workers=workers,
+            worker_init_fn=self._sigterm.worker_init_fn,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -16,14 +17,31 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 
+def leave_to_parent(worker: int) -> None:
+    """In a worker of a `DataLoader`: SIGTERM counts only when the parent sends it, to end its workers."""
+    # torch's own handler in a worker also asks who sent it, and dies of all others'.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_await_parents, args=(os.getppid(),), daemon=True).start()
+
+
+def _await_parents(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
 class StopOnSigterm(TrainerCallback):
     """On SIGTERM: finishes the optimizer step, saves a complete checkpoint, stops, and ends the process as told.
 
     What is due at that step comes first, an evaluation too: `train(resume_from_checkpoint=True)` then continues bit
     for bit. When the checkpoint is complete and `train()` has cleaned up, a handler that was installed before is
     called; without one `SystemExit(143)` is raised, as a shell reports a process ended by SIGTERM. Further signals
-    in the meantime change nothing. With several processes one that was told suffices: all agree after every step,
-    evaluation and save, at the cost of one reduction of a number.
+    in the meantime change nothing.
+
+    With several processes one that was told suffices: all agree after every step, evaluation and save, at the cost of
+    one reduction of a number. Where a scheduler sends SIGTERM to every process there is, the workers that load
+    training data leave it to the process that trains (Linux; not those of an evaluation, whose death torch reports as
+    an error).
 
     Nothing is installed with `save_strategy="no"`, which keeps the signal's default; with `enable_jit_checkpoint`,
     Trainer's own way; outside the main thread, where Python has no handlers; or where SIGTERM is ignored.
@@ -59,6 +77,11 @@ class StopOnSigterm(TrainerCallback):
                 previous(signal.SIGTERM, None)
             else:
                 raise SystemExit(128 + signal.SIGTERM)
+
+    @property
+    def worker_init_fn(self) -> Callable[[int], None] | None:
+        """For the workers of the training's `DataLoader`; they must not die of what the training survives."""
+        return leave_to_parent if self._active and hasattr(signal, "sigwaitinfo") else None
 
     def _install(self) -> Callable[..., Any] | int | None:
         previous = signal.getsignal(signal.SIGTERM)

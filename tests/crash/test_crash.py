@@ -190,8 +190,10 @@ def test_killed_at_any_moment_a_run_goes_on_as_if_nothing_had_happened(
             alive = alive or not kill(lives, reference, folder, how, chance, **more)
             kills += not alive
             survived.add(survivor(folder))
+        # Where the last checkpoint was committed, nothing is saved again, and older ones not deleted any more.
+        names = number // 2 % 2 == 1 and (alive or survivor(folder) < STEPS)
         assert alive or lives.live(folder, **more) == 0, log(folder)
-        reference.assert_same(folder, names=number // 2 % 2 == 1)
+        reference.assert_same(folder, names=names)
     assert kills >= 20 and len(survived) >= 5, (kills, survived)
 
 

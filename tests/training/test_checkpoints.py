@@ -148,9 +148,7 @@ def test_where_none_is_complete_each_is_named(whole: tuple[Any, Path], tmp_path:
     copied(whole, tmp_path, 2, 4)
     cut("optimizer.pt")(tmp_path / "checkpoint-2")
     gone("ema")(tmp_path / "checkpoint-4")
-    with pytest.raises(
-        IncompleteCheckpointError, match=r"checkpoint-4: .*'ema'.*checkpoint-2: optimizer\.pt is"
-    ):
+    with pytest.raises(IncompleteCheckpointError, match=r"checkpoint-4: .*'ema'.*checkpoint-2: optimizer\.pt is"):
         run(tmp_path).train(resume_from_checkpoint=True)
     with pytest.raises(IncompleteCheckpointError, match="there is no such folder"):
         run(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tiny
@@ -14,7 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_ema_scaling.training.checkpoints import newest_complete_checkpoint
-from hf_ema_scaling.training.signals import StopOnSigterm
+from hf_ema_scaling.training.signals import StopOnSigterm, leave_to_parent
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +132,45 @@ def test_a_signal_after_the_last_step_is_passed_on(tmp_path: Path, before: list[
     made = run(tmp_path, AtTheEnd())
     made.train()
     assert made.state.global_step == 6 and before == [signal.SIGTERM]
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
+def test_workers_leave_the_signal_to_the_process_that_trains(tmp_path: Path, before: list[int]) -> None:
+    """A scheduler sends it to every process there is."""
+
+    class ToAll(TrainerCallback):
+        workers: ClassVar[list[Any]] = []
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                self.workers.extend(multiprocessing.active_children())
+                subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in self.workers)], check=True)
+                signal.raise_signal(signal.SIGTERM)
+
+    made = run(tmp_path, ToAll(), dataloader_num_workers=2, dataloader_prefetch_factor=1)
+    made.train()
+    assert made.state.global_step == 3 and before == [signal.SIGTERM] and len(ToAll.workers) == 2
+    assert newest_complete_checkpoint(tmp_path).name == "checkpoint-3"
+    # The parent's own SIGTERM still ends a worker.
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    worker = multiprocessing.get_context("fork").Process(target=_shielded, args=(writer,), daemon=True)
+    worker.start()
+    assert reader.recv() == "ready"
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert reader.recv() == "alive"
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
+
+
+def _shielded(writer: Any) -> None:
+    leave_to_parent(0)
+    writer.send("ready")
+    # The signal of another is consumed before the parent's comes.
+    while signal.SIGTERM in signal.sigpending():
+        pass
+    writer.send("alive")
+    threading.Event().wait()
 
 
 class Others:
