@@ -222,7 +222,7 @@ def what_is_missing(checkpoint: str | Path, *, average: bool = True) -> list[str
         try:
             refuse_damaged_average(folder)
         except AverageStateError as error:
-            found.append(str(error))
+            found.append(str(error).split(". ")[0])  # without the way out
     return found
 
 
