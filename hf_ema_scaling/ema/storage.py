@@ -168,8 +168,8 @@ def _old(folder: Path) -> Path:
 
 def _put_back(folder: Path) -> None:
     """Undoes a replacement that ended between its two renames: the older folder gets its name again."""
-    # Of several processes, one moves it.
-    with contextlib.suppress(FileNotFoundError):
+    # Of several processes, one moves it; where none may, the folder is reported as missing.
+    with contextlib.suppress(OSError):
         if not folder.exists() and _old(folder).is_dir():
             rename(_old(folder), folder)
 

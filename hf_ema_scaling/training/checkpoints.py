@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -32,6 +31,7 @@ from hf_ema_scaling.ema.storage import check_average
 from hf_ema_scaling.training.run_state import read_run_state
 
 if TYPE_CHECKING:
+    from hf_ema_scaling.training.arguments import EMATrainingArguments
     from hf_ema_scaling.training.mixin import EMATrainerMixin
 
 logger = logging.get_logger(__name__)
@@ -50,7 +50,7 @@ class IncompleteCheckpointError(ValueError):
 
 
 @contextmanager
-def committed(trainer: Trainer, trial: Any) -> Iterator[None]:
+def committed(trainer: EMATrainerMixin, trial: Any) -> Iterator[None]:
     """Inside, Trainer saves a checkpoint; it commits it, or leaves nothing of it when an error ends it.
 
     What already lies in the folder (the same step of an earlier attempt) is deleted first: a half of each would pass
@@ -67,7 +67,7 @@ def committed(trainer: Trainer, trial: Any) -> Iterator[None]:
         _clear(folder)
     trainer.accelerator.wait_for_everyone()
     # Trainer calls it when all else is written, and then deletes older checkpoints.
-    commit = functools.partial(_commit, state, bool(trainer.args.save_total_limit))
+    commit = functools.partial(_commit, state, trainer.args)
     state.save_to_json = commit  # type: ignore[method-assign]
     try:
         yield
@@ -81,21 +81,27 @@ def committed(trainer: Trainer, trial: Any) -> Iterator[None]:
         del state.save_to_json
 
 
-def _commit(state: TrainerState, rotates: bool, json_path: str) -> None:
+def _commit(state: TrainerState, args: EMATrainingArguments, json_path: str) -> None:
     path = Path(json_path)
     partial = path.with_name(f".{path.name}.partial")
     type(state).save_to_json(state, str(partial))
     flush(path.parent)
     rename(partial, path)
     flush_names(path.parent.parent)
-    if rotates:
-        for other in _checkpoints(path.parent.parent):
-            # The full check reads everything: only for what Trainer may take for the newest, by its number.
-            later = _step(other) > _step(path.parent)
-            faults = what_is_missing(other) if later else _faults_of(other, [TRAINER_STATE_NAME])
-            if faults and other != path.parent:
-                logger.warning(f"Deleting {other}, which is not complete: {'; '.join(faults)}.")
-                shutil.rmtree(other, ignore_errors=True)
+    if not args.save_total_limit:
+        return
+    average = args.on_missing_average == "raise"
+    for other in _checkpoints(path.parent.parent):
+        if other == path.parent or str(other) == state.best_model_checkpoint:
+            continue
+        # The full check reads everything: only for what Trainer may take for the newest, by its number.
+        if _step(other) > _step(path.parent) and not args.save_only_model:
+            faults = what_is_missing(other, average=average)
+        else:
+            faults = _faults_of(other, [TRAINER_STATE_NAME])
+        if faults:
+            logger.warning(f"Deleting {other}, which is not complete: {'; '.join(faults)}.")
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def _clear(folder: Path) -> None:

@@ -281,6 +281,14 @@ def test_an_incomplete_checkpoint_takes_no_complete_ones_place(
     assert all(what_is_missing(tmp_path / name) == [] for name in kept)
 
 
+def test_of_checkpoints_that_are_models_only_none_is_deleted_as_incomplete(
+    whole: tuple[Any, Path], tmp_path: Path
+) -> None:
+    gone("optimizer.pt")(copied(whole, tmp_path, 6))
+    run(tmp_path, max_steps=5, save_total_limit=3, save_only_model=True).train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in (4, 5, 6)]
+
+
 def test_without_a_limit_nothing_is_deleted(whole: tuple[Any, Path], tmp_path: Path) -> None:
     cut("optimizer.pt")(copied(whole, tmp_path, 2, 6))
     run(tmp_path, init=7, max_steps=5).train(resume_from_checkpoint=True)
