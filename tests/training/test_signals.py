@@ -75,6 +75,20 @@ def test_one_checkpoint_whatever_the_number_of_signals(tmp_path: Path, before: l
     assert made.state.global_step == 6 and before == [signal.SIGTERM]
 
 
+def test_a_signal_while_saving_needs_no_second_checkpoint(tmp_path: Path, before: list[int]) -> None:
+    made = run(tmp_path)
+    save = made._save_rng_state
+
+    def told(output_dir: str) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        save(output_dir)
+
+    made._save_rng_state = told
+    made.train()
+    assert made.state.global_step == 4 and before == [signal.SIGTERM]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"] and made.recorder.clocks("save") == [4]
+
+
 def test_nobody_elses_handler_means_the_exit_code_of_a_terminated_process(tmp_path: Path) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     made = run(tmp_path, Terminate(3))
