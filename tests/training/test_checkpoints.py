@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,8 @@ def test_an_incomplete_checkpoint_takes_no_complete_ones_place(
     """Trainer keeps what has the highest number, or the latest date: a torn one of an earlier life, perhaps."""
     copied(whole, tmp_path, 2, 6)
     cut("optimizer.pt")(tmp_path / "checkpoint-6")  # later than what is saved, and committed
+    future = time.time() + 1000
+    os.utime(tmp_path / "checkpoint-6", (future, future))
     made = run(tmp_path, init=7, max_steps=5, save_total_limit=limit)
     (tmp_path / "checkpoint-3").mkdir()  # earlier, and not
     made.train(resume_from_checkpoint=True)
@@ -285,8 +288,8 @@ def test_of_checkpoints_that_are_models_only_none_is_deleted_as_incomplete(
     whole: tuple[Any, Path], tmp_path: Path
 ) -> None:
     gone("optimizer.pt")(copied(whole, tmp_path, 6))
-    run(tmp_path, max_steps=5, save_total_limit=3, save_only_model=True).train()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in (4, 5, 6)]
+    run(tmp_path, max_steps=5, save_total_limit=4, save_only_model=True).train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in (2, 4, 5, 6)]
 
 
 def test_without_a_limit_nothing_is_deleted(whole: tuple[Any, Path], tmp_path: Path) -> None:
