@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import zlib
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_ema_scaling.ema.average import WeightAverage
+from hf_ema_scaling.ema.durable import flush, rename
 from hf_ema_scaling.ema.names import unwrap
 from hf_ema_scaling.ema.teacher import inference_config
 
@@ -39,8 +41,9 @@ def save_average(
 ) -> None:
     """Saves the average as a folder that `from_pretrained` loads, and that `load_average` restores bit for bit.
 
-    The folder is written beside its final place and then renamed, so it is either complete or absent; an older folder
-    of the same name is replaced. The student, its configuration included, is not changed.
+    The folder is written beside its final place, flushed to the disk and then renamed, so it is complete or absent
+    whatever ends the process; an older folder of the same name is replaced, and until then remains readable. The
+    student, its configuration included, is not changed.
 
     Args:
         folder: Where to save, e.g. `checkpoint-100/ema`. Its parent is created.
@@ -72,7 +75,8 @@ def save_average(
     }
     text = json.dumps(record, indent=1, allow_nan=False)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    _put_back(folder)
+    partial, old = folder.with_name(f".{folder.name}.partial"), _old(folder)
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
@@ -85,10 +89,12 @@ def save_average(
         if processing_class is not None:
             processing_class.save_pretrained(partial)
         (partial / STATE_NAME).write_text(text + "\n", encoding="utf-8")
+        flush(partial)
         if folder.exists():
-            folder.replace(old)  # a directory cannot be renamed onto one that is not empty
-        partial.replace(folder)
+            rename(folder, old)  # a directory cannot be renamed onto one that is not empty
+        rename(partial, folder)
     finally:
+        _put_back(folder)
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -111,6 +117,7 @@ def load_average(folder: str | Path, model: nn.Module, average: WeightAverage) -
         AverageStateError: The folder, a file or a tensor is missing, damaged, or does not fit.
     """
     folder = Path(folder)
+    _put_back(folder)
     record = _read_record(folder)
     if record["buffers"] != average.buffers:
         raise AverageStateError(
@@ -132,6 +139,39 @@ def load_average(folder: str | Path, model: nn.Module, average: WeightAverage) -
     average.rebind(model)
     state: dict[str, Any] = record["state"]
     return state
+
+
+def check_average(folder: str | Path) -> dict[str, Any]:
+    """Reads a saved average without a model and verifies what can be so: every file, and each tensor stored by name.
+
+    Returns:
+        The caller's `state`.
+
+    Raises:
+        AverageStateError: The folder or a file in it is missing or damaged.
+    """
+    folder = Path(folder)
+    _put_back(folder)
+    record = _read_record(folder)
+    stored = _read_files(folder)
+    for key, expected in record["tensors"].items():
+        # What is not stored, or by another name, is for `load_average` to find.
+        if key in stored and (found := _describe(stored[key])) != expected:
+            raise _damaged(folder, f"tensor {key!r} is {found}, {STATE_NAME} says {expected}")
+    state: dict[str, Any] = record["state"]
+    return state
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _put_back(folder: Path) -> None:
+    """Undoes a replacement that ended between its two renames: the older folder gets its name again."""
+    # Of several processes, one moves it; where none may, the folder is reported as missing.
+    with contextlib.suppress(OSError):
+        if not folder.exists() and _old(folder).is_dir():
+            rename(_old(folder), folder)
 
 
 def _save_pretrained(folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:

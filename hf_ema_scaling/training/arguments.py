@@ -136,6 +136,13 @@ class EMATrainingArguments(TrainingArguments):
     on_nonfinite: str = field(
         default="raise", metadata={"help": "A gradient that is not finite: raise, or skip the step."}
     )
+    on_missing_average: str = field(
+        default="raise",
+        metadata={
+            "help": "Where the average of the checkpoint to resume is missing or damaged: raise, or rebuild it from "
+            "the student."
+        },
+    )
 
     def __post_init__(self) -> None:
         # Trainer compares it with 0, which is its word for no clipping.
@@ -164,6 +171,7 @@ class EMATrainingArguments(TrainingArguments):
         _one_of("ema_correction", self.ema_correction, get_args(Correction))
         _one_of("ema_buffers", self.ema_buffers, ("average", "copy"))
         _one_of("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
+        _one_of("on_missing_average", self.on_missing_average, ("raise", "rebuild"))
         if self.noise_scale_every < 0 or self.noise_scale_every != int(self.noise_scale_every):
             raise ValueError(
                 f"noise_scale_every counts optimizer steps (0 for no measurement), got {self.noise_scale_every}"

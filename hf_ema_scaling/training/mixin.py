@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 from transformers.trainer_callback import DefaultFlowCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_ema_scaling.data.collator import CTCCollator, MicroBatch, MicroBatchCollator, TwoSourceDataset
@@ -25,6 +24,7 @@ from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.augment import Augmentation, augment
 from hf_ema_scaling.training.average_update import AverageMover
+from hf_ema_scaling.training.checkpoints import checkpoint_to_resume, committed, restored_average
 from hf_ema_scaling.training.checks import (
     LivenessWatch,
     batch_statistics_of,
@@ -42,8 +42,9 @@ from hf_ema_scaling.training.layout import RunLayout, lay_out
 from hf_ema_scaling.training.losses import ExampleLoss, cap_losses, is_ctc, loss_for
 from hf_ema_scaling.training.noise import NoiseMeter
 from hf_ema_scaling.training.optimizer_values import hyper_parameters, reference_values
-from hf_ema_scaling.training.run_state import RunState, optimizer_family, read_run_state
+from hf_ema_scaling.training.run_state import RunState, optimizer_family, run_state_to_resume
 from hf_ema_scaling.training.scheduler import PlanScheduler
+from hf_ema_scaling.training.signals import StopOnSigterm
 from hf_ema_scaling.training.stock import learns
 
 logger = logging.get_logger(__name__)
@@ -103,8 +104,9 @@ class EMATrainerMixin(BothWeightsEvaluation):
         self._clipped = 0
         self._logged_before = 0
         self._last_step: SampledStep | None = None
+        self._sigterm = StopOnSigterm(self.accelerator)
         self.pop_callback(DefaultFlowCallback)
-        self.callback_handler.callbacks[:0] = [ReferenceFlow(self), AverageUpdate(self)]
+        self.callback_handler.callbacks[:0] = [ReferenceFlow(self), AverageUpdate(self), self._sigterm]
         self.layout: RunLayout | None = self._lay_out(None) if self.train_dataset is not None else None
 
     # ---- What the run consists of
@@ -143,16 +145,18 @@ class EMATrainerMixin(BothWeightsEvaluation):
         )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`. On resume the steps done stay as they were; another kappa changes only what follows."""
-        checkpoint = resume_from_checkpoint or None
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
-            if checkpoint is None:
-                raise ValueError(f"there is no checkpoint to resume from in {self.args.output_dir}")
-        self._resumed = None if checkpoint is None else read_run_state(checkpoint)
+        """As `Trainer.train`. On resume the steps done stay as they were; another kappa changes only what follows.
+
+        `resume_from_checkpoint=True` takes the newest checkpoint that is complete. SIGTERM: see `StopOnSigterm`. After
+        an error or Ctrl-C, `save_model(folder)` still writes student and average: those after the last step, for an
+        error in an evaluation or in loading data; Ctrl-C may come in the midst of a step.
+        """
+        checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
+        self._resumed = run_state_to_resume(checkpoint, rebuild=self.args.on_missing_average == "rebuild")
         self._student = None
         try:
-            return super().train(checkpoint, *args, **kwargs)
+            with self._sigterm.installed(self.args):
+                return super().train(checkpoint, *args, **kwargs)
         finally:
             if isinstance(self.lr_scheduler, PlanScheduler):
                 self.lr_scheduler.end()
@@ -179,6 +183,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
             batch_sampler=self.sampler,
             collate_fn=MicroBatchCollator(self.data_collator),
             num_workers=workers,
+            worker_init_fn=self._sigterm.worker_init_fn,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
@@ -233,12 +238,13 @@ class EMATrainerMixin(BothWeightsEvaluation):
         assert self.average is not None
         self._watch = LivenessWatch(self.average) if self.average.num_updates < LivenessWatch.UPDATES else None
 
-    def _ensure_average(self) -> None:
+    def _ensure_average(self) -> WeightAverage:
         if self.average is not None and not self.average.same_parameters(self.model):
             logger.warning("The model's parameters are other objects than before: the average is rebuilt from them.")
             self.average = None
         if self.average is None:
             self.average = WeightAverage(self.model, buffers=self.args.ema_buffers)  # type: ignore[arg-type]
+        return self.average
 
     def label_micro_batches(self, inputs: dict[str, list[MicroBatch]]) -> list[MicroBatch]:
         """The micro-batches of a step, unlabelled ones with their targets; here there are none: all have labels."""
@@ -402,14 +408,18 @@ class EMATrainerMixin(BothWeightsEvaluation):
             counters=self.counters(),
         )
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with committed(self, trial):
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # no commit before every process has written its part
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and not (Path(checkpoint) / "optimizer.pt").is_file():
-            raise ValueError(f"{checkpoint} holds no optimizer state (save_only_model?) and cannot be resumed")
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._ensure_average()
-            assert self.average is not None
-            load_average(Path(checkpoint) / "ema", self.model, self.average)
+            self.average = restored_average(self, checkpoint)
 
     def _load_best_model(self) -> None:
         """The best checkpoint's pair of weights: its average in `average`, and in the model what the metric named."""

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from hf_ema_scaling.ema import AverageStateError
 from hf_ema_scaling.ema.storage import STATE_NAME
 from hf_ema_scaling.scaling import StepBorders, known_rule
 from hf_ema_scaling.scaling.schedule import DUST
+
+logger = logging.get_logger(__name__)
 
 UNLABELLED_KEYS = ("pl_start", "unlabelled_items", "unlabelled_sizes", "cache")
 
@@ -114,8 +117,29 @@ def read_run_state(checkpoint: str | Path) -> RunState:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AverageStateError(
             f"{checkpoint} cannot be resumed: {path.name} in its 'ema' folder is missing or damaged ({error}). Only "
-            "checkpoints written by this library's trainers can be resumed; start from the weights of others instead"
+            "checkpoints written by this library's trainers can be resumed; start from the weights of others instead, "
+            "or set on_missing_average='rebuild' if the average was there and is lost"
         ) from error
+
+
+def run_state_to_resume(checkpoint: str | Path | None, *, rebuild: bool) -> RunState | None:
+    """The run state of the checkpoint to resume; None without one, or where it is lost with an average to rebuild.
+
+    Raises:
+        AverageStateError: when it is missing or damaged, without `rebuild`.
+    """
+    if checkpoint is None:
+        return None
+    try:
+        return read_run_state(checkpoint)
+    except AverageStateError as error:
+        if not rebuild:
+            raise
+        logger.warning(
+            f"The run state in {checkpoint} is lost ({error.__cause__}): the steps done are taken to be those of this "
+            "run's schedule, and what was counted since the last log starts at 0."
+        )
+        return None
 
 
 # Exact types: a subclass may do anything else, as NAdam and its like do.

@@ -364,10 +364,13 @@ def test_a_plain_module_with_its_own_loss(tmp_path: Path) -> None:
 RELIED_ON = {
     "_clip_grad_norm": ["self", "model"],
     "_get_grad_norm": ["self", "model", "grad_norm"],
+    "_get_output_dir": ["self", "trial"],
     "_load_best_model": ["self"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_prepare_inputs": ["self", "inputs"],
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_save_rng_state": ["self", "output_dir"],
     "_set_signature_columns_if_needed": ["self"],
     "create_optimizer": ["self", "model"],
     "create_scheduler": ["self", "num_training_steps", "optimizer"],
@@ -427,3 +430,16 @@ def test_the_log_state_that_is_restored_is_set_before_training_begins() -> None:
     begin = source.index("on_train_begin")
     assert 0 < source.index("self._tr_loss = ") < begin and 0 < source.index("self._globalstep_last_logged = ") < begin
     assert "tr_loss -= tr_loss" in inspect.getsource(Trainer._maybe_log_save_evaluate)
+
+
+def test_trainers_state_is_written_after_all_else_and_before_older_checkpoints_are_deleted() -> None:
+    source = inspect.getsource(Trainer._save_checkpoint)
+    order = [
+        "save_model(",
+        "_save_optimizer_and_scheduler(",
+        "_save_scaler(",
+        "_save_rng_state(",
+        "state.save_to_json(",
+    ]
+    places = [source.index(name) for name in (*order, "_push_from_checkpoint(", "rotate_checkpoints(")]
+    assert places == sorted(places) and source.count("save_to_json(") == 1

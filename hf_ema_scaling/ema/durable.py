@@ -1,0 +1,47 @@
+"""Files that neither a kill nor a power cut can tear: data reaches the disk before the name that promises it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def flush(path: str | Path) -> None:
+    """Waits until a file, or a folder with everything in it, is on the disk (fsync).
+
+    Raises:
+        OSError: A file could not be written out.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for entry in sorted(path.iterdir()):
+            flush(entry)
+        flush_names(path)
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename(source: str | Path, target: str | Path) -> None:
+    """Gives a flushed file or folder its name, durably; a file of that name is replaced, a folder must not exist.
+
+    Raises:
+        OSError: As `os.replace`.
+    """
+    os.replace(source, target)
+    flush_names(Path(target).parent)
+
+
+def flush_names(folder: str | Path) -> None:
+    """Waits until the names in a folder are on the disk, as far as its file system can say so."""
+    # Some network file systems refuse to flush a directory; their names are as durable as they get.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,344 @@
+"""Checkpoints that are complete or not one at all: how they are committed, and which one a run resumes from.
+
+Trainer assembles `checkpoint-N/` in place, writes `trainer_state.json` last and then deletes older checkpoints. Here
+that file is the **commit**: it appears by a rename, after everything else in the folder is on the disk and every
+process has written its part, and before anything is deleted. A folder without it is what a killed save left behind.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from hf_ema_scaling.ema import AverageStateError, WeightAverage, load_average
+from hf_ema_scaling.ema.durable import flush, flush_names, rename
+from hf_ema_scaling.ema.storage import check_average
+from hf_ema_scaling.training.run_state import read_run_state
+
+if TYPE_CHECKING:
+    from hf_ema_scaling.training.arguments import EMATrainingArguments
+    from hf_ema_scaling.training.mixin import EMATrainerMixin
+
+logger = logging.get_logger(__name__)
+
+EMA_FOLDER = "ema"
+# Written by Trainer's just-in-time checkpoints until after older checkpoints are gone; the commit says more.
+JIT_MARK = "checkpoint-is-incomplete.txt"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, SafetensorError, zipfile.BadZipFile)
+
+
+class IncompleteCheckpointError(ValueError):
+    """A checkpoint lacks what resuming needs; the message names it."""
+
+
+# ---- Writing
+
+
+@contextmanager
+def committed(trainer: EMATrainerMixin, trial: Any) -> Iterator[None]:
+    """Inside, Trainer saves a checkpoint; it commits it, or leaves nothing of it when an error ends it.
+
+    What already lies in the folder (the same step of an earlier attempt) is deleted first: a half of each would pass
+    for a whole. With `save_total_limit`, incomplete checkpoints are deleted after the commit, so that none takes the
+    place of a complete one among those that Trainer keeps.
+
+    Args:
+        trainer: The trainer that saves; the same on every process.
+        trial: Of a hyper-parameter search.
+    """
+    state, writes = trainer.state, trainer.args.should_save
+    folder = Path(trainer._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    if writes:
+        _clear(folder)
+    trainer.accelerator.wait_for_everyone()
+    # Trainer calls it when all else is written, and then deletes older checkpoints.
+    commit = functools.partial(_commit, state, trainer.args)
+    state.save_to_json = commit  # type: ignore[method-assign]
+    try:
+        yield
+    except BaseException as error:
+        # After the commit (while it is pushed, say) it stays.
+        if writes and not (folder / TRAINER_STATE_NAME).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            error.add_note(_not_saved(folder))
+        raise
+    finally:
+        del state.save_to_json
+
+
+def _commit(state: TrainerState, args: EMATrainingArguments, json_path: str) -> None:
+    path = Path(json_path)
+    partial = path.with_name(f".{path.name}.partial")
+    type(state).save_to_json(state, str(partial))
+    flush(path.parent)
+    rename(partial, path)
+    flush_names(path.parent.parent)
+    if not args.save_total_limit:
+        return
+    average = args.on_missing_average == "raise"
+    for other in _checkpoints(path.parent.parent):
+        if other == path.parent or str(other) == state.best_model_checkpoint:
+            continue
+        # The full check reads everything: only for what Trainer may take for the newest, by its number.
+        if _step(other) > _step(path.parent) and not args.save_only_model:
+            faults = what_is_missing(other, average=average)
+        else:
+            faults = _faults_of(other, [TRAINER_STATE_NAME])
+        if faults:
+            logger.warning(f"Deleting {other}, which is not complete: {'; '.join(faults)}.")
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    if not folder.is_dir():
+        return
+    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # first of all, it is no checkpoint any more
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != JIT_MARK:
+            entry.unlink()
+
+
+def _not_saved(folder: Path) -> str:
+    complete = (path for path in reversed(_checkpoints(folder.parent)) if not what_is_missing(path))
+    newest = next(complete, None)
+    free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
+    return f"{folder} was not saved and its parts were deleted; {free / 1e9:.1f} GB are free there. " + (
+        "No earlier checkpoint is complete."
+        if newest is None
+        else f"{newest.name} is complete: train(resume_from_checkpoint=True) continues from it."
+    )
+
+
+# ---- Finding
+
+
+def checkpoint_to_resume(trainer: EMATrainerMixin, given: str | bool | None) -> str | None:
+    """The checkpoint that `train(resume_from_checkpoint=given)` resumes, verified; the main process decides for all.
+
+    Args:
+        trainer: The trainer; with `on_missing_average="rebuild"` the checkpoint may lack a sound average.
+        given: None or False for none; True for the newest complete one in `output_dir`; else its path.
+
+    Raises:
+        ValueError: There is no checkpoint in `output_dir`.
+        IncompleteCheckpointError: What is given, or every checkpoint in `output_dir`, is incomplete.
+        AverageStateError: The average of the given checkpoint is missing or damaged.
+    """
+    if not given:
+        return None
+    average = trainer.args.on_missing_average == "raise"
+    answer: list[Any] = [None]
+    if trainer.accelerator.is_main_process:
+        try:
+            if given is True:
+                answer = [str(newest_complete_checkpoint(str(trainer.args.output_dir), average=average))]
+            else:
+                refuse_incomplete(given, average=average)
+                answer = [str(given)]
+        except (ValueError, AverageStateError) as error:
+            answer = [error]
+    if trainer.accelerator.num_processes > 1:
+        broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return str(answer[0])
+
+
+def restored_average(trainer: EMATrainerMixin, checkpoint: str | Path) -> WeightAverage:
+    """The average in a checkpoint; with `on_missing_average="rebuild"` a new one of the student where it is lost.
+
+    Args:
+        trainer: The trainer, whose model holds the checkpoint's student.
+        checkpoint: The folder.
+
+    Raises:
+        AverageStateError: It is missing or damaged, and not to be rebuilt.
+    """
+    average = trainer._ensure_average()
+    try:
+        load_average(Path(checkpoint) / EMA_FOLDER, trainer.model, average)
+    except AverageStateError as error:
+        if trainer.args.on_missing_average == "raise":
+            raise
+        logger.warning(f"The average is rebuilt from the student's weights in {checkpoint}. {error}")
+        trainer.average = None
+        average = trainer._ensure_average()
+    return average
+
+
+def newest_complete_checkpoint(output_dir: str | Path, *, average: bool = True) -> Path:
+    """The newest `checkpoint-N` in a folder that a run can resume from; warns of incomplete ones that are newer.
+
+    Args:
+        output_dir: Where the checkpoints lie.
+        average: Whether its average must be there and sound.
+
+    Raises:
+        ValueError: There is no checkpoint.
+        IncompleteCheckpointError: None is complete; the message says of each what is missing.
+    """
+    passed_over: list[str] = []
+    for checkpoint in reversed(_checkpoints(Path(output_dir))):
+        missing = what_is_missing(checkpoint, average=average)
+        if not missing:
+            if passed_over:
+                logger.warning(f"Resuming from {checkpoint}. Newer but not complete: {' | '.join(passed_over)}.")
+            return checkpoint
+        passed_over.append(f"{checkpoint.name}: {'; '.join(missing)}")
+    if passed_over:
+        raise IncompleteCheckpointError(
+            f"no checkpoint in {output_dir} is complete ({' | '.join(passed_over)}). Restore one from a copy, or "
+            "start anew without resume_from_checkpoint"
+        )
+    raise ValueError(f"there is no checkpoint to resume from in {output_dir}")
+
+
+def what_is_missing(checkpoint: str | Path, *, average: bool = True) -> list[str]:
+    """What keeps a run from resuming from a checkpoint; empty when it is complete.
+
+    Verifies that JSON parses, that safetensors files have the length their headers say, the CRC-32 of every record in
+    PyTorch's files, and with `average` the checksums of the average's tensors.
+
+    Args:
+        checkpoint: The folder.
+        average: Whether its average and run state must be there and sound.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return ["there is no such folder"]
+    found = _trainers_faults(folder)
+    if average:
+        try:
+            refuse_damaged_average(folder)
+        except AverageStateError as error:
+            found.append(str(error).split(". ")[0])  # without the way out
+    return found
+
+
+def refuse_incomplete(checkpoint: str | Path, *, average: bool = True) -> None:
+    """Refuses a checkpoint that a run could not resume from, or would resume half.
+
+    Raises:
+        IncompleteCheckpointError: naming what of Trainer's part is missing.
+        AverageStateError: naming what is wrong with the average.
+    """
+    folder = Path(checkpoint)
+    found = _trainers_faults(folder) if folder.is_dir() else ["there is no such folder"]
+    if found:
+        raise IncompleteCheckpointError(
+            f"{checkpoint} cannot be resumed: {'; '.join(found)}. Resume from another checkpoint, or let "
+            "train(resume_from_checkpoint=True) find the newest complete one"
+        )
+    if average:
+        refuse_damaged_average(folder)
+
+
+def refuse_damaged_average(checkpoint: Path) -> None:
+    """Refuses a checkpoint whose average or run state is missing or damaged.
+
+    Raises:
+        AverageStateError: naming the file.
+    """
+    state = read_run_state(checkpoint)
+    check_average(checkpoint / EMA_FOLDER)
+    step = _global_step(checkpoint)
+    if step is not None and state.global_step != step:
+        raise AverageStateError(
+            f"The average in {checkpoint / EMA_FOLDER} is damaged: it is of step {state.global_step} and "
+            f"{TRAINER_STATE_NAME} of step {step}. Restore the folder from a copy, or resume from another checkpoint."
+        )
+
+
+def _trainers_faults(folder: Path) -> list[str]:
+    """What is wrong with the part of a checkpoint that Trainer writes."""
+    names = {path.name for path in folder.iterdir()}
+    deepspeed = any(name.startswith("global_step") for name in names)
+    sharded = {name for name in names if name.startswith(("pytorch_model_fsdp", "optimizer_"))}
+    found = []
+    if TRAINER_STATE_NAME not in names:
+        found.append(f"{TRAINER_STATE_NAME} is missing: its saving did not finish")
+    if not any(name.endswith(".safetensors") for name in names | _adapters(folder)) and not deepspeed | bool(sharded):
+        found.append(f"{SAFE_WEIGHTS_NAME} is missing")
+    if not deepspeed | bool(sharded) and not {OPTIMIZER_NAME, "optimizer.bin"} & names:
+        found.append(f"{OPTIMIZER_NAME} is missing (no optimizer state: save_only_model?)")
+    if not deepspeed and SCHEDULER_NAME not in names:
+        found.append(f"{SCHEDULER_NAME} is missing")
+    if not any(name.startswith("rng_state") for name in names):
+        found.append("rng_state.pth is missing")
+    found.extend(_faults_of(folder, sorted(names)))
+    if not found and _global_step(folder) is None:
+        found.append(f"{TRAINER_STATE_NAME} has no global_step")
+    return found
+
+
+def _faults_of(folder: Path, names: list[str]) -> list[str]:
+    found = []
+    for name in names:
+        if name.startswith("."):
+            continue  # what was never finished is no part of a checkpoint
+        try:
+            wanted = _verify(folder / name)
+        except FileNotFoundError:
+            found.append(f"{name} is missing")
+        except UNREADABLE as error:
+            found.append(f"{name} is not readable ({type(error).__name__}: {error})")
+        else:
+            found.extend(f"{shard} is missing" for shard in wanted if not (folder / shard).is_file())
+    return found
+
+
+def _verify(path: Path) -> list[str]:
+    """Reads a file as far as its kind can be verified; the files that it refers to."""
+    if path.suffix == ".json":
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == SAFE_WEIGHTS_INDEX_NAME:
+            return sorted(set(content["weight_map"].values()))
+    elif path.suffix == ".safetensors":
+        with safe_open(path, "pt"):
+            pass
+    elif path.suffix in (".pt", ".pth") and path.is_file():
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip() if torch.serialization.get_crc32_options() else None
+        if broken is not None:
+            raise ValueError(f"wrong CRC-32 of its record {broken}")
+    return []
+
+
+def _adapters(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*/adapter_model.safetensors")}
+
+
+def _global_step(folder: Path) -> int | None:
+    try:
+        return int(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The folders `checkpoint-N`, by their number."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _step(path) >= 0 and path.is_dir()), key=_step)
+
+
+def _step(path: Path) -> int:
+    match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
+    return -1 if match is None else int(match[1])

@@ -1,0 +1,124 @@
+"""SIGTERM, the word of schedulers and preemptible machines for "you have seconds left"."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+def leave_to_parent(worker: int) -> None:
+    """In a worker of a `DataLoader`: SIGTERM counts only when the parent sends it, to end its workers."""
+    # torch's own handler in a worker also asks who sent it, and dies of all others'.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_await_parents, args=(os.getppid(),), daemon=True).start()
+
+
+def _await_parents(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+class StopOnSigterm(TrainerCallback):
+    """On SIGTERM: finishes the optimizer step, saves a complete checkpoint, stops, and ends the process as told.
+
+    What is due at that step comes first, an evaluation too: `train(resume_from_checkpoint=True)` then continues bit
+    for bit. When the checkpoint is complete and `train()` has cleaned up, a handler that was installed before is
+    called; without one `SystemExit(143)` is raised, as a shell reports a process ended by SIGTERM. Further signals
+    in the meantime change nothing.
+
+    With several processes one that was told suffices: all agree after every step, evaluation and save, at the cost of
+    one reduction of a number. Where a scheduler sends SIGTERM to every process there is, the workers that load
+    training data leave it to the process that trains (Linux; not those of an evaluation, whose death torch reports as
+    an error).
+
+    Nothing is installed with `save_strategy="no"`, which keeps the signal's default; with `enable_jit_checkpoint`,
+    Trainer's own way; outside the main thread, where Python has no handlers; or where SIGTERM is ignored.
+
+    Args:
+        accelerator: The trainer's.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self._active = False
+        self._received = False
+        self._agreed = False
+
+    @contextmanager
+    def installed(self, args: TrainingArguments) -> Iterator[None]:
+        """Watches for SIGTERM inside a `with` block, and passes on one that came when the block ends.
+
+        Raises:
+            SystemExit: SIGTERM came, and nobody else handles it.
+        """
+        self._received = self._agreed = False
+        self._active = args.save_strategy != SaveStrategy.NO and not args.enable_jit_checkpoint
+        previous = self._install() if self._active else None
+        try:
+            yield
+        finally:
+            self._active = False
+            if previous is not None:
+                signal.signal(signal.SIGTERM, previous)
+        if self._received or self._agreed:
+            if callable(previous):
+                previous(signal.SIGTERM, None)
+            else:
+                raise SystemExit(128 + signal.SIGTERM)
+
+    @property
+    def worker_init_fn(self) -> Callable[[int], None] | None:
+        """For the workers of the training's `DataLoader`; they must not die of what the training survives."""
+        return leave_to_parent if self._active and hasattr(signal, "sigwaitinfo") else None
+
+    def _install(self) -> Callable[..., Any] | int | None:
+        previous = signal.getsignal(signal.SIGTERM)
+        # None: a handler that was not installed by Python, and could not be put back.
+        if threading.current_thread() is not threading.main_thread() or previous in (None, signal.SIG_IGN):
+            return None
+        signal.signal(signal.SIGTERM, self._receive)
+        return previous
+
+    def _receive(self, signum: int, frame: Any) -> None:
+        self._received = True
+
+    def _told(self) -> bool:
+        """Whether any process was told to stop; called by all of them at the same points."""
+        if self._active and not self._agreed:
+            told = torch.tensor(int(self._received), device=self.accelerator.device)
+            self._agreed = bool(self.accelerator.reduce(told) if self.accelerator.num_processes > 1 else told)
+            if self._agreed:
+                logger.warning("SIGTERM: training saves a checkpoint and stops.")
+        return self._agreed
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save and stop, after what else is due."""
+        # With "best" an evaluation decides whether to save; then the next step does.
+        if self._told() and not (args.save_strategy == SaveStrategy.BEST and control.should_evaluate):
+            control.should_save = control.should_training_stop = True
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save and stop, when told during the evaluation."""
+        if self._told() and args.save_strategy != SaveStrategy.BEST:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop: there is a checkpoint now."""
+        if self._told():
+            control.should_training_stop = True
