@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Literal
 
 import torch
@@ -17,33 +19,43 @@ from hf_ema_scaling.ema.names import Entry, canonical_name, check_names, entries
 from hf_ema_scaling.scaling.momentum import ema_weight
 
 BufferPolicy = Literal["average", "copy"]
-_Lists = tuple[list[Tensor], list[Tensor]]
-
 # Models that currently hold an average in place of their own weights, whichever average put it there.
 _SWAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+_places = attrgetter("_parameters", "_buffers", "_modules")
+_traits = attrgetter("device", "dtype", "requires_grad")
 
 
 @dataclass(slots=True)
 class _Binding:
     """A model's tensors paired with the shadow's, as flat lists, and what must stay true for the pairing to hold."""
 
-    modules: list[tuple[nn.Module, tuple[Tensor | None, ...], int]]
+    modules: list[nn.Module]
+    held: list[object]
     sources: list[Tensor]
     traits: list[tuple[torch.device, torch.dtype, bool]]
-    parameters: list[_Lists] = field(default_factory=list)
-    buffers: list[_Lists] = field(default_factory=list)
-    copies: list[_Lists] = field(default_factory=list)
+    parameters: list[kernels.Pairs] = field(default_factory=list)
+    buffers: list[kernels.Pairs] = field(default_factory=list)
+    copies: list[kernels.Pairs] = field(default_factory=list)
+    frozen: list[kernels.Pairs] = field(default_factory=list)
 
     def holds_for(self, model: nn.Module) -> bool:
-        if model is not self.modules[0][0]:
+        # Runs before every update, for every tensor of the model: loops of the interpreter would cost as much as
+        # the update of a small tensor.
+        if model is not self.modules[0]:
             return False
-        for module, held, children in self.modules:
-            now = (*module._parameters.values(), *module._buffers.values())
-            if len(now) != len(held) or len(module._modules) != children:
-                return False
-            if any(a is not b for a, b in zip(now, held, strict=True)):
-                return False
-        return self.traits == [_trait(tensor) for tensor in self.sources]
+        now = _held(self.modules)
+        return (
+            len(now) == len(self.held)
+            and all(map(is_, now, self.held))
+            and list(map(_traits, self.sources)) == self.traits
+        )
+
+
+def _held(modules: list[nn.Module]) -> list[object]:
+    """The parameters, buffers and children of these modules, in a fixed order."""
+    return list(chain.from_iterable(map(dict.values, chain.from_iterable(map(_places, modules)))))
 
 
 class WeightAverage:
@@ -83,6 +95,7 @@ class WeightAverage:
         self._params: set[str] = set()
         self._persistent: set[str] = set()
         self._binding: _Binding | None = None
+        self._scratch = kernels.Scratch()
         _refuse_swapped(model, "build an average from")
         for entry in entries_of(model):
             self._add(entry)
@@ -119,12 +132,14 @@ class WeightAverage:
         """
         _refuse_swapped(model, "update the average from")
         binding = self._bind(model)
-        for shadow, source in binding.parameters:
-            kernels.lerp_(shadow, source, weight)
-        for shadow, source in binding.buffers:
-            kernels.lerp_(shadow, source, weight if buffer_weight is None else buffer_weight)
-        for shadow, source in binding.copies:
-            kernels.copy_(shadow, source)
+        for pairs in binding.parameters:
+            pairs.lerp_(weight)
+        for pairs in binding.buffers:
+            pairs.lerp_(weight if buffer_weight is None else buffer_weight)
+        for pairs in binding.copies:
+            pairs.copy_()
+        for pairs in binding.frozen:
+            pairs.copy_changed_()
         self.num_updates += 1
 
     @torch.no_grad()
@@ -140,8 +155,8 @@ class WeightAverage:
             RuntimeError: The model holds swapped-in weights.
         """
         _refuse_swapped(model, "update the average from")
-        for shadow, source in self._bind(model).parameters:
-            kernels.lerp_(shadow, source, weight, away=True)
+        for pairs in self._bind(model).parameters:
+            pairs.lerp_(weight, away=True)
 
     @torch.no_grad()
     def rebind(self, model: nn.Module) -> None:
@@ -355,31 +370,33 @@ class WeightAverage:
             if source.requires_grad and not source.is_floating_point():
                 raise TypeError(f"Cannot average {entry.key!r}: a trainable parameter of dtype {source.dtype}.")
             moves = source.requires_grad if entry.is_param else entry.persistent and self.buffers == "average"
-            kind = "parameters" if entry.is_param else "buffers"
-            kind = kind if moves and source.is_floating_point() else "copies"
+            if moves and source.is_floating_point():
+                kind = "parameters" if entry.is_param else "buffers"
+            else:
+                kind = "frozen" if entry.is_param else "copies"
             groups.setdefault((kind, source.device, shadow.dtype, source.dtype), []).append(entry)
+        modules = list(model.modules())
         binding = _Binding(
-            modules=[(m, (*m._parameters.values(), *m._buffers.values()), len(m._modules)) for m in model.modules()],
+            modules=modules,
+            held=_held(modules),
             sources=[entry.tensor for entry in entries],
-            traits=[_trait(entry.tensor) for entry in entries],
+            traits=[_traits(entry.tensor) for entry in entries],
         )
         for (kind, *_), group in groups.items():
             shadows = [local_shard(self._shadow[entry.key]) for entry in group]
-            getattr(binding, kind).append((shadows, [local_shard(entry.tensor) for entry in group]))
+            sources = [local_shard(entry.tensor) for entry in group]
+            getattr(binding, kind).append(kernels.Pairs(shadows, sources, self._scratch))
         self._binding = binding
         return binding
 
     @torch.no_grad()
     def _write(self, entries: list[Entry]) -> None:
-        kernels.copy_([local_shard(e.tensor) for e in entries], [local_shard(self._shadow[e.key]) for e in entries])
+        models, shadows = [local_shard(e.tensor) for e in entries], [local_shard(self._shadow[e.key]) for e in entries]
+        kernels.Pairs(models, shadows).copy_()
 
 
 def _shadow_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
-
-
-def _trait(tensor: Tensor) -> tuple[torch.device, torch.dtype, bool]:
-    return tensor.device, tensor.dtype, tensor.requires_grad
 
 
 def _refuse_swapped(model: nn.Module, action: str) -> None:
