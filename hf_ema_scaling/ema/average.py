@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -62,12 +62,14 @@ class WeightAverage:
     """Exponential moving average of a model's weights, kept as a dictionary of tensors and never as a module copy.
 
     The average starts as a copy of the model. Floating-point tensors are kept in float32 (float64 stays float64)
-    whatever dtype the model has, because an average in half precision stops moving. Tensors are matched by
+    whatever dtype the model has, because an average in half precision stops moving. float32 itself loses an update
+    where `(1 - rho**kappa) * |student - average|` is below half a unit in the last place of the average (6e-8 of its
+    value at most): for momenta that close to 1 there is `dtype=torch.float64`. Tensors are matched by
     `canonical_name`, so order and wrappers do not matter, and a tied weight is averaged once.
 
     Per update: trainable parameters move by `s + (1 - rho**kappa) * (p - s)`; frozen parameters
     (`requires_grad=False` at that moment), integer and boolean buffers, and non-persistent buffers are copied bit
-    for bit (the latter are functions of the configuration and are not saved, so averaging them could not survive a
+    for bit (frozen parameters only when they were written to, see `Pairs.copy_changed_`; the latter are functions of the configuration and are not saved, so averaging them could not survive a
     resume); persistent floating buffers follow `buffers`.
 
     DTensor parameters (FSDP2) are shadowed by DTensors of the same placement and updated on their local shards
@@ -76,6 +78,8 @@ class WeightAverage:
     Args:
         model: The student, wrapped or not.
         buffers: `"average"` moves persistent floating buffers like parameters, `"copy"` copies them.
+        dtype: `torch.float32`, or `torch.float64` for what moves: twice the memory of the average, and a teacher then
+            needs a copy in float32.
 
     Attributes:
         num_updates: Updates done since construction or since the state that was loaded.
@@ -84,10 +88,15 @@ class WeightAverage:
     Source: "How to Scale Your EMA", arXiv 2307.13813, eq. 1 and definition 1.2 (rho -> rho**kappa).
     """
 
-    def __init__(self, model: nn.Module, *, buffers: BufferPolicy = "average") -> None:
+    def __init__(
+        self, model: nn.Module, *, buffers: BufferPolicy = "average", dtype: torch.dtype = torch.float32
+    ) -> None:
         if buffers not in ("average", "copy"):
             raise ValueError(f"buffers must be 'average' or 'copy', got {buffers!r}.")
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"An average is kept in torch.float32 or torch.float64, got {dtype}.")
         self.buffers: BufferPolicy = buffers
+        self.dtype = dtype
         self.num_updates = 0
         self.storage_version = 0
         self._shadow: dict[str, Tensor] = {}
@@ -219,27 +228,45 @@ class WeightAverage:
         self._write([entry for entry in self._match(model) if entry.persistent])
 
     @torch.no_grad()
-    def share_with(self, module: nn.Module) -> None:
-        """Makes the shadow's tensors the parameters and buffers of `module`, without a copy.
+    def share_with(
+        self, module: nn.Module, dtype: torch.dtype | None = None, *, keep: Callable[[str], bool] = lambda name: False
+    ) -> kernels.Pairs:
+        """Makes the shadow's tensors the parameters and buffers of `module`, without a copy where dtypes allow.
 
         Args:
             module: A module of the same names and shapes that belongs to nobody else. Its parameters become
                 frozen ones over the shadow's storage; tied weights become one object.
+            dtype: What floating parameters and persistent buffers are to be; None for the shadow's own dtype. Where
+                it is another, the module gets a copy.
+            keep: Says by name which tensors are float32 whatever `dtype` is.
+
+        Returns:
+            The copies with the shadows they are to be refreshed from; none without `dtype`.
 
         Raises:
             ValueError: Names or shapes do not match.
         """
         shared_as: dict[str, Tensor] = {}
+        copies: list[Tensor] = []
+        sources: list[Tensor] = []
         # Models built without initialisation are not tied yet: here they become so.
         for entry in self._match(module, tied=False):
             shadow = self._shadow[entry.key]
             shared = shared_as.get(entry.key)
             if shared is None:
-                shared = nn.Parameter(shadow, requires_grad=False) if entry.is_param else shadow
+                wanted = shadow.dtype
+                if dtype is not None and shadow.is_floating_point() and entry.persistent:
+                    wanted = torch.float32 if any(keep(slot.name) for slot in entry.slots) else dtype
+                shared = shadow.to(wanted)
+                if shared is not shadow:
+                    copies.append(local_shard(shared))
+                    sources.append(local_shard(shadow))
+                shared = nn.Parameter(shared, requires_grad=False) if entry.is_param else shared
                 shared_as[entry.key] = shared
             for slot in entry.slots:
                 # setattr and not the dictionary: recurrent layers keep a second list of their weights.
                 setattr(slot.owner, slot.leaf, shared)
+        return kernels.Pairs(copies, sources)
 
     @property
     def device(self) -> torch.device:
@@ -321,13 +348,20 @@ class WeightAverage:
 
     def _add(self, entry: Entry) -> None:
         source = entry.tensor.detach()
-        self._shadow[entry.key] = source.to(_shadow_dtype(source.dtype), copy=True)
+        self._shadow[entry.key] = source.to(self._shadow_dtype(entry), copy=True)
         for slot in entry.slots:
             self._key_of[slot.name] = entry.key
         if entry.is_param and source.is_floating_point():
             self._params.add(entry.key)
         if entry.persistent:
             self._persistent.add(entry.key)
+
+    def _shadow_dtype(self, entry: Entry) -> torch.dtype:
+        dtype = entry.tensor.dtype
+        if not dtype.is_floating_point or dtype == torch.float64:
+            return dtype
+        moves = entry.is_param or (entry.persistent and self.buffers == "average")
+        return self.dtype if moves else torch.float32
 
     def _match(self, model: nn.Module, *, tied: bool = True) -> list[Entry]:
         """Pairs every tensor of the model with its shadow by name; checks names, shapes and, if `tied`, tying."""
@@ -393,10 +427,6 @@ class WeightAverage:
     def _write(self, entries: list[Entry]) -> None:
         models, shadows = [local_shard(e.tensor) for e in entries], [local_shard(self._shadow[e.key]) for e in entries]
         kernels.Pairs(models, shadows).copy_()
-
-
-def _shadow_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
 
 
 def _refuse_swapped(model: nn.Module, action: str) -> None:
