@@ -19,9 +19,9 @@ from hf_ema_scaling.ema.names import Entry, canonical_name, check_names, entries
 from hf_ema_scaling.scaling.momentum import ema_weight
 
 BufferPolicy = Literal["average", "copy"]
+
 # Models that currently hold an average in place of their own weights, whichever average put it there.
 _SWAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
 
 _places = attrgetter("_parameters", "_buffers", "_modules")
 _traits = attrgetter("device", "dtype", "requires_grad")
@@ -38,7 +38,6 @@ class _Binding:
     parameters: list[kernels.Pairs] = field(default_factory=list)
     buffers: list[kernels.Pairs] = field(default_factory=list)
     copies: list[kernels.Pairs] = field(default_factory=list)
-    frozen: list[kernels.Pairs] = field(default_factory=list)
 
     def holds_for(self, model: nn.Module) -> bool:
         # Runs before every update, for every tensor of the model: loops of the interpreter would cost as much as
@@ -69,7 +68,7 @@ class WeightAverage:
 
     Per update: trainable parameters move by `s + (1 - rho**kappa) * (p - s)`; frozen parameters
     (`requires_grad=False` at that moment), integer and boolean buffers, and non-persistent buffers are copied bit
-    for bit (frozen parameters only when they were written to, see `Pairs.copy_changed_`; the latter are functions of the configuration and are not saved, so averaging them could not survive a
+    for bit (the latter are functions of the configuration and are not saved, so averaging them could not survive a
     resume); persistent floating buffers follow `buffers`.
 
     DTensor parameters (FSDP2) are shadowed by DTensors of the same placement and updated on their local shards
@@ -147,8 +146,6 @@ class WeightAverage:
             pairs.lerp_(weight if buffer_weight is None else buffer_weight)
         for pairs in binding.copies:
             pairs.copy_()
-        for pairs in binding.frozen:
-            pairs.copy_changed_()
         self.num_updates += 1
 
     @torch.no_grad()
@@ -404,10 +401,8 @@ class WeightAverage:
             if source.requires_grad and not source.is_floating_point():
                 raise TypeError(f"Cannot average {entry.key!r}: a trainable parameter of dtype {source.dtype}.")
             moves = source.requires_grad if entry.is_param else entry.persistent and self.buffers == "average"
-            if moves and source.is_floating_point():
-                kind = "parameters" if entry.is_param else "buffers"
-            else:
-                kind = "frozen" if entry.is_param else "copies"
+            kind = "parameters" if entry.is_param else "buffers"
+            kind = kind if moves and source.is_floating_point() else "copies"
             groups.setdefault((kind, source.device, shadow.dtype, source.dtype), []).append(entry)
         modules = list(model.modules())
         binding = _Binding(

@@ -37,7 +37,7 @@ class Scratch:
 
 
 class _Round(NamedTuple):
-    """Pieces of shadow and source that fit into the scratch together, and the views of the scratch they pass through."""
+    """Pieces of shadow and source that fit into the scratch together, and the views of it that they pass through."""
 
     shadow: list[Tensor]
     source: list[Tensor]
@@ -153,8 +153,8 @@ def _pieces(shadow: Tensor, source: Tensor, limit: int) -> Iterator[tuple[Tensor
         yield from zip(*(tensor.view(-1).split(limit) for tensor in ordered), strict=True)
         return
     longest = max(range(shadow.dim()), key=lambda dim: shadow.shape[dim])
-    for halves in zip(*(tensor.chunk(2, longest) for tensor in (shadow, source)), strict=True):
-        yield from _pieces(*halves, limit)
+    for part, part_of_source in zip(shadow.chunk(2, longest), source.chunk(2, longest), strict=True):
+        yield from _pieces(part, part_of_source, limit)
 
 
 def _memory_order(tensor: Tensor) -> list[int]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_ema_scaling.ema.average import WeightAverage
+from hf_ema_scaling.ema.exact import NotExactError, exact_record, rounded, save_exact, with_exact
 from hf_ema_scaling.ema.names import unwrap
 from hf_ema_scaling.ema.teacher import inference_config
 
@@ -69,6 +70,7 @@ def save_average(
         "buffers": average.buffers,
         "tensors": {key: _describe(tensor) for key, tensor in kept.items()},
         "state": dict(state),
+        **exact_record(average),
     }
     text = json.dumps(record, indent=1, allow_nan=False)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -78,12 +80,13 @@ def save_average(
     partial.mkdir()
     try:
         if isinstance(inner, PreTrainedModel):
-            _save_pretrained(partial, inner, tensors)
+            _save_pretrained(partial, inner, rounded(tensors, average))
         else:
-            contiguous = {key: tensor.contiguous() for key, tensor in kept.items()}
+            contiguous = {key: tensor.contiguous() for key, tensor in rounded(kept, average).items()}
             save_file(contiguous, partial / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
         if processing_class is not None:
             processing_class.save_pretrained(partial)
+        save_exact(partial, kept, average)
         (partial / STATE_NAME).write_text(text + "\n", encoding="utf-8")
         if folder.exists():
             folder.replace(old)  # a directory cannot be renamed onto one that is not empty
@@ -118,12 +121,17 @@ def load_average(folder: str | Path, model: nn.Module, average: WeightAverage) -
             f"{average.buffers!r}. Use the same setting to resume."
         )
     tensors = _read_weights(folder, unwrap(model), average, record["tensors"])
+    try:
+        exact = with_exact(folder, record, tensors, average)
+    except NotExactError as error:
+        raise AverageStateError(f"The saved average in {folder} cannot be restored: {error}.") from error
+    tensors = exact if "exact" in record else tensors
     for key, expected in record["tensors"].items():
         found = _describe(tensors[key])
         if found != expected:
             raise _damaged(folder, f"tensor {key!r} is {found}, {STATE_NAME} says {expected}")
     try:
-        average.load(tensors)
+        average.load(exact)
     except ValueError as error:
         raise AverageStateError(
             f"The average in {folder} belongs to another model: {error} Resume with the model it was saved from."

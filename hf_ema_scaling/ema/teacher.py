@@ -15,7 +15,6 @@ from transformers.initialization import no_init_weights
 from hf_ema_scaling.ema.average import WeightAverage
 from hf_ema_scaling.ema.names import local_shard, unwrap
 
-
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -30,8 +29,8 @@ class EMATeacher:
     its parameters and buffers are the shadow tensors: labelling costs no second copy of the weights and every update
     of the average is seen at once. With a `dtype` that is not the average's the module holds copies in that dtype,
     which are made anew at a call (or at `module`) if the average was written to since the last; half precision
-    computes under autocast of that dtype, with floating inputs cast to it. Creating it leaves the student's bits and the random state as they were. It is a
-    plain object, so assigning it to a model or trainer registers nothing.
+    computes under autocast of that dtype, with floating inputs cast to it. Creating it leaves the student's bits and
+    the random state as they were. It is a plain object, so assigning it to a model or trainer registers nothing.
 
     Args:
         model: The student, wrapped or not.
@@ -211,22 +210,14 @@ def check_liveness(model: nn.Module, average: WeightAverage, teacher: EMATeacher
 
 
 def check_parity(
-    model: nn.Module,
-    teacher: EMATeacher,
-    inputs: Mapping[str, Any],
-    *,
-    factory: Callable[[], nn.Module] | None = None,
-    tolerance: float | None = None,
+    teacher: EMATeacher, full: EMATeacher, inputs: Mapping[str, Any], *, tolerance: float | None = None
 ) -> float:
-    """Compares a half-precision teacher with a float32 one over the same average, on one batch.
-
-    Builds the float32 teacher, without a copy of the average, for as long as it takes.
+    """Compares the outputs of a half-precision teacher with those of a float32 one, on one batch.
 
     Args:
-        model: The student, wrapped or not.
         teacher: The teacher to check.
-        inputs: Keyword inputs of one batch, without labels, on the teacher's device.
-        factory: As for `EMATeacher`.
+        full: A float32 teacher over the same average; over a float32 average it costs no copy.
+        inputs: Keyword inputs of one batch, without labels, on the teachers' device.
         tolerance: Largest difference allowed. None for 16 units of the dtype's precision: 0.125 for bfloat16, 0.0156
             for float16.
 
@@ -238,12 +229,9 @@ def check_parity(
     """
     if tolerance is None:
         tolerance = 16 * torch.finfo(teacher.dtype).eps
-    full = list(_floats(EMATeacher(model, teacher.average, factory=factory)(**inputs)))
-    half = list(_floats(teacher(**inputs)))
-    if len(full) != len(half) or any(a.shape != b.shape for a, b in zip(full, half, strict=True)):
-        raise DeadTeacherError(f"The teacher in {teacher.dtype} returns other outputs than one in torch.float32.")
-    apart = math.sqrt(sum(float((b.double() - a.double()).square().sum()) for a, b in zip(full, half, strict=True)))
-    size = math.sqrt(sum(float(a.double().square().sum()) for a in full))
+    pairs = list(zip(_floats(full(**inputs)), _floats(teacher(**inputs)), strict=True))
+    apart = math.sqrt(sum(float((b.double() - a.double()).square().sum()) for a, b in pairs))
+    size = math.sqrt(sum(float(a.double().square().sum()) for a, _ in pairs))
     difference = 0.0 if apart == 0.0 else apart / size if size else math.inf
     if not difference <= tolerance:
         raise DeadTeacherError(
@@ -309,9 +297,9 @@ def _config_parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 def _kept_in_float32(module: nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
     """Says which tensors a transformers class keeps in float32 when it is loaded in this dtype."""
-    lists = {torch.float16: ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")}
-    lists[torch.bfloat16] = ("_keep_in_fp32_modules_strict",)
-    kept = {part for name in lists.get(dtype, ()) for part in getattr(module, name, None) or ()}
+    lists = ["_keep_in_fp32_modules_strict"] if dtype in HALF_PRECISION else []
+    lists += ["_keep_in_fp32_modules"] if dtype == torch.float16 else []
+    kept = {part for name in lists for part in getattr(module, name, None) or ()}
     return lambda name: any(f".{part}." in f".{name}." for part in kept)
 
 
