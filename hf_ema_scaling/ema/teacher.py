@@ -71,8 +71,9 @@ class EMATeacher:
         self._dtype = dtype
         if self._dtype in (None, torch.float32):
             self._dtype = None if average.dtype == torch.float32 else torch.float32
-        for part in _config_parts(self.config) if isinstance(self.config, PreTrainedConfig) else ():
-            part.dtype = self.dtype
+        if factory is None and self.dtype in HALF_PRECISION:  # a factory's configuration may be the student's
+            for part in _config_parts(self.config):
+                part.dtype = self.dtype
         self._share()
 
     @property

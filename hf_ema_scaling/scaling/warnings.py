@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from .plan import ScalingPlan
     from .schedule import ResolvedStage
 
-
 # Weights of an update below this leave float32 averages standing where student and average differ by less than 0.3 to
 # 0.6 per cent, which is what they differ by late in training.
 _STALLING = 1e-5

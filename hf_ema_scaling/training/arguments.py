@@ -260,7 +260,7 @@ class PseudoLabelArguments:
         unlabeled_weight: lambda, weight of a pseudo-labelled example's loss.
         min_confidence: pseudo-labels less confident than this are dropped (reason `confidence`).
         teacher_dtype: float32, or bfloat16 or float16 for a teacher that labels with a copy of the average in half
-            precision. At the start it is compared with a float32 teacher on one row.
+            precision. At the start it is compared with a float32 teacher on up to 4 rows.
         label_batch_size: rows per forward pass of the teacher on each process; None for the student's micro-batches.
             It changes throughput and memory only: the rows of a step are collated once more for the teacher.
     """

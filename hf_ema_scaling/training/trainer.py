@@ -90,7 +90,11 @@ class PseudoLabelTrainer(EMATrainerMixin):
         super().begin_training()
         assert self.average is not None
         dataset = TwoSourceDataset(self.train_dataset, self.unlabeled_dataset, keep=self._signature_columns)
-        count = min(PARITY_ROWS, len(self.unlabeled_dataset), self.args.per_device_train_batch_size)
+        count = min(
+            1 if self.pseudo_label_args.teacher_dtype == "float32" else PARITY_ROWS,
+            len(self.unlabeled_dataset),
+            self.args.per_device_train_batch_size,
+        )
         rows = [dict(dataset[Draw(UNLABELLED, number, 0, 0, 1.0)][1]) for number in range(count)]
         self.teacher = start_teacher(
             self.model,
