@@ -9,9 +9,9 @@ Needs the extra "bench" (timm, diffusers, ema-pytorch, torch_ema) and peft; what
 is the shortest of the rounds, the table also has the median. The limit is one `lerp_` over two flat float32 tensors
 with as many elements as the model has trainable ones, also where parameters are bfloat16.
 
-**Models.** `wav2vec2-94M`: `Wav2Vec2ForCTC` of the base size. `many-small`: 1200 linear layers of 64 x 64, that is 2400
-tensors with 5.0 M weights, where calls and not bytes take the time. `lora`: the first with rank-64 adapters on every
-linear layer of its encoder (10.6 M trainable weights); averages that copy a module copy all of it, averages of
+**Models.** `wav2vec2-94M`: `Wav2Vec2ForCTC` of the base size. `many-small`: 1200 linear layers of 64 x 64, which makes
+2400 tensors with 5.0 M weights, where calls and not bytes take the time. `lora`: the first with rank-64 adapters on
+every linear layer of its encoder (10.6 M trainable weights); averages that copy a module copy all of it, averages of
 parameters are given the trainable ones.
 
 **Right.** On a small model of the same layout, with a tied embedding, an integer counter and a buffer of position ids

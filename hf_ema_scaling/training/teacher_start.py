@@ -48,9 +48,9 @@ def start_teacher(
         labels = [[label.ids for label in labeler.label(one, inputs)] for one in (full, teacher)]
         same = sum(a == b for a, b in zip(*labels, strict=True))
         # Rounding may tip a label: worth a word, not an error.
-        logger.log(
-            logging.INFO if same == len(labels[0]) else logging.WARNING,
+        say = logger.info if same == len(labels[0]) else logger.warning
+        say(
             f"The teacher in {dtype} differs from one in float32 by {difference:.2g} of the size of its outputs; "
-            f"{same} of {len(labels[0])} labels are the same.",
+            f"{same} of {len(labels[0])} labels are the same."
         )
     return teacher
