@@ -248,7 +248,7 @@ class WeightAverage:
         sources: list[Tensor] = []
         # Models built without initialisation are not tied yet: here they become so.
         for entry in self._match(module, tied=False):
-            shadow = self._shadow[entry.key]
+            shadow = self._shadow[entry.key].detach()
             shared = shared_as.get(entry.key)
             if shared is None:
                 wanted = shadow.dtype
