@@ -7,8 +7,9 @@ Needs the extra "bench" (timm, diffusers, ema-pytorch, torch_ema) and peft; what
 
 **Time.** All averages of one model are alive at once and take turns, round by round, each time in another order. `ms`
 is the median over the rounds, `ratio_to_limit` the median of what an update took over what the limit took in the same
-round, so that a machine that slows down does not favour anybody. The table also has the shortest. The limit is one `lerp_` over two flat float32 tensors
-with as many elements as the model has trainable ones, also where parameters are bfloat16.
+round, so that a machine that slows down does not favour anybody. The table also has the shortest. The limit is one
+`lerp_` over two flat float32 tensors with as many elements as the model has trainable ones, also where parameters are
+bfloat16.
 
 **Models.** `wav2vec2-94M`: `Wav2Vec2ForCTC` of the base size. `many-small`: 1200 linear layers of 64 x 64, which makes
 2400 tensors with 5.0 M weights, where calls and not bytes take the time. `lora`: the first with rank-64 adapters on
