@@ -5,7 +5,7 @@ from __future__ import annotations
 from hf_ema_scaling.ema.average import WeightAverage
 from hf_ema_scaling.ema.names import canonical_name, unwrap
 from hf_ema_scaling.ema.storage import AverageStateError, load_average, save_average
-from hf_ema_scaling.ema.teacher import DeadTeacherError, EMATeacher, check_liveness, check_moved
+from hf_ema_scaling.ema.teacher import DeadTeacherError, EMATeacher, check_liveness, check_moved, check_parity
 
 __all__ = [
     "AverageStateError",
@@ -15,6 +15,7 @@ __all__ = [
     "canonical_name",
     "check_liveness",
     "check_moved",
+    "check_parity",
     "load_average",
     "save_average",
     "unwrap",

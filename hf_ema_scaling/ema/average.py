@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Literal
 
 import torch
@@ -17,40 +19,51 @@ from hf_ema_scaling.ema.names import Entry, canonical_name, check_names, entries
 from hf_ema_scaling.scaling.momentum import ema_weight
 
 BufferPolicy = Literal["average", "copy"]
-_Lists = tuple[list[Tensor], list[Tensor]]
 
 # Models that currently hold an average in place of their own weights, whichever average put it there.
 _SWAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+_places = attrgetter("_parameters", "_buffers", "_modules")
+_traits = attrgetter("device", "dtype", "requires_grad")
 
 
 @dataclass(slots=True)
 class _Binding:
     """A model's tensors paired with the shadow's, as flat lists, and what must stay true for the pairing to hold."""
 
-    modules: list[tuple[nn.Module, tuple[Tensor | None, ...], int]]
+    modules: list[nn.Module]
+    held: list[object]
     sources: list[Tensor]
     traits: list[tuple[torch.device, torch.dtype, bool]]
-    parameters: list[_Lists] = field(default_factory=list)
-    buffers: list[_Lists] = field(default_factory=list)
-    copies: list[_Lists] = field(default_factory=list)
+    parameters: list[kernels.Pairs] = field(default_factory=list)
+    buffers: list[kernels.Pairs] = field(default_factory=list)
+    copies: list[kernels.Pairs] = field(default_factory=list)
 
     def holds_for(self, model: nn.Module) -> bool:
-        if model is not self.modules[0][0]:
+        # Runs before every update, for every tensor of the model: loops of the interpreter would cost as much as
+        # the update of a small tensor.
+        if model is not self.modules[0]:
             return False
-        for module, held, children in self.modules:
-            now = (*module._parameters.values(), *module._buffers.values())
-            if len(now) != len(held) or len(module._modules) != children:
-                return False
-            if any(a is not b for a, b in zip(now, held, strict=True)):
-                return False
-        return self.traits == [_trait(tensor) for tensor in self.sources]
+        now = _held(self.modules)
+        return (
+            len(now) == len(self.held)
+            and all(map(is_, now, self.held))
+            and list(map(_traits, self.sources)) == self.traits
+        )
+
+
+def _held(modules: list[nn.Module]) -> list[object]:
+    """The parameters, buffers and children of these modules, in a fixed order."""
+    return list(chain.from_iterable(map(dict.values, chain.from_iterable(map(_places, modules)))))
 
 
 class WeightAverage:
     """Exponential moving average of a model's weights, kept as a dictionary of tensors and never as a module copy.
 
     The average starts as a copy of the model. Floating-point tensors are kept in float32 (float64 stays float64)
-    whatever dtype the model has, because an average in half precision stops moving. Tensors are matched by
+    whatever dtype the model has, because an average in half precision stops moving. float32 itself loses an update
+    where `(1 - rho**kappa) * |student - average|` is below half a unit in the last place of the average (6e-8 of its
+    value at most): for momenta that close to 1 there is `dtype=torch.float64`. Tensors are matched by
     `canonical_name`, so order and wrappers do not matter, and a tied weight is averaged once.
 
     Per update: trainable parameters move by `s + (1 - rho**kappa) * (p - s)`; frozen parameters
@@ -64,6 +77,8 @@ class WeightAverage:
     Args:
         model: The student, wrapped or not.
         buffers: `"average"` moves persistent floating buffers like parameters, `"copy"` copies them.
+        dtype: `torch.float32`, or `torch.float64` for what moves: twice the memory of the average, and a teacher then
+            needs a copy in float32.
 
     Attributes:
         num_updates: Updates done since construction or since the state that was loaded.
@@ -72,10 +87,15 @@ class WeightAverage:
     Source: "How to Scale Your EMA", arXiv 2307.13813, eq. 1 and definition 1.2 (rho -> rho**kappa).
     """
 
-    def __init__(self, model: nn.Module, *, buffers: BufferPolicy = "average") -> None:
+    def __init__(
+        self, model: nn.Module, *, buffers: BufferPolicy = "average", dtype: torch.dtype = torch.float32
+    ) -> None:
         if buffers not in ("average", "copy"):
             raise ValueError(f"buffers must be 'average' or 'copy', got {buffers!r}.")
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"An average is kept in torch.float32 or torch.float64, got {dtype}.")
         self.buffers: BufferPolicy = buffers
+        self.dtype = dtype
         self.num_updates = 0
         self.storage_version = 0
         self._shadow: dict[str, Tensor] = {}
@@ -83,6 +103,7 @@ class WeightAverage:
         self._params: set[str] = set()
         self._persistent: set[str] = set()
         self._binding: _Binding | None = None
+        self._scratch = kernels.Scratch()
         _refuse_swapped(model, "build an average from")
         for entry in entries_of(model):
             self._add(entry)
@@ -119,12 +140,12 @@ class WeightAverage:
         """
         _refuse_swapped(model, "update the average from")
         binding = self._bind(model)
-        for shadow, source in binding.parameters:
-            kernels.lerp_(shadow, source, weight)
-        for shadow, source in binding.buffers:
-            kernels.lerp_(shadow, source, weight if buffer_weight is None else buffer_weight)
-        for shadow, source in binding.copies:
-            kernels.copy_(shadow, source)
+        for pairs in binding.parameters:
+            pairs.lerp_(weight)
+        for pairs in binding.buffers:
+            pairs.lerp_(weight if buffer_weight is None else buffer_weight)
+        for pairs in binding.copies:
+            pairs.copy_()
         self.num_updates += 1
 
     @torch.no_grad()
@@ -140,8 +161,8 @@ class WeightAverage:
             RuntimeError: The model holds swapped-in weights.
         """
         _refuse_swapped(model, "update the average from")
-        for shadow, source in self._bind(model).parameters:
-            kernels.lerp_(shadow, source, weight, away=True)
+        for pairs in self._bind(model).parameters:
+            pairs.lerp_(weight, away=True)
 
     @torch.no_grad()
     def rebind(self, model: nn.Module) -> None:
@@ -204,27 +225,45 @@ class WeightAverage:
         self._write([entry for entry in self._match(model) if entry.persistent])
 
     @torch.no_grad()
-    def share_with(self, module: nn.Module) -> None:
-        """Makes the shadow's tensors the parameters and buffers of `module`, without a copy.
+    def share_with(
+        self, module: nn.Module, dtype: torch.dtype | None = None, *, keep: Callable[[str], bool] = lambda name: False
+    ) -> kernels.Pairs:
+        """Makes the shadow's tensors the parameters and buffers of `module`, without a copy where dtypes allow.
 
         Args:
             module: A module of the same names and shapes that belongs to nobody else. Its parameters become
                 frozen ones over the shadow's storage; tied weights become one object.
+            dtype: What floating parameters and persistent buffers are to be; None for the shadow's own dtype. Where
+                it is another, the module gets a copy.
+            keep: Says by name which tensors are float32 whatever `dtype` is.
+
+        Returns:
+            The copies with the shadows they are to be refreshed from; none without `dtype`.
 
         Raises:
             ValueError: Names or shapes do not match.
         """
         shared_as: dict[str, Tensor] = {}
+        copies: list[Tensor] = []
+        sources: list[Tensor] = []
         # Models built without initialisation are not tied yet: here they become so.
         for entry in self._match(module, tied=False):
-            shadow = self._shadow[entry.key]
+            shadow = self._shadow[entry.key].detach()
             shared = shared_as.get(entry.key)
             if shared is None:
-                shared = nn.Parameter(shadow, requires_grad=False) if entry.is_param else shadow
+                wanted = shadow.dtype
+                if dtype is not None and shadow.is_floating_point() and entry.persistent:
+                    wanted = torch.float32 if any(keep(slot.name) for slot in entry.slots) else dtype
+                shared = shadow.to(wanted)
+                if shared is not shadow:
+                    copies.append(local_shard(shared))
+                    sources.append(local_shard(shadow))
+                shared = nn.Parameter(shared, requires_grad=False) if entry.is_param else shared
                 shared_as[entry.key] = shared
             for slot in entry.slots:
                 # setattr and not the dictionary: recurrent layers keep a second list of their weights.
                 setattr(slot.owner, slot.leaf, shared)
+        return kernels.Pairs(copies, sources)
 
     @property
     def device(self) -> torch.device:
@@ -306,13 +345,20 @@ class WeightAverage:
 
     def _add(self, entry: Entry) -> None:
         source = entry.tensor.detach()
-        self._shadow[entry.key] = source.to(_shadow_dtype(source.dtype), copy=True)
+        self._shadow[entry.key] = source.to(self._shadow_dtype(entry), copy=True)
         for slot in entry.slots:
             self._key_of[slot.name] = entry.key
         if entry.is_param and source.is_floating_point():
             self._params.add(entry.key)
         if entry.persistent:
             self._persistent.add(entry.key)
+
+    def _shadow_dtype(self, entry: Entry) -> torch.dtype:
+        dtype = entry.tensor.dtype
+        if not dtype.is_floating_point or dtype == torch.float64:
+            return dtype
+        moves = entry.is_param or (entry.persistent and self.buffers == "average")
+        return self.dtype if moves else torch.float32
 
     def _match(self, model: nn.Module, *, tied: bool = True) -> list[Entry]:
         """Pairs every tensor of the model with its shadow by name; checks names, shapes and, if `tied`, tying."""
@@ -358,28 +404,24 @@ class WeightAverage:
             kind = "parameters" if entry.is_param else "buffers"
             kind = kind if moves and source.is_floating_point() else "copies"
             groups.setdefault((kind, source.device, shadow.dtype, source.dtype), []).append(entry)
+        modules = list(model.modules())
         binding = _Binding(
-            modules=[(m, (*m._parameters.values(), *m._buffers.values()), len(m._modules)) for m in model.modules()],
+            modules=modules,
+            held=_held(modules),
             sources=[entry.tensor for entry in entries],
-            traits=[_trait(entry.tensor) for entry in entries],
+            traits=[_traits(entry.tensor) for entry in entries],
         )
         for (kind, *_), group in groups.items():
             shadows = [local_shard(self._shadow[entry.key]) for entry in group]
-            getattr(binding, kind).append((shadows, [local_shard(entry.tensor) for entry in group]))
+            sources = [local_shard(entry.tensor) for entry in group]
+            getattr(binding, kind).append(kernels.Pairs(shadows, sources, self._scratch))
         self._binding = binding
         return binding
 
     @torch.no_grad()
     def _write(self, entries: list[Entry]) -> None:
-        kernels.copy_([local_shard(e.tensor) for e in entries], [local_shard(self._shadow[e.key]) for e in entries])
-
-
-def _shadow_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
-
-
-def _trait(tensor: Tensor) -> tuple[torch.device, torch.dtype, bool]:
-    return tensor.device, tensor.dtype, tensor.requires_grad
+        models, shadows = [local_shard(e.tensor) for e in entries], [local_shard(self._shadow[e.key]) for e in entries]
+        kernels.Pairs(models, shadows).copy_()
 
 
 def _refuse_swapped(model: nn.Module, action: str) -> None:

@@ -19,6 +19,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from hf_ema_scaling.ema.average import WeightAverage
 from hf_ema_scaling.ema.durable import flush, rename
+from hf_ema_scaling.ema.exact import NotExactError, exact_record, rounded, save_exact, with_exact
 from hf_ema_scaling.ema.names import unwrap
 from hf_ema_scaling.ema.teacher import inference_config
 
@@ -72,6 +73,7 @@ def save_average(
         "buffers": average.buffers,
         "tensors": {key: _describe(tensor) for key, tensor in kept.items()},
         "state": dict(state),
+        **exact_record(average),
     }
     text = json.dumps(record, indent=1, allow_nan=False)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -82,12 +84,13 @@ def save_average(
     partial.mkdir()
     try:
         if isinstance(inner, PreTrainedModel):
-            _save_pretrained(partial, inner, tensors)
+            _save_pretrained(partial, inner, rounded(tensors, average))
         else:
-            contiguous = {key: tensor.contiguous() for key, tensor in kept.items()}
+            contiguous = {key: tensor.contiguous() for key, tensor in rounded(kept, average).items()}
             save_file(contiguous, partial / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
         if processing_class is not None:
             processing_class.save_pretrained(partial)
+        save_exact(partial, kept, average)
         (partial / STATE_NAME).write_text(text + "\n", encoding="utf-8")
         flush(partial)
         if folder.exists():
@@ -125,12 +128,17 @@ def load_average(folder: str | Path, model: nn.Module, average: WeightAverage) -
             f"{average.buffers!r}. Use the same setting to resume."
         )
     tensors = _read_weights(folder, unwrap(model), average, record["tensors"])
+    try:
+        exact = with_exact(folder, record, tensors, average)
+    except NotExactError as error:
+        raise AverageStateError(f"The saved average in {folder} cannot be restored: {error}.") from error
+    tensors = exact if "exact" in record else tensors
     for key, expected in record["tensors"].items():
         found = _describe(tensors[key])
         if found != expected:
             raise _damaged(folder, f"tensor {key!r} is {found}, {STATE_NAME} says {expected}")
     try:
-        average.load(tensors)
+        average.load(exact)
     except ValueError as error:
         raise AverageStateError(
             f"The average in {folder} belongs to another model: {error} Resume with the model it was saved from."

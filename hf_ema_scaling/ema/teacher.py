@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers.initialization import no_init_weights
 from hf_ema_scaling.ema.average import WeightAverage
 from hf_ema_scaling.ema.names import local_shard, unwrap
 
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+
 
 class DeadTeacherError(RuntimeError):
     """The teacher does not follow the average, or the average does not follow the student."""
@@ -24,23 +27,36 @@ class EMATeacher:
 
     The module is built from the class and a deep copy of the configuration, never by copying the student, and all
     its parameters and buffers are the shadow tensors: labelling costs no second copy of the weights and every update
-    of the average is seen at once. Creating it leaves the student's bits and the random state as they were. It is a
-    plain object, so assigning it to a model or trainer registers nothing.
+    of the average is seen at once. With a `dtype` that is not the average's the module holds copies in that dtype,
+    which are made anew at a call (or at `module`) if the average was written to since the last; half precision
+    computes under autocast of that dtype, with floating inputs cast to it. Creating it leaves the student's bits and
+    the random state as they were. It is a plain object, so assigning it to a model or trainer registers nothing.
 
     Args:
         model: The student, wrapped or not.
         average: The average to teach with.
         factory: Returns a new module of the student's architecture; required for models that are not transformers
             models, and for those whose constructor needs more than a configuration.
+        dtype: Of the teacher's weights: `torch.float32`, `torch.bfloat16` or `torch.float16`. Tensors that the
+            model's class wants in float32 at half precision stay so, and buffers that are not saved keep their
+            dtype. None is float32 without any copy, except over a float64 average. Call `check_parity` before use.
 
     Raises:
         TypeError: No factory for a model that needs one.
-        ValueError: The built module has other names or shapes than the average, or is the student itself.
+        ValueError: The built module has other names or shapes than the average, or is the student itself; `dtype` is
+            another.
     """
 
     def __init__(
-        self, model: nn.Module, average: WeightAverage, *, factory: Callable[[], nn.Module] | None = None
+        self,
+        model: nn.Module,
+        average: WeightAverage,
+        *,
+        factory: Callable[[], nn.Module] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        if dtype not in (None, torch.float32, *HALF_PRECISION):
+            raise ValueError(f"A teacher computes in torch.float32, torch.bfloat16 or torch.float16, got {dtype}.")
         student = unwrap(model)
         average.rebind(model)
         # Constructors draw random numbers on the CPU even where initialisation is disabled.
@@ -52,14 +68,27 @@ class EMATeacher:
         # Whatever the module holds outside its registered tensors follows to the shadow's device.
         self._module = module.to(average.device).requires_grad_(False).eval()
         self._average = average
+        self._dtype = dtype
+        if self._dtype in (None, torch.float32):
+            self._dtype = None if average.dtype == torch.float32 else torch.float32
+        if factory is None and self.dtype in HALF_PRECISION:  # a factory's configuration may be the student's
+            for part in _config_parts(self.config):
+                part.dtype = self.dtype
         self._share()
 
     @property
     def module(self) -> nn.Module:
-        """The teacher's module, over the average's current storage."""
+        """The teacher's module, over the average's current storage or with its current values."""
         if self._version != self._average.storage_version:
             self._share()
+        with torch.no_grad():
+            self._copies.copy_changed_()
         return self._module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in where no autocast says otherwise."""
+        return self._dtype or torch.float32
 
     @property
     def average(self) -> WeightAverage:
@@ -92,12 +121,22 @@ class EMATeacher:
                 f"The teacher's {training or type(module).__name__!r} is in training mode; its labels would contain "
                 "dropout noise. Call `teacher.module.eval()` and find out who called `.train()` on it."
             )
-        with torch.no_grad():
+        if self.dtype not in HALF_PRECISION:
+            with torch.no_grad():
+                return module(*args, **inputs)
+        args, inputs = tuple(map(self._cast, args)), {name: self._cast(value) for name, value in inputs.items()}
+        # An autocast region around the call may be of another dtype, and would cast the weights at every use.
+        with torch.no_grad(), torch.autocast(self.device.type, dtype=self.dtype):
             return module(*args, **inputs)
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def _share(self) -> None:
         try:
-            self._average.share_with(self._module)
+            with torch.no_grad():
+                keep = _kept_in_float32(self._module, self.dtype)
+                self._copies = self._average.share_with(self._module, self._dtype, keep=keep)
         except ValueError as error:
             raise ValueError(
                 f"{type(self._module).__name__} built for the teacher does not fit the average: {error} Pass "
@@ -171,6 +210,39 @@ def check_liveness(model: nn.Module, average: WeightAverage, teacher: EMATeacher
         )
 
 
+def check_parity(
+    teacher: EMATeacher, full: EMATeacher, inputs: Mapping[str, Any], *, tolerance: float | None = None
+) -> float:
+    """Compares the outputs of a half-precision teacher with those of a float32 one, on one batch.
+
+    Args:
+        teacher: The teacher to check.
+        full: A float32 teacher over the same average; over a float32 average it costs no copy.
+        inputs: Keyword inputs of one batch, without labels, on the teachers' device.
+        tolerance: Largest difference allowed. None for 16 units of the dtype's precision: 0.125 for bfloat16, 0.0156
+            for float16.
+
+    Returns:
+        `||half - full|| / ||full||` over all floating-point outputs together, in float64.
+
+    Raises:
+        DeadTeacherError: The difference is above the tolerance, or not a number.
+    """
+    if tolerance is None:
+        tolerance = 16 * torch.finfo(teacher.dtype).eps
+    pairs = list(zip(_floats(full(**inputs)), _floats(teacher(**inputs)), strict=True))
+    apart = math.sqrt(sum(float((b.double() - a.double()).square().sum()) for a, b in pairs))
+    size = math.sqrt(sum(float(a.double().square().sum()) for a, _ in pairs))
+    difference = 0.0 if apart == 0.0 else apart / size if size else math.inf
+    if not difference <= tolerance:
+        raise DeadTeacherError(
+            f"The teacher in {teacher.dtype} does not say what one in torch.float32 says: their outputs differ by "
+            f"{difference:.3g} of their size, {tolerance:.3g} is allowed. Use torch.float32, or torch.bfloat16 where "
+            "values overflow in torch.float16."
+        )
+    return difference
+
+
 def check_moved(model: nn.Module, average: WeightAverage, initial_fingerprint: tuple[int, ...]) -> None:
     """Verifies by bits that the average has moved since `initial_fingerprint` and is not the student.
 
@@ -222,6 +294,14 @@ def _config_parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
         part = getattr(config, name, None)
         if isinstance(part, PreTrainedConfig):
             yield from _config_parts(part)
+
+
+def _kept_in_float32(module: nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Says which tensors a transformers class keeps in float32 when it is loaded in this dtype."""
+    lists = ["_keep_in_fp32_modules_strict"] if dtype in HALF_PRECISION else []
+    lists += ["_keep_in_fp32_modules"] if dtype == torch.float16 else []
+    kept = {part for name in lists for part in getattr(module, name, None) or ()}
+    return lambda name: any(f".{part}." in f".{name}." for part in kept)
 
 
 def _rng_devices(device: torch.device) -> list[torch.device]:

@@ -60,6 +60,7 @@ class ScalingPlan:
             baseline to compare the rule with.
         ema_update_every: Optimizer steps between updates of the average.
         ema_correction: "path" for updates by `path_correction`.
+        ema_dtype: What the average is kept in, "float32" or "float64"; for the warnings.
         done: Steps already run, frozen; the schedule lays out the rest.
 
     Attributes:
@@ -81,6 +82,7 @@ class ScalingPlan:
         scale_ema: bool = True,
         ema_update_every: int = 1,
         ema_correction: Correction = "none",
+        ema_dtype: str = "float32",
         done: StepBorders | None = None,
     ) -> None:
         self.recipe = recipe
@@ -89,6 +91,7 @@ class ScalingPlan:
         self.scale_ema = scale_ema
         self.ema_update_every = ema_update_every
         self.ema_correction = ema_correction
+        self.ema_dtype = ema_dtype
         self._check_average()
         self.done_steps = 0 if done is None else len(done)
         self.stages = schedule.resolve(recipe.max_steps, recipe.steps_per_epoch)

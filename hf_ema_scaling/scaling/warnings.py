@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from .plan import ScalingPlan
     from .schedule import ResolvedStage
 
+# Weights of an update below this leave float32 averages standing where student and average differ by less than 0.3 to
+# 0.6 per cent, which is what they differ by late in training.
+_STALLING = 1e-5
+
 
 def plan_warnings(plan: ScalingPlan) -> list[str]:
     """One text for each danger, with the value at fault and the way out."""
@@ -23,6 +27,26 @@ def plan_warnings(plan: ScalingPlan) -> list[str]:
             found += _stage_warnings(plan, stage)
         seen.add(stage.batch_size)
     return found
+
+
+def stall_warnings(weight: float, dtype: str, what: str) -> list[str]:
+    """Says whether an average in float32 loses updates of this weight, and which.
+
+    An update is lost where `weight * |student - average|` is below half a unit in the last place of the average, which
+    in float32 is between 3e-8 and 6e-8 of its value.
+
+    Args:
+        weight: `1 - rho**kappa` of an update.
+        dtype: What the average is kept in.
+        what: The update, for people.
+    """
+    if dtype != "float32" or not 0 < weight < _STALLING:
+        return []
+    return [
+        f"{what} moves the average by {weight:.3g} of its distance from the student: float32 loses that for every "
+        f"weight less than {2**-25 / weight:.1g} to {2**-24 / weight:.1g} of its size away, and the average lags; set "
+        "ema_dtype='float64' (twice the memory of the average), ema_update_every above 1, or a larger batch"
+    ]
 
 
 def _run_warnings(plan: ScalingPlan) -> list[str]:
@@ -131,6 +155,7 @@ def _stage_warnings(plan: ScalingPlan, stage: ResolvedStage) -> list[str]:
             f"the momentum of one {update} is {math.exp(log_rho):.3g} at kappa={kappa:g}{more}, below 0.37: the "
             f"average is the student within one {update}, and so is a teacher; lower kappa or raise ema_momentum"
         )
+    found += stall_warnings(-math.expm1(log_rho), plan.ema_dtype, f"one {update} at kappa={kappa:g}{more}")
     values = plan.recipe.optimizer_values(plan.rule)
     betas, alpha = values.betas, values.alpha
     if isinstance(plan.rule, AdamRule) and betas is not None and kappa * log_momentum(betas[1]) < -1:

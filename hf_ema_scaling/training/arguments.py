@@ -110,6 +110,13 @@ class EMATrainingArguments(TrainingArguments):
     ema_buffers: str = field(
         default="average", metadata={"help": "Float buffers (BatchNorm statistics): average or copy."}
     )
+    ema_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "float32, or float64 for momenta so close to 1 that float32 loses updates: twice the memory of "
+            "the average; what from_pretrained reads stays float32."
+        },
+    )
     scale_ema: bool = field(
         default=True, metadata={"help": "Scale the momentum with the batch; False is the ablation."}
     )
@@ -170,6 +177,7 @@ class EMATrainingArguments(TrainingArguments):
         _one_of("ema_momentum_schedule", self.ema_momentum_schedule, get_args(MomentumScheduleKind))
         _one_of("ema_correction", self.ema_correction, get_args(Correction))
         _one_of("ema_buffers", self.ema_buffers, ("average", "copy"))
+        _one_of("ema_dtype", self.ema_dtype, ("float32", "float64"))
         _one_of("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
         _one_of("on_missing_average", self.on_missing_average, ("raise", "rebuild"))
         if self.noise_scale_every < 0 or self.noise_scale_every != int(self.noise_scale_every):
@@ -262,6 +270,8 @@ class PseudoLabelArguments:
             state labelled and unlabelled sizes.
         unlabeled_weight: lambda, weight of a pseudo-labelled example's loss.
         min_confidence: pseudo-labels less confident than this are dropped (reason `confidence`).
+        teacher_dtype: float32, or bfloat16 or float16 for a teacher that labels with a copy of the average in half
+            precision. At the start it is compared with a float32 teacher on up to 4 rows.
         label_batch_size: rows per forward pass of the teacher on each process; None for the student's micro-batches.
             It changes throughput and memory only: the rows of a step are collated once more for the teacher.
         pl_ramp: reference steps over which the weight of pseudo-labels rises linearly from 0 at `pl_start` to
@@ -286,6 +296,10 @@ class PseudoLabelArguments:
         default=0.0, metadata={"help": "Drop pseudo-labels whose confidence is below this, in [0, 1]."}
     )
 
+    teacher_dtype: str = field(
+        default="float32",
+        metadata={"help": "What the teacher labels in: float32, or a copy of it in bfloat16 or float16."},
+    )
     label_batch_size: int | None = field(
         default=None,
         metadata={"help": "Rows per forward pass of the teacher, per process; None: the student's micro-batches."},
@@ -304,6 +318,7 @@ class PseudoLabelArguments:
     def __post_init__(self) -> None:
         if not self.pl_start >= 0:
             raise ValueError(f"pl_start must be at least 0, got {self.pl_start}")
+        _one_of("teacher_dtype", self.teacher_dtype, ("float32", "bfloat16", "float16"))
         if not self.unlabeled_ratio > 0:
             raise ValueError(f"unlabeled_ratio must be above 0, got {self.unlabeled_ratio}")
         if not self.unlabeled_weight >= 0:

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import nn
 
 from hf_ema_scaling.data.sampler import SampledStep
 from hf_ema_scaling.ema import WeightAverage
 from hf_ema_scaling.scaling import ScalingPlan, weight_from_log_momentum
+from hf_ema_scaling.training.arguments import EMATrainingArguments
+from hf_ema_scaling.training.stock import warn_of_half_precision
+
+
+def new_average(model: nn.Module, args: EMATrainingArguments) -> WeightAverage:
+    """The average that the arguments ask for; warns of a student in half precision."""
+    warn_of_half_precision(model)
+    return WeightAverage(
+        model,
+        buffers=args.ema_buffers,  # type: ignore[arg-type]
+        dtype=getattr(torch, args.ema_dtype),
+    )
 
 
 class AverageMover:

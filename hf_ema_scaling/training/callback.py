@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -18,11 +19,12 @@ from hf_ema_scaling.ema.average import BufferPolicy
 from hf_ema_scaling.scaling import ReferenceClock, ema_weight, momentum_from_half_life, scale_momentum
 from hf_ema_scaling.training.checks import LivenessWatch
 from hf_ema_scaling.training.stock import (
+    SkipWatch,
     learns,
     loader_batch_size,
-    loss_scale,
     nonfinite_parameter,
     refuse_unsupported,
+    warn_of_half_precision,
 )
 
 EMA_FOLDER = "ema"
@@ -71,6 +73,7 @@ class EMACallback(TrainerCallback):
         reference_batch_size: B, samples per optimizer step for which the momentum was tuned.
         ema_start: In reference steps; a step that begins before it makes the average equal to the student.
         buffers: `"average"` or `"copy"`, for floating-point buffers such as running statistics.
+        dtype: `torch.float32`, or `torch.float64` for momenta so close to 1 that float32 loses updates.
         resume_from: Where the average to resume lies (a checkpoint or its `ema` folder), if it is not
             `output_dir/checkpoint-N/ema` of the step `N` that is resumed.
 
@@ -88,6 +91,7 @@ class EMACallback(TrainerCallback):
         reference_batch_size: float,
         ema_start: float = 0,
         buffers: BufferPolicy = "average",
+        dtype: torch.dtype = torch.float32,
         resume_from: str | Path | None = None,
     ) -> None:
         if (momentum is None) == (half_life is None):
@@ -105,10 +109,13 @@ class EMACallback(TrainerCallback):
             raise ValueError(f"ema_start must be a number of reference steps of at least 0, got {ema_start!r}")
         if buffers not in ("average", "copy"):
             raise ValueError(f"buffers must be 'average' or 'copy', got {buffers!r}")
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}")
         self.momentum = float(momentum)
         self.reference_batch_size = float(reference_batch_size)
         self.ema_start = float(ema_start)
         self.buffers: BufferPolicy = buffers
+        self.dtype = dtype
         self.resume_from = None if resume_from is None else Path(resume_from)
         self._resumed = False
         self._warned = False
@@ -121,7 +128,7 @@ class EMACallback(TrainerCallback):
         self._processing_class: Any = None
         self._average: WeightAverage | None = None
         self._teacher: EMATeacher | None = None
-        self._scale: float | None = None
+        self._skip_watch = SkipWatch()
         self._alive = False
         self._watch: LivenessWatch | None = None
 
@@ -220,7 +227,7 @@ class EMACallback(TrainerCallback):
         self._processing_class = kwargs.get("processing_class")
         self._step = state.global_step
         self._clock = ReferenceClock(self.reference_batch_size)
-        self._alive, self._watch, self._scale = False, None, None
+        self._alive, self._watch, self._skip_watch = False, None, SkipWatch()
         if state.is_world_process_zero:
             self._warn_about_learning_rate()
         if state.global_step == 0 and self.resume_from is not None and not self._resumed:
@@ -237,7 +244,8 @@ class EMACallback(TrainerCallback):
                 )
             self._average = self._teacher = None
         if self._average is None:
-            self._average = WeightAverage(model, buffers=self.buffers)
+            warn_of_half_precision(model)
+            self._average = WeightAverage(model, buffers=self.buffers, dtype=self.dtype)
         self._model = model
         if state.global_step > 0:
             try:
@@ -257,7 +265,7 @@ class EMACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remembers the fp16 loss scale, which an overflow lowers."""
-        self._scale = loss_scale(kwargs.get("optimizer"))
+        self._skip_watch.before_step(kwargs.get("optimizer"))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -274,7 +282,7 @@ class EMACallback(TrainerCallback):
         kappa = self._clock.advance(self._batch * (self._accumulated + 1))
         self._accumulated = 0
         self._step = state.global_step + 1
-        if self._was_skipped(optimizer):
+        if self._skip_watch.was_skipped(optimizer):
             return
         # The weights are judged and not the gradients: they are what would enter the average, whatever the optimizer
         # made of a NaN. This costs one synchronisation; Trainer's own look at the loss costs another.
@@ -369,13 +377,6 @@ class EMACallback(TrainerCallback):
                     stacklevel=3,
                 )
         self._resumed = True
-
-    def _was_skipped(self, optimizer: Any) -> bool:
-        if getattr(optimizer, "step_was_skipped", False):
-            return True
-        # accelerate does not notice the skip of fused optimizers (huggingface/accelerate#4242); the scale backs off.
-        after = loss_scale(optimizer)
-        return self._scale is not None and after is not None and after < self._scale
 
     def _warn_about_learning_rate(self) -> None:
         kappa = self.kappa

@@ -223,6 +223,7 @@ def plan_of(
         scale_ema=args.scale_ema,
         ema_update_every=args.ema_update_every,
         ema_correction=cast(Correction, args.ema_correction),
+        ema_dtype=args.ema_dtype,
         done=done,
     )
 

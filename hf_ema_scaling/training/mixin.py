@@ -23,7 +23,7 @@ from hf_ema_scaling.ema import WeightAverage, load_average, save_average
 from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.augment import Augmentation, augment
-from hf_ema_scaling.training.average_update import AverageMover
+from hf_ema_scaling.training.average_update import AverageMover, new_average
 from hf_ema_scaling.training.checkpoints import checkpoint_to_resume, committed, restored_average
 from hf_ema_scaling.training.checks import (
     LivenessWatch,
@@ -45,7 +45,7 @@ from hf_ema_scaling.training.optimizer_values import hyper_parameters, reference
 from hf_ema_scaling.training.run_state import RunState, optimizer_family, run_state_to_resume
 from hf_ema_scaling.training.scheduler import PlanScheduler
 from hf_ema_scaling.training.signals import StopOnSigterm
-from hf_ema_scaling.training.stock import learns
+from hf_ema_scaling.training.stock import SkipWatch, learns
 
 logger = logging.get_logger(__name__)
 
@@ -97,6 +97,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
         self._resumed: RunState | None = None
         self._watch: LivenessWatch | None = None
         self._skipped = False
+        self._skip_watch = SkipWatch()
         self._statistics: list[tuple[Tensor, Tensor]] = []
         self._student: WeightAverage | None = None
         self._mover = AverageMover()
@@ -243,7 +244,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
             logger.warning("The model's parameters are other objects than before: the average is rebuilt from them.")
             self.average = None
         if self.average is None:
-            self.average = WeightAverage(self.model, buffers=self.args.ema_buffers)  # type: ignore[arg-type]
+            self.average = new_average(self.model, self.args)
         return self.average
 
     def label_micro_batches(self, inputs: dict[str, list[MicroBatch]]) -> list[MicroBatch]:
@@ -325,6 +326,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
     def lead_average(self) -> None:
         """What the average takes from the weights before the optimizer step; nothing if the step is dropped."""
         assert self.average is not None and self._last_step is not None
+        self._skip_watch.before_step(self.optimizer)
         if not self._skipped:
             self._mover.before_step(self.plan, self.average, self.model, self._last_step)
 
@@ -333,7 +335,9 @@ class EMATrainerMixin(BothWeightsEvaluation):
         assert self.average is not None and self._last_step is not None
         if self.batch_statistics and self.accelerator.num_processes > 1:
             share_statistics(self.model)
-        if self._skipped or self.accelerator.optimizer_step_was_skipped:
+        # Under a gradient scaler only the scaler knows: it steps on finite gradients whose norm overflows.
+        dropped = self._skipped and getattr(self.accelerator, "scaler", None) is None
+        if dropped or self._skip_watch.was_skipped(self.optimizer):
             return
         number = self.state.global_step + 1
         moved = (self.plan, self.average, self.model, self._last_step)

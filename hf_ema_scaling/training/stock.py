@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from hf_ema_scaling.ema.names import local_shard
+from hf_ema_scaling.ema.teacher import HALF_PRECISION
 
 
 def loader_batch_size(loader: Any, world_size: int) -> int:
@@ -62,6 +64,42 @@ def loss_scale(optimizer: Any) -> float | None:
     """The fp16 loss scale of a prepared optimizer; None without one."""
     scaler = getattr(optimizer, "scaler", None)
     return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else None
+
+
+class SkipWatch:
+    """Tells whether an optimizer step was skipped by fp16 loss scaling, at both doors of the library.
+
+    accelerate's own flag stays False for optimizers that unscale inside their step, as fused AdamW does, the default
+    (huggingface/accelerate#4242), so the scale is compared too: an overflow lowers it, nothing else does.
+    """
+
+    def __init__(self) -> None:
+        self._scale: float | None = None
+
+    def before_step(self, optimizer: Any) -> None:
+        """Remembers the loss scale of a prepared optimizer."""
+        self._scale = loss_scale(optimizer)
+
+    def was_skipped(self, optimizer: Any) -> bool:
+        """Whether the step since `before_step` was skipped."""
+        after = loss_scale(optimizer)
+        lowered = self._scale is not None and after is not None and after < self._scale
+        return lowered or bool(getattr(optimizer, "step_was_skipped", False))
+
+
+def warn_of_half_precision(model: nn.Module) -> None:
+    """Warns if trainable parameters are in half precision, saying what is lost and the way out."""
+    half = {p.dtype: name for name, p in model.named_parameters() if p.requires_grad and p.dtype in HALF_PRECISION}
+    for dtype, name in half.items():
+        bits = {torch.bfloat16: 8, torch.float16: 11}[dtype]
+        warnings.warn(
+            f"trainable parameters are {dtype} (for example {name!r}): a step that changes a weight by less than "
+            f"1 part in {2 ** (bits + 1)} of it is rounded away, so a small learning rate trains only some of the "
+            "weights, and the optimizer keeps its moments in that dtype too. from_pretrained keeps the dtype of a "
+            "checkpoint: pass dtype=torch.float32 to it and let TrainingArguments(bf16=True) compute in half "
+            "precision. (The average is kept in full precision, but can only follow these weights.)",
+            stacklevel=3,
+        )
 
 
 def learns(optimizer: Any) -> bool:

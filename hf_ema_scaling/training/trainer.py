@@ -15,13 +15,14 @@ from hf_ema_scaling.data.collator import MicroBatch, TwoSourceDataset
 from hf_ema_scaling.data.passes import CLOCK_DUST
 from hf_ema_scaling.data.sampler import Draw
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
-from hf_ema_scaling.ema import EMATeacher, check_liveness
+from hf_ema_scaling.ema import EMATeacher
 from hf_ema_scaling.labels import CTCLabeler, Labeler, PseudoLabel, blank_id, ctc_frame_lengths, non_target_ids
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.cached_labels import CachedLabels
 from hf_ema_scaling.training.diagnostics import LabelStatistics
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 from hf_ema_scaling.training.pseudo_label_step import drop_too_long, label_rows, with_targets, without_targets
+from hf_ema_scaling.training.teacher_start import PARITY_ROWS, start_teacher
 
 logger = logging.get_logger(__name__)
 
@@ -100,10 +101,21 @@ class PseudoLabelTrainer(EMATrainerMixin):
             self.cached_labels = CachedLabels(self.sampler, self.accelerator, checkpoint)
         super().begin_training()
         assert self.average is not None
-        self.teacher = EMATeacher(self.model, self.average, factory=self.teacher_factory)
         dataset = TwoSourceDataset(self.train_dataset, self.unlabeled_dataset, keep=self._signature_columns)
-        _, row = dataset[Draw(UNLABELLED, 0, 0, 0, 1.0)]
-        check_liveness(self.model, self.average, self.teacher, self._prepare_inputs(self.data_collator([dict(row)])))
+        count = min(
+            1 if self.pseudo_label_args.teacher_dtype == "float32" else PARITY_ROWS,
+            len(self.unlabeled_dataset),
+            self.args.per_device_train_batch_size,
+        )
+        rows = [dict(dataset[Draw(UNLABELLED, number, 0, 0, 1.0)][1]) for number in range(count)]
+        self.teacher = start_teacher(
+            self.model,
+            self.average,
+            self._prepare_inputs(self.data_collator(rows)),
+            self.labeler,
+            dtype=self.pseudo_label_args.teacher_dtype,
+            factory=self.teacher_factory,
+        )
 
     def label_micro_batches(self, inputs: dict[str, list[MicroBatch]]) -> list[MicroBatch]:
         """Labels the unlabelled rows by the teacher, on clean inputs; in its own batches where there are such.

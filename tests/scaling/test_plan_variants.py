@@ -171,3 +171,17 @@ def test_warnings_follow_the_variants(fragment: str, raises: Any, silent: Any) -
 
     assert fragment in warnings(*raises)
     assert fragment not in warnings(*silent)
+
+
+def test_a_momentum_too_close_to_one_for_float32_is_warned_of() -> None:
+    slow = recipe(ema_momentum=1 - 8e-6, ema_start=0, max_steps=200_000)
+    plan = ScalingPlan(slow, BatchSchedule.constant(64))
+    (said,) = [text for text in plan.warnings() if "float32" in text and "ema_dtype" in text]
+    # Half a unit in the last place is 2**-25 to 2**-24 of a float32 value.
+    assert f"by {8e-6:.3g} of its distance" in said
+    assert f"less than {2**-25 / 8e-6:.1g} to {2**-24 / 8e-6:.1g} of its size away" in said
+    for changes in ({"ema_dtype": "float64"}, {"ema_update_every": 2}):
+        quiet = ScalingPlan(slow, BatchSchedule.constant(64), **changes)  # type: ignore[arg-type]
+        assert not any("ema_dtype" in text for text in quiet.warnings()), changes
+    larger = ScalingPlan(slow, BatchSchedule.constant(128))
+    assert not any("ema_dtype" in text for text in larger.warnings())

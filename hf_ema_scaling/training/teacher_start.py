@@ -1,0 +1,56 @@
+"""The teacher as training begins: built in the dtype that was asked for, checked to live and to say the same in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_liveness, check_parity
+from hf_ema_scaling.ema.teacher import HALF_PRECISION
+from hf_ema_scaling.labels import Labeler
+
+logger = logging.get_logger(__name__)
+
+PARITY_ROWS = 4
+"""Rows on which a half-precision teacher is compared with a float32 one."""
+
+
+def start_teacher(
+    model: nn.Module,
+    average: WeightAverage,
+    inputs: Mapping[str, Tensor],
+    labeler: Labeler,
+    *,
+    dtype: str = "float32",
+    factory: Callable[[], nn.Module] | None = None,
+) -> EMATeacher:
+    """Builds the teacher, tests that it follows the student, and in half precision that it says what float32 says.
+
+    Args:
+        model: the student.
+        average: its average.
+        inputs: a few unlabelled rows, collated, on the teacher's device.
+        labeler: makes the labels that are compared; how many rows differ is logged.
+        dtype: of the teacher's weights, by name.
+        factory: as for `EMATeacher`.
+
+    Raises:
+        DeadTeacherError: see `check_liveness` and `check_parity`.
+    """
+    teacher = EMATeacher(model, average, factory=factory, dtype=getattr(torch, dtype))
+    check_liveness(model, average, teacher, inputs)
+    if teacher.dtype in HALF_PRECISION:
+        full = EMATeacher(model, average, factory=factory)
+        difference = check_parity(teacher, full, inputs)
+        labels = [[label.ids for label in labeler.label(one, inputs)] for one in (full, teacher)]
+        same = sum(a == b for a, b in zip(*labels, strict=True))
+        # Rounding may tip a label: worth a word, not an error.
+        say = logger.info if same == len(labels[0]) else logger.warning
+        say(
+            f"The teacher in {dtype} differs from one in float32 by {difference:.2g} of the size of its outputs; "
+            f"{same} of {len(labels[0])} labels are the same."
+        )
+    return teacher
