@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from hf_ema_scaling.ema.accelerate_state import AverageRegistration, register_average
 from hf_ema_scaling.ema.average import WeightAverage
 from hf_ema_scaling.ema.names import canonical_name, unwrap
 from hf_ema_scaling.ema.storage import AverageStateError, load_average, save_average
 from hf_ema_scaling.ema.teacher import DeadTeacherError, EMATeacher, check_liveness, check_moved
 
 __all__ = [
+    "AverageRegistration",
     "AverageStateError",
     "DeadTeacherError",
     "EMATeacher",
@@ -16,6 +18,7 @@ __all__ = [
     "check_liveness",
     "check_moved",
     "load_average",
+    "register_average",
     "save_average",
     "unwrap",
 ]

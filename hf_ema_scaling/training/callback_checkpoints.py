@@ -13,12 +13,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_ema_scaling.ema import EMATeacher, WeightAverage, save_average
+from hf_ema_scaling.ema.folders import folder_name
 from hf_ema_scaling.scaling import ReferenceClock
 from hf_ema_scaling.training.callback_files import (
     NoAverageError,
     average_to_resume,
     check_same_run,
-    folder_name,
     holds_state,
     read_average,
     written_checkpoint,
@@ -197,9 +197,8 @@ class CheckpointedAverage(TrainerCallback):
                 return
         elif problem is not None:
             raise NoAverageError(
-                f"{problem} Give its place with EMACallback(resume_from=...), resume from a checkpoint that was "
-                "written with this callback, or start a new average from the weights of this one with "
-                "EMACallback(on_missing_average='rebuild')."
+                f"{problem} If it lies elsewhere, name its place in EMACallback(resume_from=...); set "
+                "on_missing_average='rebuild' if the average was there and is lost."
             ) from problem
         # A new attempt after an out-of-memory error finds the weights that the last attempt left.
         if not attempt:
@@ -217,8 +216,8 @@ class CheckpointedAverage(TrainerCallback):
     def _rebuild(self, step: int, problem: str) -> None:
         self._clock = ReferenceClock(self.reference_batch_size, step * self._units)
         warnings.warn(
-            f"EMACallback: {problem} The average is rebuilt: it starts from the weights of step {step}, and the clock "
-            f"at {self._clock.position:g} reference steps ({step} steps of {self._units} samples).",
+            f"EMACallback: the average is rebuilt from the student's weights of step {step}, and its clock is put at "
+            f"{self._clock.position:g} reference steps ({step} steps of {self._units} samples): {problem}",
             stacklevel=4,
         )
         self.average.blend(self._student, 1.0)

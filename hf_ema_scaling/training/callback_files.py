@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,28 +17,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_ema_scaling.ema import AverageStateError, WeightAverage, load_average
 from hf_ema_scaling.ema.storage import STATE_NAME
 
-EMA_FOLDER = "ema"
-"""Folder of the average inside a checkpoint; that of a callback with a name is `ema-<name>`."""
-
 
 class NoAverageError(AverageStateError):
     """There is no average to resume, or what lies there cannot be read."""
-
-
-def folder_name(name: str | None) -> str:
-    """Folder of a callback's average inside a checkpoint.
-
-    Raises:
-        ValueError: The name is not a plain part of a file name.
-    """
-    if name is None:
-        return EMA_FOLDER
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError(
-            f"name must be letters, digits, '.', '_' and '-', beginning with a letter or digit, got {name!r}: the "
-            "average is saved in the folder ema-<name> of each checkpoint"
-        )
-    return f"{EMA_FOLDER}-{name}"
 
 
 def written_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
@@ -90,7 +70,7 @@ def average_to_resume(args: TrainingArguments, state: TrainerState, folder: str,
         resume_from: A checkpoint, or the folder of the average itself; None for the checkpoint in `output_dir`.
     """
     if resume_from is not None:
-        return resume_from / folder if (resume_from / folder).is_dir() else resume_from
+        return resume_from if (resume_from / STATE_NAME).is_file() else resume_from / folder
     trial = state.trial_name if state.is_hyper_param_search and state.trial_name else ""
     return Path(str(args.output_dir)) / trial / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / folder
 
@@ -114,14 +94,12 @@ def read_average(
         NoAverageError: There is no folder, or it is damaged.
         AverageStateError: It was not written by the callback, or at another step.
     """
-    if not folder.is_dir():
-        others = sorted(other.parent.name for other in folder.parent.glob(f"*/{STATE_NAME}"))
-        there = f" (averages there: {', '.join(others)}; a folder belongs to a name=)" if others else ""
-        raise NoAverageError(f"training resumes at step {step}, but there is no saved average in {folder}{there}.")
     try:
         saved = load_average(folder, model, average)
     except AverageStateError as error:
-        raise NoAverageError(str(error)) from error
+        others = sorted(other.parent.name for other in folder.parent.glob(f"*/{STATE_NAME}") if other.parent != folder)
+        there = f" Other averages there, each belonging to a name=: {', '.join(others)}." if others else ""
+        raise NoAverageError(f"training resumes at step {step}: {error}{there}") from error
     missing = sorted(set(keys) - saved.keys())
     if missing:
         raise AverageStateError(f"{folder} was not written by EMACallback: its state lacks {', '.join(missing)}.")
