@@ -26,9 +26,9 @@ def export_average(
 ) -> None:
     """Writes the average as a folder that the model's own library loads.
 
-    A transformers model, and a module without `save_pretrained`, is written by `save_average`, in float32. Any other
-    model that has `save_pretrained` (sentence-transformers, say) writes itself while it holds the average: in its own
-    layout and its own dtype, without `ema_state.json`. The folder is complete or absent.
+    A transformers model, one with PEFT adapters, and a module without `save_pretrained` is written by `save_average`,
+    in float32. Any other model that has `save_pretrained` (sentence-transformers, say) writes itself while it holds
+    the average: in its own layout and its own dtype, without `ema_state.json`. The folder is complete or absent.
 
     Args:
         folder: Where to write; an older folder of that name is replaced.
@@ -43,7 +43,8 @@ def export_average(
         ValueError: Names or shapes do not match.
     """
     inner: Any = unwrap(model)
-    if isinstance(inner, PreTrainedModel) or not hasattr(inner, "save_pretrained"):
+    ours = isinstance(inner, PreTrainedModel) or hasattr(inner, "peft_config") or not hasattr(inner, "save_pretrained")
+    if ours:
         save_average(folder, model, average, state=state, processing_class=processing_class, write=write)
         return
     folder = Path(folder)

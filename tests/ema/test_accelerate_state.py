@@ -108,7 +108,7 @@ def test_a_checkpoint_without_a_sound_average_loads_nothing(tmp_path: Path) -> N
     with pytest.raises(AverageStateError, match="damaged"):
         loop.accelerator.load_state(str(tmp_path))
     save_average(tmp_path / "ema", saved.inner, saved.average, state={})
-    with pytest.raises(AverageStateError, match="not saved by register_average"):
+    with pytest.raises(AverageStateError, match="register_average did not write it"):
         loop.accelerator.load_state(str(tmp_path))
     assert tiny.same_bits(loop.bits()[1], before[1])
     assert loop.clock.units == 0

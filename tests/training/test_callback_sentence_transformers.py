@@ -77,8 +77,12 @@ def fit(folder: Path, model: Any, data: Any, loss: Any, *callbacks: Any, **chang
 @pytest.mark.parametrize(
     ("data", "loss", "changes", "kappa"),
     [
-        (pairs, "MultipleNegativesRankingLoss", {"batch_sampler": "no_duplicates"}, 1.0),
-        (labelled, "BatchAllTripletLoss", {"batch_sampler": "group_by_label"}, 1.0),
+        pytest.param(
+            pairs, "MultipleNegativesRankingLoss", {"batch_sampler": "no_duplicates"}, 1.0, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            labelled, "BatchAllTripletLoss", {"batch_sampler": "group_by_label"}, 1.0, marks=pytest.mark.slow
+        ),
         (
             lambda: datasets.DatasetDict(a=pairs(), b=pairs(20)),
             "MultipleNegativesRankingLoss",
