@@ -89,7 +89,7 @@ def launch(folder: Path, *options: str) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*command, "--save-every", "16", *options], env=environment, capture_output=True, text=True, timeout=400
+        [*command, "--save-every", "16", *options], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
 
