@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -26,8 +27,8 @@ from hf_ema_scaling.training.callback_files import (
 
 OnMissing = Literal["raise", "rebuild"]
 
-# Every callback whose training has begun, to find two that keep their averages in the same folder of one run.
-_BEGUN: weakref.WeakSet[CheckpointedAverage] = weakref.WeakSet()
+# The last run of every callback, to find two that keep their averages in the same folder of one. A run is one state.
+_RUNS: weakref.WeakKeyDictionary[CheckpointedAverage, weakref.ref[TrainerState]] = weakref.WeakKeyDictionary()
 
 
 class CheckpointedAverage(TrainerCallback):
@@ -70,7 +71,6 @@ class CheckpointedAverage(TrainerCallback):
         self._processing_class: Any = None
         self._average: WeightAverage | None = None
         self._teacher: EMATeacher | None = None
-        self._run: weakref.ref[TrainerState] | None = None
         self._running = False
         self._resumed = False
         self._writes = True
@@ -139,9 +139,10 @@ class CheckpointedAverage(TrainerCallback):
         if not (args.enable_jit_checkpoint and control.should_training_stop) or self._saved_step == state.global_step:
             return
         checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        found = holds_state(checkpoint, state)
-        if any(gather_object([found])):
-            self._save(checkpoint, model, state, write=found and args.should_save)
+        write = args.should_save and holds_state(checkpoint, state)
+        # The signal reaches processes at moments of their own, so they wait for each other only where they must.
+        if write or any(isinstance(tensor, DTensor) for tensor in self.average.tensors().values()):
+            self._save(checkpoint, model, state, write=write)
 
     @property
     def _student(self) -> nn.Module:
@@ -159,11 +160,10 @@ class CheckpointedAverage(TrainerCallback):
         }
 
     def _claim_folder(self, state: TrainerState) -> None:
-        """Refuses a second callback with this folder in the same run: a run is one `TrainerState`."""
-        self._run = weakref.ref(state)
-        _BEGUN.add(self)
-        for other in _BEGUN:
-            if other is not self and other.folder == self.folder and other._run is not None and other._run() is state:
+        """Refuses a second callback with this folder in the same run."""
+        _RUNS[self] = weakref.ref(state)
+        for other, run in _RUNS.items():
+            if other is not self and other.folder == self.folder and run() is state:
                 raise ValueError(
                     f"{other!r} and {self!r} would save their averages in the same folder {self.folder!r} of each "
                     "checkpoint: give one of them another name=."

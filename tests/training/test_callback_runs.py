@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import sys
 import warnings
 from pathlib import Path
@@ -104,6 +105,7 @@ def test_callbacks_of_other_runs_do_not_clash(tmp_path: Path) -> None:
         run.train()
         run.train()
         assert average.average.num_updates == 2
+        assert pickle.loads(pickle.dumps(average)).average.num_updates == 2  # as Ray does with a trainer
 
 
 def test_the_missing_average_names_those_that_are_there(tmp_path: Path) -> None:
