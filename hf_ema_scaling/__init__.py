@@ -21,6 +21,7 @@ _HOME = {
     "scale_momentum": "scaling",
     "EMATeacher": "ema",
     "WeightAverage": "ema",
+    "register_average": "ema",
     "CTCLabeler": "labels",
     "Labeler": "labels",
     "PseudoLabel": "labels",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from hf_ema_scaling.data import ScheduledBatchSampler as ScheduledBatchSampler
     from hf_ema_scaling.ema import EMATeacher as EMATeacher
     from hf_ema_scaling.ema import WeightAverage as WeightAverage
+    from hf_ema_scaling.ema import register_average as register_average
     from hf_ema_scaling.labels import CTCLabeler as CTCLabeler
     from hf_ema_scaling.labels import Labeler as Labeler
     from hf_ema_scaling.labels import PseudoLabel as PseudoLabel

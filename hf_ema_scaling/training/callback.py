@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_ema_scaling.ema import AverageStateError, EMATeacher, WeightAverage, load_average, save_average
+from hf_ema_scaling.ema import EMATeacher, WeightAverage
 from hf_ema_scaling.ema.average import BufferPolicy
+from hf_ema_scaling.ema.export import export_average
 from hf_ema_scaling.scaling import ReferenceClock, ema_weight, momentum_from_half_life, scale_momentum
+from hf_ema_scaling.training.callback_checkpoints import CheckpointedAverage, OnMissing
 from hf_ema_scaling.training.checks import LivenessWatch
 from hf_ema_scaling.training.stock import (
     SkipWatch,
@@ -27,12 +28,10 @@ from hf_ema_scaling.training.stock import (
     warn_of_half_precision,
 )
 
-EMA_FOLDER = "ema"
-"""Folder of the average inside a checkpoint."""
 _DUST = 1e-9
 
 
-class EMACallback(TrainerCallback):
+class EMACallback(CheckpointedAverage):
     """Exponential moving average of the weights for the stock `Trainer`, with a momentum that follows the batch size.
 
     ```python
@@ -52,8 +51,15 @@ class EMACallback(TrainerCallback):
 
     Checkpoints: `checkpoint-N/ema/` is a complete `from_pretrained` folder of the average plus `ema_state.json`;
     `checkpoint-N/` itself stays the student. `train(resume_from_checkpoint=...)` continues the average bit for bit.
+    Just-in-time checkpoints and the checkpoints in the trial folders of a hyper-parameter search have it too.
+
+    Several averages of one run: give each callback but one a `name`, and so a folder `ema-<name>`; each resumes,
+    exports and teaches on its own.
+
     A second `train()` restarts the clock (and so `ema_start`) and continues the average if the model's parameters are
-    the same objects; otherwise (`model_init`, hyper-parameter search) the average is rebuilt with a warning.
+    the same objects; otherwise (`model_init`, hyper-parameter search) the average is rebuilt, with a warning outside
+    a search. When `auto_find_batch_size` starts again with a smaller batch, the average restarts from the model as
+    Trainer leaves it, and clock and kappa follow the new batch.
 
     **What a callback cannot do**, because Trainer hands it neither the trainer nor its metrics:
 
@@ -61,11 +67,14 @@ class EMACallback(TrainerCallback):
       (`with callback.averaged_weights(): trainer.evaluate()` works between training runs);
     - log: keys that a callback adds in `on_log` reach no reporter and no `log_history`;
     - put `ema/` into what Trainer pushes to the Hub for a checkpoint, or write it before older checkpoints are
-      rotated away: `on_save` comes after both. Checkpoints written without `on_save` (just-in-time checkpoints) have
-      no `ema/`, and resuming from one raises;
-    - save inside the trial folders of a hyper-parameter search: use `save_strategy="no"` there.
+      rotated away: `on_save` comes after both;
+    - learn from which folder training resumes: outside `output_dir`, name it in `resume_from`.
 
     `EMATrainer` does all of it, and scales the optimizer too.
+
+    The unit is what the loader draws: a row of the data set. Where a row is a packed sequence (TRL's `packing`),
+    `reference_batch_size` counts packed sequences; kappa is right as long as they are as long as they were at the
+    reference. Parameters of a loss module (sentence-transformers) are not the model's and are not averaged.
 
     Args:
         momentum: rho of one reference step, strictly between 0 and 1. Give this or `half_life`.
@@ -74,8 +83,11 @@ class EMACallback(TrainerCallback):
         ema_start: In reference steps; a step that begins before it makes the average equal to the student.
         buffers: `"average"` or `"copy"`, for floating-point buffers such as running statistics.
         dtype: `torch.float32`, or `torch.float64` for momenta so close to 1 that float32 loses updates.
-        resume_from: Where the average to resume lies (a checkpoint or its `ema` folder), if it is not
-            `output_dir/checkpoint-N/ema` of the step `N` that is resumed.
+        name: Tells several averages of one run apart; None for the folder `ema`.
+        resume_from: Where the average to resume lies (a checkpoint or the folder of the average in it), if it is not
+            in `output_dir/checkpoint-N` of the step `N` that is resumed.
+        on_missing_average: What to do when the average to resume is missing or damaged: `"raise"`, or `"rebuild"` it
+            from the weights that are resumed, with a warning.
 
     Raises:
         ValueError: An argument is out of range, or not exactly one of `momentum` and `half_life` is given.
@@ -92,11 +104,12 @@ class EMACallback(TrainerCallback):
         ema_start: float = 0,
         buffers: BufferPolicy = "average",
         dtype: torch.dtype = torch.float32,
+        name: str | None = None,
         resume_from: str | Path | None = None,
+        on_missing_average: OnMissing = "raise",
     ) -> None:
         if (momentum is None) == (half_life is None):
             raise ValueError(f"give exactly one of momentum and half_life, got {momentum!r} and {half_life!r}")
-        self._clock = ReferenceClock(reference_batch_size)
         given = f"{momentum=!r}" if half_life is None else f"{half_life=!r} samples"
         if half_life is not None:
             momentum = momentum_from_half_life(half_life, reference_batch_size)
@@ -111,37 +124,21 @@ class EMACallback(TrainerCallback):
             raise ValueError(f"buffers must be 'average' or 'copy', got {buffers!r}")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}")
-        self.momentum = float(momentum)
-        self.reference_batch_size = float(reference_batch_size)
-        self.ema_start = float(ema_start)
+        super().__init__(
+            float(momentum), float(reference_batch_size), float(ema_start), name, resume_from, on_missing_average
+        )
         self.buffers: BufferPolicy = buffers
         self.dtype = dtype
-        self.resume_from = None if resume_from is None else Path(resume_from)
-        self._resumed = False
-        self._warned = False
-        self._writes = True
-        self._step = 0
-        self._units = 0
+        self._warned_at: float | None = None
         self._batch = 0
         self._accumulated = 0
-        self._model: nn.Module | None = None
-        self._processing_class: Any = None
-        self._average: WeightAverage | None = None
-        self._teacher: EMATeacher | None = None
         self._skip_watch = SkipWatch()
         self._alive = False
         self._watch: LivenessWatch | None = None
 
-    @property
-    def average(self) -> WeightAverage:
-        """The average.
-
-        Raises:
-            RuntimeError: Training has not begun.
-        """
-        if self._average is None:
-            raise RuntimeError("there is no average yet: it is created when Trainer.train() begins")
-        return self._average
+    def __repr__(self) -> str:
+        name = "" if self.name is None else f", name={self.name!r}"
+        return f"EMACallback(momentum={self.momentum:g}, reference_batch_size={self.reference_batch_size:g}{name})"
 
     @property
     def teacher(self) -> EMATeacher:
@@ -189,7 +186,8 @@ class EMACallback(TrainerCallback):
     def export(self, folder: str | Path, model: nn.Module | None = None, processing_class: Any = None) -> None:
         """Writes the average as a folder that `from_pretrained` loads, in float32, with `ema_state.json`.
 
-        Call it on every process; one writes.
+        A model of another library (sentence-transformers) is saved as that library does it, in the model's dtype. Call
+        it on every process; one writes.
 
         Args:
             folder: Where to write; an older folder of that name is replaced.
@@ -199,7 +197,7 @@ class EMACallback(TrainerCallback):
         Raises:
             RuntimeError: Training has not begun.
         """
-        save_average(
+        export_average(
             folder,
             self._student if model is None else model,
             self.average,
@@ -211,19 +209,26 @@ class EMACallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Builds, continues or resumes the average, on every process.
+        """Builds, continues, restarts or resumes the average, on every process.
 
         Raises:
-            ValueError: The batch size is unknown, the optimizer is schedule-free, or `resume_from` meets step 0.
+            ValueError: The batch size is unknown, the optimizer is schedule-free, two callbacks have the same name, or
+                `resume_from` meets step 0.
             NotImplementedError: The parameters are partitioned by DeepSpeed ZeRO-3.
             AverageStateError: The average to resume is missing, damaged, or of another step or run.
         """
         model: nn.Module = kwargs["model"]
         refuse_unsupported(args, model)
-        self._batch = loader_batch_size(kwargs.get("train_dataloader"), args.world_size)
-        self._units = self._batch * args.gradient_accumulation_steps
+        self._claim_folder(state)
+        batch = loader_batch_size(kwargs.get("train_dataloader"), args.world_size)
+        # Nothing else tells a new attempt after an out-of-memory error from a second train().
+        attempt = bool(self._running and args.auto_find_batch_size and batch < self._batch)
+        self._running = True
+        self._batch = batch
+        self._units = batch * args.gradient_accumulation_steps
         self._accumulated = 0
         self._writes = args.should_save
+        self._saved_step = -1
         self._processing_class = kwargs.get("processing_class")
         self._step = state.global_step
         self._clock = ReferenceClock(self.reference_batch_size)
@@ -236,7 +241,7 @@ class EMACallback(TrainerCallback):
                 "resume_from_checkpoint to train(), or drop resume_from."
             )
         if self._average is not None and not self._average.same_parameters(model):
-            if state.global_step == 0:
+            if state.global_step == 0 and not state.is_hyper_param_search:
                 warnings.warn(
                     "EMACallback: the model's parameters are not those of the last train(); the average is rebuilt "
                     "from the model as it is now.",
@@ -249,11 +254,13 @@ class EMACallback(TrainerCallback):
         self._model = model
         if state.global_step > 0:
             try:
-                self._resume(args, state.global_step)
+                self._resume(args, state, attempt)
             except BaseException:
                 # Not to be mistaken for an average that training has moved, should train() be called again.
                 self._average = self._teacher = None
                 raise
+        elif attempt:
+            self._restart()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -264,7 +271,8 @@ class EMACallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remembers the fp16 loss scale, which an overflow lowers."""
+        """Remembers the fp16 loss scale, which an overflow lowers; follows a just-in-time checkpoint."""
+        self._follow_just_in_time(args, state, control, kwargs["model"])
         self._skip_watch.before_step(kwargs.get("optimizer"))
 
     def on_optimizer_step(
@@ -303,86 +311,11 @@ class EMACallback(TrainerCallback):
         if watched and self._watch is not None:
             self._alive = self._watch.after_update(model, self.average, ema_weight(self.momentum, kappa))
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Writes `checkpoint-N/ema/`; older checkpoints, and so their order by time, are not touched.
-
-        Raises:
-            FileNotFoundError: The checkpoint is not in `output_dir`.
-        """
-        checkpoint = _checkpoint(args, state.global_step)
-        if args.should_save and not checkpoint.is_dir():
-            raise FileNotFoundError(
-                f"EMACallback saves the average into {checkpoint}, which does not exist: it was deleted, or this is a "
-                "hyper-parameter search, whose trial folders a callback does not know. Use save_strategy='no' there."
-            )
-        model = kwargs["model"]
-        # Tells a resume whether this average and the weights it finds there belong together.
-        state_of_run = self._state() | {"student_distance": self.average.distance(model)}
-        save_average(
-            checkpoint / EMA_FOLDER,
-            model,
-            self.average,
-            state=state_of_run,
-            processing_class=self._processing_class,
-            write=args.should_save,
-        )
-
-    @property
-    def _student(self) -> nn.Module:
-        if self._model is None:
-            raise RuntimeError("there is no average yet: it is created when Trainer.train() begins")
-        return self._model
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "global_step": self._step,
-            "units_seen": self._clock.units,
-            "momentum": self.momentum,
-            "reference_batch_size": self.reference_batch_size,
-            "ema_start": self.ema_start,
-        }
-
-    def _resume(self, args: TrainingArguments, step: int) -> None:
-        folder = self.resume_from or _checkpoint(args, step)
-        if (folder / EMA_FOLDER).is_dir() or self.resume_from is None:
-            folder = folder / EMA_FOLDER
-        if not folder.is_dir():
-            raise AverageStateError(
-                f"training resumes at step {step}, but there is no saved average in {folder}. Give its place with "
-                "EMACallback(resume_from=...), or resume from a checkpoint that was written with the callback. To "
-                "start a new average from this checkpoint's weights on purpose, load them with from_pretrained and "
-                "call train() without resume_from_checkpoint."
-            )
-        saved = load_average(folder, self._student, self.average)
-        missing = sorted(self._state().keys() - saved.keys())
-        if missing:
-            raise AverageStateError(f"{folder} was not written by EMACallback: its state lacks {', '.join(missing)}.")
-        if saved["global_step"] != step:
-            raise AverageStateError(
-                f"the average in {folder} is of step {saved['global_step']}, but training resumes at step {step}: "
-                "resume both from the same checkpoint."
-            )
-        then, now = saved.get("student_distance"), self.average.distance(self._student)
-        if then is not None and not math.isclose(then, now, rel_tol=1e-3, abs_tol=1e-6):
-            raise AverageStateError(
-                f"the average in {folder} is of another run: its distance to the student was {then:.6g} when it was "
-                f"saved and is {now:.6g} to the weights that are resumed. Name the right folder in resume_from."
-            )
-        self._clock = ReferenceClock(self.reference_batch_size, saved["units_seen"])
-        for name in ("momentum", "reference_batch_size", "ema_start"):
-            if saved[name] != getattr(self, name):
-                warnings.warn(
-                    f"EMACallback: {name} was {saved[name]:g} in the run that is resumed and is now "
-                    f"{getattr(self, name):g}; the new value is used from here on.",
-                    stacklevel=3,
-                )
-        self._resumed = True
-
     def _warn_about_learning_rate(self) -> None:
         kappa = self.kappa
-        if self._warned or kappa == 1:
+        if kappa in (1, self._warned_at):
             return
-        self._warned = True
+        self._warned_at = kappa
         warnings.warn(
             f"EMACallback scales only the momentum: at kappa={kappa:g} ({self._units} samples per optimizer step over "
             f"reference_batch_size={self.reference_batch_size:g}) it is {scale_momentum(self.momentum, kappa):.6g}. "
@@ -391,7 +324,3 @@ class EMACallback(TrainerCallback):
             "without momentum), or use EMATrainer, which does it.",
             stacklevel=3,
         )
-
-
-def _checkpoint(args: TrainingArguments, step: int) -> Path:
-    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"

@@ -1,0 +1,93 @@
+"""`EMACallback` in the stock Trainer on two gloo processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from stock_runs import RHO
+from transformers import BertForSequenceClassification
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+SCRIPT = Path(__file__).parent / "callback_processes.py"
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("callback")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tests = SCRIPT.parents[1]
+    paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder)],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-5000:]
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_both_processes_hold_the_same_averages(launched: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, (first, second) = launched
+    assert tiny.same_bits(first, second)
+
+
+def test_kappa_counts_both_processes(launched: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, (seen, _) = launched
+    whole = seen["whole"]
+    assert whole["kappa"] == 2.0
+    expected = {name: p.double() for name, p in whole["start"].items()}
+    for student, shadow in zip(whole["students"], whole["averages"], strict=True):
+        for name in expected:
+            expected[name] = RHO**2 * expected[name] + (1 - RHO**2) * student[name].double()
+            assert (shadow[name] - expected[name]).abs().max() < 1e-6
+    exported = BertForSequenceClassification.from_pretrained(folder / "export")
+    assert all(torch.equal(p, whole["slow"][name]) for name, p in exported.named_parameters())
+
+
+def test_resumes_just_in_time_or_not_end_with_the_same_bits(launched: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, (seen, _) = launched
+    for name in ("slow", "fast"):
+        assert tiny.same_bits(seen["resumed"][name], seen["whole"][name])
+    assert seen["jit"]["stopped_at"] == 5
+    assert tiny.same_bits(seen["jit"]["slow"], seen["whole"]["slow"])
+
+
+def test_a_missing_average_is_rebuilt_on_every_process(launched: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, (seen, _) = launched
+    assert seen["rebuilt"]["said"] == 1
+    whole = seen["whole"]
+    expected = {name: p.double() for name, p in whole["students"][2].items()}
+    for student in whole["students"][3:]:
+        expected = {n: RHO**2 * expected[n] + (1 - RHO**2) * student[n].double() for n in expected}
+    assert all((seen["rebuilt"]["slow"][name] - expected[name]).abs().max() < 1e-6 for name in expected)

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+from transformers import BertForSequenceClassification
+
+from hf_ema_scaling import ReferenceClock, WeightAverage, register_average
+from hf_ema_scaling.ema import AverageStateError, EMATeacher, load_average, save_average
+
+RHO = 0.9
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Loop:
+    """A plain Accelerate loop of an own kind of model, two batches of three rows to a step."""
+
+    def __init__(self, seed: int = 0, *, name: str | None = None, model: nn.Module | None = None) -> None:
+        torch.manual_seed(seed)
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)) if model is None else model
+        optimizer: Any = torch.optim.AdamW(self.inner.parameters(), lr=0.1)
+        self.model, self.optimizer = self.accelerator.prepare(self.inner, optimizer)
+        self.average, self.clock = WeightAverage(self.model), ReferenceClock(3)
+        self.registration = register_average(self.accelerator, self.model, self.average, self.clock, name=name)
+        self.students: list[dict[str, torch.Tensor]] = []
+
+    def train(self, start: int, end: int) -> None:
+        for number in range(2 * start, 2 * end):
+            rows = torch.randn(3, 4, generator=torch.Generator().manual_seed(number))
+            with self.accelerator.accumulate(self.model):
+                self.accelerator.backward(self.model(rows).square().mean())
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if self.accelerator.sync_gradients:
+                self.average.update(self.model, RHO, self.clock.advance(6))
+                self.students.append({n: p.detach().double() for n, p in self.inner.named_parameters()})
+
+    def bits(self) -> list[dict[str, torch.Tensor]]:
+        return [{k: v.clone() for k, v in x.items()} for x in (self.average.tensors(), self.inner.state_dict())]
+
+
+def test_the_average_follows_the_closed_form_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    whole = Loop()
+    expected = {name: p.detach().double() for name, p in whole.inner.named_parameters()}
+    whole.train(0, 3)
+    whole.accelerator.save_state(str(tmp_path / "checkpoint"))
+    whole.train(3, 6)
+    for student in whole.students:
+        expected = {n: RHO**2 * expected[n] + (1 - RHO**2) * student[n] for n in expected}
+    for name in expected:
+        assert (whole.average.tensors()[name] - expected[name]).abs().max() < 1e-6
+    assert whole.average.distance(whole.inner) > 1e-3
+
+    resumed = Loop(seed=1)
+    resumed.accelerator.load_state(str(tmp_path / "checkpoint"))
+    assert (resumed.average.num_updates, resumed.clock.units, resumed.clock.position) == (3, 18.0, 6.0)
+    resumed.train(3, 6)
+    assert tiny.same_bits(resumed.bits(), whole.bits())
+    assert (resumed.average.num_updates, resumed.clock.position) == (6, 12.0)
+
+
+def test_only_safetensors_and_json_are_written_and_nothing_is_left_over(tmp_path: Path) -> None:
+    loop = Loop()
+    for _ in range(2):  # the second replaces the first
+        loop.train(0, 1)
+        loop.accelerator.save_state(str(tmp_path))
+    assert sorted(path.name for path in (tmp_path / "ema").iterdir()) == ["ema_state.json", "model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["ema"]
+    assert load_average(tmp_path / "ema", loop.inner, loop.average) == {"units_seen": 12.0, "reference_batch_size": 3}
+
+
+def test_a_transformers_model_gets_a_from_pretrained_folder(tmp_path: Path) -> None:
+    loop = Loop(model=tiny.bert())
+    with torch.no_grad():
+        loop.inner.get_parameter("classifier.bias").add_(1.0)
+    loop.average.update(loop.model, RHO)
+    loop.accelerator.save_state(str(tmp_path))
+    assert loop.average.equals(BertForSequenceClassification.from_pretrained(tmp_path / "ema"))
+
+
+def test_a_checkpoint_without_a_sound_average_loads_nothing(tmp_path: Path) -> None:
+    saved = Loop()
+    saved.train(0, 2)
+    saved.accelerator.save_state(str(tmp_path))
+    loop = Loop(seed=1)
+    before = loop.bits()
+    (tmp_path / "ema").rename(tmp_path / "gone")
+    with pytest.raises(AverageStateError, match="no saved average at"):
+        loop.accelerator.load_state(str(tmp_path))
+    (tmp_path / "gone").rename(tmp_path / "ema")
+    weights = tmp_path / "ema" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(AverageStateError, match="damaged"):
+        loop.accelerator.load_state(str(tmp_path))
+    save_average(tmp_path / "ema", saved.inner, saved.average, state={})
+    with pytest.raises(AverageStateError, match="register_average did not write it"):
+        loop.accelerator.load_state(str(tmp_path))
+    assert tiny.same_bits(loop.bits()[1], before[1])
+    assert loop.clock.units == 0
+
+
+def test_several_averages_keep_apart_and_one_can_be_removed(tmp_path: Path) -> None:
+    loop = Loop(name="slow")
+    with pytest.raises(ValueError, match="'ema-slow'"):
+        register_average(loop.accelerator, loop.model, loop.average, loop.clock, name="slow")
+    with pytest.raises(ValueError, match="name must be"):
+        register_average(loop.accelerator, loop.model, loop.average, loop.clock, name="../x")
+    fast, clock = WeightAverage(loop.model), ReferenceClock(1)
+    other = register_average(loop.accelerator, loop.model, fast, clock)
+    loop.train(0, 2)
+    fast.update(loop.model, 0.5)
+    loop.accelerator.save_state(str(tmp_path / "both"))
+    slow, quick = loop.average.fingerprint(), fast.fingerprint()
+    assert slow != quick
+    loop.train(2, 3)
+    fast.update(loop.model, 0.5)
+    loop.accelerator.load_state(str(tmp_path / "both"))
+    assert (loop.average.fingerprint(), fast.fingerprint()) == (slow, quick)
+    assert (loop.average.num_updates, fast.num_updates, loop.clock.units, clock.units) == (2, 1, 12.0, 0.0)
+
+    other.remove()
+    loop.accelerator.save_state(str(tmp_path / "one"))
+    assert [path.name for path in (tmp_path / "one").glob("ema*")] == ["ema-slow"]
+    register_average(loop.accelerator, loop.model, fast, clock)
+
+
+def test_a_teacher_stays_valid_over_a_resume(tmp_path: Path) -> None:
+    loop = Loop()
+    loop.train(0, 2)
+    loop.accelerator.save_state(str(tmp_path))
+    teacher = EMATeacher(
+        loop.model, loop.average, factory=lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    )
+    rows = torch.randn(5, 4)
+    answer = teacher(rows)
+    loop.train(2, 4)
+    assert not torch.equal(teacher(rows), answer)
+    loop.accelerator.load_state(str(tmp_path))
+    assert torch.equal(teacher(rows), answer)
