@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_ema_scaling.ema import kernels
 from hf_ema_scaling.ema.names import Entry, canonical_name, check_names, entries_of, local_shard, unwrap
+from hf_ema_scaling.ema.sharding import copy_whole_, gathered, is_flat_sharded, over_shards, reshard
 from hf_ema_scaling.scaling.momentum import ema_weight
 
 BufferPolicy = Literal["average", "copy"]
@@ -58,8 +59,10 @@ class WeightAverage:
     for bit (the latter are functions of the configuration and are not saved, so averaging them could not survive a
     resume); persistent floating buffers follow `buffers`.
 
-    DTensor parameters (FSDP2) are shadowed by DTensors of the same placement and updated on their local shards
-    without communication; sharded models are outside this class's own tests.
+    DTensor parameters (FSDP2) are shadowed by DTensors of the same placement: each process holds and updates its own
+    shards, in float32, without communication. `distance`, `fingerprint`, `equals`, `state_dict` and `share_with` are
+    then collective and give the same on every process. Parts of the model that an evaluation left gathered are
+    resharded first. A DTensor average belongs to models sharded alike.
 
     Args:
         model: The student, wrapped or not.
@@ -68,6 +71,7 @@ class WeightAverage:
     Attributes:
         num_updates: Updates done since construction or since the state that was loaded.
         storage_version: Grows when shadow tensors had to be reallocated, so that whoever shares them can notice.
+        sharded: Whether any of its tensors is a DTensor.
 
     Source: "How to Scale Your EMA", arXiv 2307.13813, eq. 1 and definition 1.2 (rho -> rho**kappa).
     """
@@ -84,8 +88,15 @@ class WeightAverage:
         self._persistent: set[str] = set()
         self._binding: _Binding | None = None
         _refuse_swapped(model, "build an average from")
+        if is_flat_sharded(model):
+            raise NotImplementedError(
+                "Cannot average a model wrapped by FSDP1, whose parameters are pieces of flat buffers without shapes of "
+                "their own: shard it with FSDP2 (fsdp_version: 2), whose parameters are DTensors."
+            )
+        reshard(model)
         for entry in entries_of(model):
             self._add(entry)
+        self.sharded = any(isinstance(shadow, DTensor) for shadow in self._shadow.values())
         if not self._params:
             raise ValueError(f"{type(model).__name__} has no parameters to average.")
         self._bind(model)
@@ -161,6 +172,7 @@ class WeightAverage:
         """Says whether the model's parameters are the very objects the average was last bound to."""
         if self._binding is None:
             return False
+        self._reshard(model)
         mine = {id(tensor) for tensor in self._binding.sources if isinstance(tensor, nn.Parameter)}
         return mine == {id(parameter) for parameter in model.parameters()}
 
@@ -186,6 +198,7 @@ class WeightAverage:
             self._write(entries)
             yield
         finally:
+            self._reshard(model)
             with torch.no_grad():
                 for entry, value in zip(entries, own, strict=True):
                     for slot in entry.slots:
@@ -205,7 +218,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def share_with(self, module: nn.Module) -> None:
-        """Makes the shadow's tensors the parameters and buffers of `module`, without a copy.
+        """Makes the shadow's tensors the parameters and buffers of `module`, without a copy; DTensors are gathered.
+
+        A sharded average is gathered tensor by tensor into new storage, which every process must take part in and
+        which later updates do not reach: call it again for them.
 
         Args:
             module: A module of the same names and shapes that belongs to nobody else. Its parameters become
@@ -217,9 +233,9 @@ class WeightAverage:
         shared_as: dict[str, Tensor] = {}
         # Models built without initialisation are not tied yet: here they become so.
         for entry in self._match(module, tied=False):
-            shadow = self._shadow[entry.key]
             shared = shared_as.get(entry.key)
             if shared is None:
+                shadow = gathered(self._shadow[entry.key])
                 shared = nn.Parameter(shadow, requires_grad=False) if entry.is_param else shadow
                 shared_as[entry.key] = shared
             for slot in entry.slots:
@@ -239,15 +255,21 @@ class WeightAverage:
         """Returns the name in `tensors()` for any name of the same tensor (wrapped, tied), or None if unknown."""
         return self._key_of.get(canonical_name(name))
 
-    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+    def state_dict(self, model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
         """Returns the average in the form of `model.state_dict()`: canonical keys, tied names included, no copies.
 
-        DTensor shadows are gathered, which every process must take part in.
+        DTensor shadows are gathered one by one onto the CPU, which every process must take part in.
+
+        Args:
+            model: The student, wrapped or not.
+            keep: False on a process that only takes part; then gathered tensors are dropped at once and left out.
 
         Raises:
             ValueError: The model's state has a tensor that the average does not have.
         """
+        self._reshard(model)
         state: dict[str, Tensor] = {}
+        whole: dict[str, Tensor] = {}
         for name, value in model.state_dict().items():
             if not isinstance(value, Tensor):
                 continue
@@ -255,7 +277,14 @@ class WeightAverage:
             if key is None:
                 raise ValueError(f"The average has no tensor for {name!r} of the model's state_dict.")
             shadow = self._shadow[key]
-            state[canonical_name(name)] = shadow.full_tensor() if isinstance(shadow, DTensor) else shadow
+            if isinstance(shadow, DTensor):
+                if key not in whole:
+                    full = gathered(shadow)
+                    whole[key] = full.cpu() if keep else full.new_empty(0)
+                if not keep:
+                    continue
+                shadow = whole[key]
+            state[canonical_name(name)] = shadow
         return state
 
     @torch.no_grad()
@@ -276,7 +305,7 @@ class WeightAverage:
             if tensor.dtype != wanted[key].dtype:
                 raise ValueError(f"{key!r} is {tensor.dtype} in the saved average, expected {wanted[key].dtype}.")
         for key, tensor in found.items():
-            wanted[key].copy_(tensor)
+            copy_whole_(wanted[key], tensor)
 
     @torch.no_grad()
     def distance(self, model: nn.Module) -> float:
@@ -295,14 +324,26 @@ class WeightAverage:
     @torch.no_grad()
     def fingerprint(self) -> tuple[int, ...]:
         """Returns one integer per floating-point parameter, the sum of its bit patterns; any moved bit shows."""
-        return kernels.bit_sums([local_shard(self._shadow[key]) for key in self._shadow if key in self._params])
+        tensors = [self._shadow[key] for key in self._shadow if key in self._params]
+        sums = kernels.bit_sums([local_shard(tensor) for tensor in tensors])
+        if not self.sharded:
+            return sums
+        return tuple(over_shards(torch.tensor(sums, device=self.device), tensors).tolist())
 
     @torch.no_grad()
     def equals(self, model: nn.Module) -> bool:
         """Says whether every floating-point parameter of the model, cast to the shadow's dtype, is the average."""
         entries = [entry for entry in self._match(model) if entry.key in self._params]
-        pairs = [(local_shard(self._shadow[e.key]), local_shard(e.tensor)) for e in entries]
-        return all(torch.equal(shadow, source.to(shadow.device, shadow.dtype)) for shadow, source in pairs)
+        tensors = [self._shadow[entry.key] for entry in entries]
+        pairs = [(local_shard(shadow), local_shard(e.tensor)) for shadow, e in zip(tensors, entries, strict=True)]
+        if not self.sharded:
+            return all(torch.equal(shadow, source.to(shadow.device, shadow.dtype)) for shadow, source in pairs)
+        differ = [int(not torch.equal(shadow, source.to(shadow.device, shadow.dtype))) for shadow, source in pairs]
+        return not bool(over_shards(torch.tensor(differ, device=self.device), tensors).any())
+
+    def _reshard(self, model: nn.Module) -> None:
+        if self.sharded:
+            reshard(model)
 
     def _add(self, entry: Entry) -> None:
         source = entry.tensor.detach()
@@ -316,6 +357,8 @@ class WeightAverage:
 
     def _match(self, model: nn.Module, *, tied: bool = True) -> list[Entry]:
         """Pairs every tensor of the model with its shadow by name; checks names, shapes and, if `tied`, tying."""
+        if tied:  # not for a module of the teacher's, which is whole
+            self._reshard(model)
         entries = entries_of(model)
         names = {slot.name for entry in entries for slot in entry.slots if entry.persistent}
         check_names({n for n, key in self._key_of.items() if key in self._persistent}, names, type(model).__name__)
@@ -331,10 +374,13 @@ class WeightAverage:
             seen.add(key)
             if entry.persistent:
                 _check_shape(key, self._shadow[key], entry.tensor)
+                if tied:
+                    _check_placement(key, self._shadow[key], entry.tensor)
             matched.append(Entry(key, entry.slots))
         return matched
 
     def _bind(self, model: nn.Module) -> _Binding:
+        self._reshard(model)
         if self._binding is not None and self._binding.holds_for(model):
             return self._binding
         for entry in entries_of(model):
@@ -345,8 +391,6 @@ class WeightAverage:
         groups: dict[tuple[str, torch.device, torch.dtype, torch.dtype], list[Entry]] = {}
         for entry in entries:
             source, shadow = entry.tensor, self._shadow[entry.key]
-            if isinstance(shadow, DTensor) and not isinstance(source, DTensor):
-                raise RuntimeError(f"{entry.key!r} is unsharded: call reshard() on the FSDP modules before updating.")
             if shadow.device != source.device or shadow.shape != source.shape:
                 # Only non-persistent buffers may change shape (`_match`), e.g. position tables grown on demand.
                 kept = shadow if shadow.shape == source.shape else source.detach()
@@ -390,3 +434,16 @@ def _refuse_swapped(model: nn.Module, action: str) -> None:
 def _check_shape(key: str, wanted: Tensor, found: Tensor) -> None:
     if wanted.shape != found.shape:
         raise ValueError(f"{key!r} has shape {tuple(found.shape)}, the average has {tuple(wanted.shape)}.")
+
+
+def _check_placement(key: str, wanted: Tensor, found: Tensor) -> None:
+    held, given = (_placement(tensor) for tensor in (wanted, found))
+    if held != given:
+        raise ValueError(
+            f"{key!r} is {given} in the model, the average has it {held}. Build the average after the model has been "
+            "sharded, and use it with that model; `share_with` gathers it for others."
+        )
+
+
+def _placement(tensor: Tensor) -> str:
+    return f"sharded as {tensor.placements}" if isinstance(tensor, DTensor) else "whole"

@@ -96,6 +96,9 @@ class PseudoLabelTrainer(EMATrainerMixin):
     def label_micro_batches(self, inputs: dict[str, list[MicroBatch]]) -> list[MicroBatch]:
         """Labels the unlabelled rows by the teacher, on clean inputs; in its own batches where there are such."""
         micro_batches = super().label_micro_batches(inputs)
+        # On every process, also one that has nothing to label: a sharded average is gathered by all of them together.
+        if self.teacher is not None and any(batch["source"] == UNLABELLED for batch in micro_batches):
+            self.teacher.refresh()
         to_label = [batch for batch in micro_batches if batch["source"] == UNLABELLED and batch["weight"]]
         found: dict[int, PseudoLabel] = {}
         for batch in inputs.get("label_batches", to_label):
