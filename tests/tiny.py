@@ -234,9 +234,10 @@ class Recorder(TrainerCallback):
 
 
 class Recorded:
-    """Mixed into a trainer: which items every step drew, and the labels its unlabelled items were given."""
+    """Mixed into a trainer: which items every step drew, and its micro-batches' sources and weights."""
 
     drawn: list[list[tuple[int, int, int]]]
+    rounds: list[list[tuple[int, float]]]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.__dict__.setdefault("drawn", []).append(
@@ -245,6 +246,9 @@ class Recorded:
                 for batch in inputs["micro_batches"]
                 for index, position in zip(batch["indices"], batch["positions"], strict=True)
             ]
+        )
+        self.__dict__.setdefault("rounds", []).append(
+            [(batch["source"], float(batch["weight"])) for batch in inputs["micro_batches"]]
         )
         result: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         return result

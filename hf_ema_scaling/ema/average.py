@@ -30,7 +30,7 @@ class _Binding:
 
     modules: list[tuple[nn.Module, tuple[Tensor | None, ...], int]]
     sources: list[Tensor]
-    traits: list[tuple[torch.device, torch.dtype, bool]]
+    traits: list[tuple[torch.device, torch.dtype, bool, int]]
     parameters: list[_Lists] = field(default_factory=list)
     buffers: list[_Lists] = field(default_factory=list)
     copies: list[_Lists] = field(default_factory=list)
@@ -422,8 +422,10 @@ def _shadow_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
 
 
-def _trait(tensor: Tensor) -> tuple[torch.device, torch.dtype, bool]:
-    return tensor.device, tensor.dtype, tensor.requires_grad
+def _trait(tensor: Tensor) -> tuple[torch.device, torch.dtype, bool, int]:
+    # FSDP2 moves a shard that it pads to other storage at the first forward pass; the parameter stays the same object.
+    place = local_shard(tensor).data_ptr() if isinstance(tensor, DTensor) else 0
+    return tensor.device, tensor.dtype, tensor.requires_grad, place
 
 
 def _refuse_swapped(model: nn.Module, action: str) -> None:

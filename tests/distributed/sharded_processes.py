@@ -31,7 +31,7 @@ PLANS = {
     "wav2vec2": {"wav2vec2.encoder.layers.*": "free_full_weight", "lm_head": "keep_full_weight"},
 }
 SENTENCE = torch.tensor([[1, 2, 3, 4, 5, 6]])
-BAD = 7
+BAD = 3
 """Number of the sentence whose loss is not finite in the runs that meet such a gradient."""
 
 
@@ -63,8 +63,9 @@ def split(folder: Path, model: Any, family: str, micro: int, **changes: Any) -> 
         "logging_strategy": "steps",
         "logging_steps": 1,
     }
-    data = tiny.sentences(40) if family == "bert" else tiny.speech(40)
-    return tiny.trainer(model, tiny.arguments(folder, **(values | changes)), data)
+    # Six rows in batches of three: Trainer's evaluation loss is that of the rows only where no process fills a batch up.
+    data, other = (tiny.sentences(40), tiny.sentences(6, 9)) if family == "bert" else (tiny.speech(40), tiny.speech(6, 9))
+    return tiny.trainer(model, tiny.arguments(folder, **(values | changes)), data, eval_dataset={"a": other})
 
 
 def semi_supervised(folder: Path, model: Any, micro: int, labeler: Any = None, **changes: Any) -> Any:
@@ -166,6 +167,7 @@ def trajectory(model: nn.Module, dtype: torch.dtype, steps: int = 4) -> list[dic
 
 
 def move(model: nn.Module, values: dict[str, Tensor]) -> None:
+    reshard(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             whole = values[name]
@@ -181,13 +183,20 @@ def move(model: nn.Module, values: dict[str, Tensor]) -> None:
 def update_all(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     """An average over a moving model, and everything it can be asked."""
     average = WeightAverage(model)
+    # The first pass makes FSDP2 pad uneven shards, in storage of their own.
+    inputs = torch.ones(2, 5, dtype=dtype)
+    model(inputs).sum().backward()
     fingerprints = [average.fingerprint()]
     distances = []
     for number, values in enumerate(trajectory(model, dtype)):
         move(model, values)
         average.update(model, 0.9, 1.5 + number)
         fingerprints.append(average.fingerprint())
+        with torch.no_grad():
+            model(inputs)  # and leaves parts of the model gathered
         distances.append(average.distance(model))
+        with torch.no_grad():
+            model(inputs)
     state = {name: value.clone() for name, value in average.state_dict(model).items()}
     return {"average": average, "fingerprints": fingerprints, "distances": distances, "state": state}
 
@@ -311,8 +320,6 @@ def with_callback(folder: Path, model: Any, rank: int) -> dict[str, Any]:
         model.eval()
         with torch.no_grad():
             found["averaged"] = model(input_ids=SENTENCE).logits.clone()
-    found["resumed"] = error_of(lambda: trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2")))
-
     class Spoil(EMACallback):
         def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
             super().on_pre_optimizer_step(*args, **kwargs)
@@ -344,8 +351,7 @@ def main(folder: Path) -> None:
         made = split(place, model, family, 4, noise_scale_every=1, **save)
         made.train()
         results[f"split-{family}"] = seen(made)
-        data = {"a": tiny.sentences(7, 9)} if family == "bert" else {"a": tiny.speech(7, 9)}
-        results[f"split-{family}"]["evaluated"] = made.evaluate(data)
+        results[f"split-{family}"]["evaluated"] = made.evaluate()
         made.save_model(str(place / "final"))
         results[f"split-{family}"]["final"] = tiny.parameters(model), tiny.average(made)
         if family == "bert":
