@@ -90,8 +90,8 @@ class WeightAverage:
         _refuse_swapped(model, "build an average from")
         if is_flat_sharded(model):
             raise NotImplementedError(
-                "Cannot average a model wrapped by FSDP1, whose parameters are pieces of flat buffers without shapes of "
-                "their own: shard it with FSDP2 (fsdp_version: 2), whose parameters are DTensors."
+                "Cannot average a model wrapped by FSDP1, whose parameters are pieces of flat buffers: shard it with "
+                "FSDP2 (fsdp_version: 2), whose parameters are DTensors with names and shapes of their own."
             )
         reshard(model)
         for entry in entries_of(model):

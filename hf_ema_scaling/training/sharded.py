@@ -23,9 +23,10 @@ ZERO_3 = (
     "elements, so there is nothing to average: use FSDP2 (fsdp_version: 2)"
 )
 ZERO = (
-    "DeepSpeed steps its optimizer inside backward(), with clipping and overflow checks of its own: there the plan's "
-    "clipping, on_nonfinite, ema_correction='path', the noise scale and the optimizer state's rescaling at a change of "
-    "stage come too late. Use DDP or FSDP2 (fsdp_version: 2); under ZeRO-1 or 2 EMACallback in a stock Trainer averages"
+    "DeepSpeed steps its optimizer inside backward(), with clipping and overflow checks of its own, so the plan's "
+    "clipping, on_nonfinite, ema_correction='path' and the noise scale come too late, and it keeps the optimizer's "
+    "state flat, which a change of stage could not rescale. Use DDP or FSDP2 (fsdp_version: 2); a stock Trainer with "
+    "EMACallback averages under ZeRO-1 and 2"
 )
 
 
@@ -56,8 +57,8 @@ def refuse_sharding(trainer: Trainer) -> None:
         _refuse_load_time_sharding(trainer)
     if trainer.args.fp16 or getattr(trainer.accelerator, "scaler", None) is not None:
         raise NotImplementedError(
-            "fp16 with FSDP2: each process would judge the overflow of its own shards, and some would skip a step that "
-            "others take: use bf16"
+            "fp16 with FSDP2: each process would judge the overflow of its own shards, and some would skip a step "
+            "that others take: use bf16"
         )
     for name, value in _layer_drops(getattr(unwrap(model), "config", None)):
         raise ValueError(

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from hf_ema_scaling import EMACallback, WeightAverage
-from hf_ema_scaling.ema import EMATeacher, load_average, save_average
+from hf_ema_scaling.ema import EMATeacher, load_average
 from hf_ema_scaling.ema.sharding import reshard
 from hf_ema_scaling.labels import CTCLabeler
 
@@ -63,9 +63,10 @@ def split(folder: Path, model: Any, family: str, micro: int, **changes: Any) -> 
         "logging_strategy": "steps",
         "logging_steps": 1,
     }
-    # Six rows in batches of three: Trainer's evaluation loss is that of the rows only where no process fills a batch up.
-    data, other = (tiny.sentences(40), tiny.sentences(6, 9)) if family == "bert" else (tiny.speech(40), tiny.speech(6, 9))
-    return tiny.trainer(model, tiny.arguments(folder, **(values | changes)), data, eval_dataset={"a": other})
+    make = tiny.sentences if family == "bert" else tiny.speech
+    # Six rows in batches of three: Trainer's loss of an evaluation is exact where no process has to fill a batch up.
+    args = tiny.arguments(folder, **(values | changes))
+    return tiny.trainer(model, args, make(40), eval_dataset={"a": make(6, 9)})
 
 
 def semi_supervised(folder: Path, model: Any, micro: int, labeler: Any = None, **changes: Any) -> Any:
@@ -320,6 +321,7 @@ def with_callback(folder: Path, model: Any, rank: int) -> dict[str, Any]:
         model.eval()
         with torch.no_grad():
             found["averaged"] = model(input_ids=SENTENCE).logits.clone()
+
     class Spoil(EMACallback):
         def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
             super().on_pre_optimizer_step(*args, **kwargs)
@@ -335,53 +337,53 @@ def with_callback(folder: Path, model: Any, rank: int) -> dict[str, Any]:
     return found
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    state = PartialState(cpu=True)
-    rank = state.process_index
+def trained(folder: Path, family: str) -> tuple[Any, dict[str, Any]]:
+    """A run with everything that is asked of one, saved; and what it saw."""
+    save = {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}
+    made = split(folder / f"split-{family}", model_of(family, folder / family), family, 4, noise_scale_every=1, **save)
+    made.train()
+    found = seen(made)
+    found["evaluated"] = made.evaluate()
+    made.save_model(str(folder / f"split-{family}" / "final"))
+    return made, found | {"final": (tiny.parameters(made.model), tiny.average(made))}
+
+
+def main(folder: Path, rank: int) -> dict[str, Any]:
+    """The average in shards, and one run from training to teaching."""
     results: dict[str, Any] = {}
     mesh = init_device_mesh("cpu", (2,))
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         results[f"uneven-{name}"] = uneven(mesh, rank, dtype)
+    made, results["split-bert"] = trained(folder, "bert")
+    model, place = made.model, folder / "split-bert"
+    results["after_evaluation"] = after_evaluation(model, made.average)
+    again = WeightAverage(model)
+    load_average(place / "final" / "ema", model, again)
+    results["loaded"] = {name: tiny.whole(tensor) for name, tensor in again.tensors().items()}
+    results["teacher"] = teacher_of(model, made.average)
+    results["resume"] = error_of(lambda: made.train(resume_from_checkpoint=str(place / "checkpoint-3")))
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3}
+    save = {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}
+    results["best"] = error_of(lambda: split(folder, model, "bert", 4, **save, **best))
+    model.config.distributed_config.tp_size = 2
+    results["tensor_parallel"] = error_of(lambda: split(folder, model, "bert", 4))
+    model.config.distributed_config.tp_size = 1
+    results["fp16"] = error_of(lambda: split(folder, model, "bert", 4, fp16=True))
+    return results
 
-    for family in ("bert", "wav2vec2"):
-        model = model_of(family, folder / family)
-        place = folder / f"split-{family}"
-        save = {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}
-        made = split(place, model, family, 4, noise_scale_every=1, **save)
+
+def main_more(folder: Path, rank: int) -> dict[str, Any]:
+    """Other models, labels by a teacher, gradients that are not finite, the callback."""
+    results: dict[str, Any] = {}
+    made, results["split-wav2vec2"] = trained(folder, "wav2vec2")
+    made.model.config.layerdrop = 0.1
+    results["layerdrop"] = error_of(lambda: split(folder, made.model, "wav2vec2", 4))
+
+    for name, each in (("deferred", False), ("each", True)):
+        config = {"gradient_accumulation_kwargs": {"sync_each_batch": each}}
+        made = split(folder / name, model_of("bert", folder / "bert"), "bert", 4, accelerator_config=config)
         made.train()
-        results[f"split-{family}"] = seen(made)
-        results[f"split-{family}"]["evaluated"] = made.evaluate()
-        made.save_model(str(place / "final"))
-        results[f"split-{family}"]["final"] = tiny.parameters(model), tiny.average(made)
-        if family == "bert":
-            results["after_evaluation"] = after_evaluation(model, made.average)
-            again = WeightAverage(model)
-            load_average(place / "final" / "ema", model, again)
-            results["loaded"] = {name: tiny.whole(tensor) for name, tensor in again.tensors().items()}
-            results["teacher"] = teacher_of(model, made.average)
-            results["resume"] = error_of(lambda: made.train(resume_from_checkpoint=str(place / "checkpoint-5")))
-            best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3}
-            results["best"] = error_of(lambda: split(folder, model, "bert", 4, **save, **best))
-            save_average(folder / "by-hand", model, made.average, state={}, write=rank == 0)
-        else:
-            model.config.layerdrop = 0.1
-            results["layerdrop"] = error_of(lambda: split(folder, model, "wav2vec2", 4))
-            model.config.layerdrop = 0.0
-            model.config.distributed_config.tp_size = 2
-            results["tensor_parallel"] = error_of(lambda: split(folder, model, "wav2vec2", 4))
-            model.config.distributed_config.tp_size = 1
-            results["fp16"] = error_of(lambda: split(folder, model, "wav2vec2", 4, fp16=True))
-
-    each = split(
-        folder / "each",
-        model_of("bert", folder / "bert"),
-        "bert",
-        4,
-        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}},
-    )
-    each.train()
-    results["each"] = seen(each)
+        results[name] = seen(made)
 
     for name, labeler in (("labels", None), ("one_side", tiny.ContentLabeler(drop=lambda number: rank == 1))):
         made = semi_supervised(folder / name, model_of("wav2vec2", folder / "wav2vec2"), 2, labeler)
@@ -402,9 +404,12 @@ def main(folder: Path) -> None:
         WeightAverage.blend = blend  # type: ignore[method-assign]
 
     results["callback"] = with_callback(folder / "callback", model_of("bert", folder / "bert"), rank)
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    RANK = PartialState(cpu=True).process_index
+    OUT = Path(sys.argv[1])
+    torch.save({"core": main, "more": main_more}[sys.argv[2]](OUT, RANK), OUT / f"{RANK}.pt")
+    dist.destroy_process_group()
