@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_ema_scaling.ema.average import WeightAverage
 from hf_ema_scaling.ema.names import canonical_name, unwrap
+from hf_ema_scaling.ema.sharding import gathered
 from hf_ema_scaling.ema.storage import AverageStateError, load_average, save_average
 from hf_ema_scaling.ema.teacher import DeadTeacherError, EMATeacher, check_liveness, check_moved
 
@@ -15,6 +16,7 @@ __all__ = [
     "canonical_name",
     "check_liveness",
     "check_moved",
+    "gathered",
     "load_average",
     "save_average",
     "unwrap",

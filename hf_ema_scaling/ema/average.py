@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_ema_scaling.ema import kernels
 from hf_ema_scaling.ema.names import Entry, canonical_name, check_names, entries_of, local_shard, unwrap
-from hf_ema_scaling.ema.sharding import copy_whole_, gathered, is_flat_sharded, over_shards, reshard
+from hf_ema_scaling.ema.sharding import check_placement, copy_whole_, gathered, over_shards, refuse_flat, reshard
 from hf_ema_scaling.scaling.momentum import ema_weight
 
 BufferPolicy = Literal["average", "copy"]
@@ -88,11 +88,7 @@ class WeightAverage:
         self._persistent: set[str] = set()
         self._binding: _Binding | None = None
         _refuse_swapped(model, "build an average from")
-        if is_flat_sharded(model):
-            raise NotImplementedError(
-                "Cannot average a model wrapped by FSDP1, whose parameters are pieces of flat buffers: shard it with "
-                "FSDP2 (fsdp_version: 2), whose parameters are DTensors with names and shapes of their own."
-            )
+        refuse_flat(model)
         reshard(model)
         for entry in entries_of(model):
             self._add(entry)
@@ -277,14 +273,11 @@ class WeightAverage:
             if key is None:
                 raise ValueError(f"The average has no tensor for {name!r} of the model's state_dict.")
             shadow = self._shadow[key]
-            if isinstance(shadow, DTensor):
-                if key not in whole:
-                    full = gathered(shadow)
-                    whole[key] = full.cpu() if keep else full.new_empty(0)
-                if not keep:
-                    continue
-                shadow = whole[key]
-            state[canonical_name(name)] = shadow
+            if isinstance(shadow, DTensor) and key not in whole:
+                full = gathered(shadow)
+                whole[key] = full.cpu() if keep else full.new_empty(0)
+            if keep or not isinstance(shadow, DTensor):
+                state[canonical_name(name)] = whole.get(key, shadow)
         return state
 
     @torch.no_grad()
@@ -326,8 +319,6 @@ class WeightAverage:
         """Returns one integer per floating-point parameter, the sum of its bit patterns; any moved bit shows."""
         tensors = [self._shadow[key] for key in self._shadow if key in self._params]
         sums = kernels.bit_sums([local_shard(tensor) for tensor in tensors])
-        if not self.sharded:
-            return sums
         return tuple(over_shards(torch.tensor(sums, device=self.device), tensors).tolist())
 
     @torch.no_grad()
@@ -336,8 +327,6 @@ class WeightAverage:
         entries = [entry for entry in self._match(model) if entry.key in self._params]
         tensors = [self._shadow[entry.key] for entry in entries]
         pairs = [(local_shard(shadow), local_shard(e.tensor)) for shadow, e in zip(tensors, entries, strict=True)]
-        if not self.sharded:
-            return all(torch.equal(shadow, source.to(shadow.device, shadow.dtype)) for shadow, source in pairs)
         differ = [int(not torch.equal(shadow, source.to(shadow.device, shadow.dtype))) for shadow, source in pairs]
         return not bool(over_shards(torch.tensor(differ, device=self.device), tensors).any())
 
@@ -375,7 +364,7 @@ class WeightAverage:
             if entry.persistent:
                 _check_shape(key, self._shadow[key], entry.tensor)
                 if tied:
-                    _check_placement(key, self._shadow[key], entry.tensor)
+                    check_placement(key, self._shadow[key], entry.tensor)
             matched.append(Entry(key, entry.slots))
         return matched
 
@@ -436,16 +425,3 @@ def _refuse_swapped(model: nn.Module, action: str) -> None:
 def _check_shape(key: str, wanted: Tensor, found: Tensor) -> None:
     if wanted.shape != found.shape:
         raise ValueError(f"{key!r} has shape {tuple(found.shape)}, the average has {tuple(wanted.shape)}.")
-
-
-def _check_placement(key: str, wanted: Tensor, found: Tensor) -> None:
-    held, given = (_placement(tensor) for tensor in (wanted, found))
-    if held != given:
-        raise ValueError(
-            f"{key!r} is {given} in the model, the average has it {held}. Build the average after the model has been "
-            "sharded, and use it with that model; `share_with` gathers it for others."
-        )
-
-
-def _placement(tensor: Tensor) -> str:
-    return f"sharded as {tensor.placements}" if isinstance(tensor, DTensor) else "whole"

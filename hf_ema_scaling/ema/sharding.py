@@ -43,6 +43,29 @@ def is_flat_sharded(model: nn.Module) -> bool:
     return any(isinstance(part, FullyShardedDataParallel) for part in model.modules())
 
 
+def refuse_flat(model: nn.Module) -> None:
+    """Raises `NotImplementedError` for a model that FSDP1 wraps."""
+    if is_flat_sharded(model):
+        raise NotImplementedError(
+            "Cannot average a model wrapped by FSDP1, whose parameters are pieces of flat buffers: shard it with "
+            "FSDP2 (fsdp_version: 2), whose parameters are DTensors with names and shapes of their own."
+        )
+
+
+def check_placement(key: str, wanted: Tensor, found: Tensor) -> None:
+    """Raises `ValueError` unless both tensors are whole, or sharded alike."""
+    held, given = (_placement(tensor) for tensor in (wanted, found))
+    if held != given:
+        raise ValueError(
+            f"{key!r} is {given} in the model, the average has it {held}. Build the average after the model has been "
+            "sharded, and use it with that model; `share_with` gathers it for others."
+        )
+
+
+def _placement(tensor: Tensor) -> str:
+    return f"sharded as {tensor.placements}" if isinstance(tensor, DTensor) else "whole"
+
+
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a DTensor, on every process that holds a part of it (collective); any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -140,6 +140,9 @@ class EMACallback(TrainerCallback):
     def teacher(self) -> EMATeacher:
         """A frozen model in eval mode over the average's own storage; built once, always up to date.
 
+        Of a sharded average (FSDP2) it is a gathered copy on every process, which all of them must ask for at the same
+        moment the first time; after that each update gathers it anew.
+
         Raises:
             RuntimeError: Training has not begun.
             TypeError: The model is not a transformers model that can be built from its configuration.
@@ -287,11 +290,13 @@ class EMACallback(TrainerCallback):
             )
         if begin < self.ema_start - _DUST:
             self.average.update(model, 0.0)
+            self._refresh_teacher()
             return
         watched = not self._alive and learns(optimizer)
         if watched and self._watch is None:
             self._watch = LivenessWatch(self.average)
         self.average.update(model, self.momentum, kappa)
+        self._refresh_teacher()
         if watched and self._watch is not None:
             self._alive = self._watch.after_update(model, self.average, ema_weight(self.momentum, kappa))
 
@@ -318,6 +323,15 @@ class EMACallback(TrainerCallback):
             processing_class=self._processing_class,
             write=args.should_save,
         )
+
+    def meet_teacher(self) -> None:
+        """Builds the teacher of a sharded average, also on a process that has nothing to label; else nothing."""
+        if self._average is not None and self._average.sharded and self._teacher is None:
+            self._teacher = EMATeacher(self._student, self._average)
+
+    def _refresh_teacher(self) -> None:
+        if self._teacher is not None:
+            self._teacher.refresh()
 
     @property
     def _student(self) -> nn.Module:

@@ -20,8 +20,7 @@ from transformers.utils import logging
 
 from hf_ema_scaling.data.collator import CTCCollator, MicroBatch, MicroBatchCollator, TwoSourceDataset
 from hf_ema_scaling.data.sampler import SampledStep, ScheduledBatchSampler
-from hf_ema_scaling.ema import WeightAverage, load_average, save_average
-from hf_ema_scaling.ema.sharding import gathered
+from hf_ema_scaling.ema import WeightAverage, gathered, load_average, save_average
 from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.augment import Augmentation, augment
@@ -151,8 +150,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
             checkpoint = get_last_checkpoint(self.args.output_dir)
             if checkpoint is None:
                 raise ValueError(f"there is no checkpoint to resume from in {self.args.output_dir}")
-        if checkpoint is not None:
-            refuse_resume(self)
+        refuse_resume(self, checkpoint)
         self._resumed = None if checkpoint is None else read_run_state(checkpoint)
         self._student = None
         try:
@@ -269,8 +267,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
         self._noise.begin(self.sampler, self.state.global_step, model)
         for number, micro_batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
-            synced = last or self._noise.needs_sync(number)
-            with contextlib.nullcontext() if synced else without_sync(self.accelerator, model):
+            with without_sync(self.accelerator, model, unless=last or self._noise.needs_sync(number)):
                 loss = self.micro_batch_loss(model, micro_batch) * scale
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -407,8 +404,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
         )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            check_optimizer_state(self, checkpoint)
+        check_optimizer_state(self, checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._ensure_average()

@@ -83,37 +83,51 @@ def _refuse_load_time_sharding(trainer: Trainer) -> None:
         )
 
 
-def refuse_resume(trainer: Trainer) -> None:
+def refuse_resume(trainer: Trainer, checkpoint: str | None) -> None:
     """Raises where optimizer states cannot be restored, so that nothing goes on from weights alone without a word.
+
+    Args:
+        trainer: the trainer.
+        checkpoint: what to resume; None for nothing.
 
     Raises:
         NotImplementedError: for a model sharded at load time.
     """
-    if trainer.is_distributed_loading_by_transformers:
+    if checkpoint is not None and trainer.is_distributed_loading_by_transformers:
         raise NotImplementedError(
             "a run whose model was sharded at load time (DistributedConfig) cannot be resumed: Trainer neither saves "
             "nor loads the optimizer's shards. Train it in one go, with accelerate's FSDP2 on GPUs, or under DDP"
         )
 
 
-def check_optimizer_state(trainer: Trainer, checkpoint: str) -> None:
+def check_optimizer_state(trainer: Trainer, checkpoint: str | None) -> None:
     """Refuses a checkpoint that was written without optimizer state; under accelerate's FSDP2 it has other names.
+
+    Args:
+        trainer: the trainer.
+        checkpoint: what to resume; None for nothing.
 
     Raises:
         ValueError: naming the checkpoint.
     """
+    if checkpoint is None:
+        return
     names = ("optimizer.bin", "optimizer_0") if trainer.is_fsdp_enabled else ("optimizer.pt",)
     if not any((Path(checkpoint) / name).exists() for name in names):
         raise ValueError(f"{checkpoint} holds no optimizer state (save_only_model?) and cannot be resumed")
 
 
-def without_sync(accelerator: Accelerator, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Inside, backward passes add up gradients without communication, as `accelerator.no_sync`, which DDP gets.
+def without_sync(
+    accelerator: Accelerator, model: nn.Module, *, unless: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Inside, unless told otherwise, backward passes add up gradients without communication.
 
-    FSDP2 keeps whole gradients on every process until the next pass outside, one copy of the model in the reduced
-    dtype. `accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}}` reduces them in every pass
-    instead: slower, without that copy, equal to rounding.
+    DDP gets `accelerator.no_sync`. FSDP2 keeps whole gradients on every process until the next pass outside, one copy
+    of the model in the reduced dtype; `accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}}`
+    reduces them in every pass instead: slower, without that copy, equal to rounding.
     """
+    if unless:
+        return contextlib.nullcontext()
     inner = unwrap(model)
     if not isinstance(inner, FSDPModule):
         return accelerator.no_sync(model)

@@ -11,6 +11,7 @@ from typing import Any
 import tiny
 import torch
 import torch.distributed as dist
+import two_processes
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,7 +21,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from hf_ema_scaling import EMACallback, WeightAverage
+from hf_ema_scaling import EMACallback, PseudoLabelCollator, WeightAverage
+from hf_ema_scaling.data import CTCCollator
 from hf_ema_scaling.ema import EMATeacher, load_average
 from hf_ema_scaling.ema.sharding import reshard
 from hf_ema_scaling.labels import CTCLabeler
@@ -86,15 +88,7 @@ def semi_supervised(folder: Path, model: Any, micro: int, labeler: Any = None, *
         pseudo_label_args=tiny.pseudo(pl_start=2.0, unlabeled_ratio=5 / 3),
         labeler=labeler or CTCLabeler(0),
     )
-    labels_of, made.found = made.labels_of, []
-
-    def noted(batch: Any) -> Any:
-        labels = labels_of(batch)
-        made.found += [(p, list(label.ids)) for p, label in zip(batch["positions"], labels, strict=True)]
-        return labels
-
-    made.labels_of = noted
-    return made
+    return two_processes.labelling(made)
 
 
 def meets_nan(folder: Path, model: Any, micro: int, on_nonfinite: str) -> Any:
@@ -337,6 +331,33 @@ def with_callback(folder: Path, model: Any, rank: int) -> dict[str, Any]:
     return found
 
 
+def with_collator(folder: Path, model: Any) -> dict[str, Any]:
+    """Labels by the callback's teacher; each process meets unlabelled rows at batches of its own."""
+    callback = EMACallback(momentum=0.5, reference_batch_size=4)
+    labelled, unlabelled = tiny.speech(13), tiny.speech(3, 1, labels=False)
+    rows = [dict(row) for row in labelled] + [{**row, "labels": None} for row in unlabelled]
+    collator = PseudoLabelCollator(callback, CTCLabeler(0), CTCCollator(), stand_ins=[dict(labelled[0])])
+    args = TrainingArguments(
+        str(folder),
+        max_steps=8,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
+    Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=[callback]).train()
+    return {
+        "counts": dict(collator.counts),
+        "average": {name: tiny.whole(tensor) for name, tensor in callback.average.tensors().items()},
+        "teacher": {name: p.detach().clone() for name, p in callback.teacher.module.named_parameters()},
+        "finite": all(bool(value.isfinite().all()) for value in tiny.parameters(model).values()),
+    }
+
+
 def trained(folder: Path, family: str) -> tuple[Any, dict[str, Any]]:
     """A run with everything that is asked of one, saved; and what it saw."""
     save = {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}
@@ -403,6 +424,7 @@ def main_more(folder: Path, rank: int) -> dict[str, Any]:
     finally:
         WeightAverage.blend = blend  # type: ignore[method-assign]
 
+    results["collator"] = with_collator(folder / "collator", model_of("wav2vec2", folder / "wav2vec2"))
     results["callback"] = with_callback(folder / "callback", model_of("bert", folder / "bert"), rank)
     return results
 

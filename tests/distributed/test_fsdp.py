@@ -293,6 +293,18 @@ def test_the_callback_stops_both_for_a_weight_that_is_not_finite_on_one(more: La
         )
 
 
+@pytest.mark.slow
+def test_the_collator_labels_on_processes_that_meet_unlabelled_rows_at_other_batches(more: Launched) -> None:
+    counts = []
+    for rank in more[1]:
+        found = rank["collator"]
+        assert found["finite"]
+        assert tiny.same_bits(found["teacher"], {name: found["average"][name] for name in found["teacher"]})
+        counts.append(sum(number for reason, number in found["counts"].items() if reason != "stand_in"))
+    assert tiny.same_bits(more[1][0]["collator"]["average"], more[1][1]["collator"]["average"])
+    assert sum(counts) > 0 and counts[0] != counts[1]
+
+
 # ---- Refusals
 
 
