@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 import two_processes
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -429,9 +431,41 @@ def main_more(folder: Path, rank: int) -> dict[str, Any]:
     return results
 
 
+def force_plugin() -> None:
+    """Lets accelerate use its FSDP2 plugin here, which it does for accelerators only: to it the CPU looks like one."""
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    }
+    init = PartialState.__init__
+
+    def as_gpus(self: PartialState, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = as_gpus  # type: ignore[method-assign]
+
+
+def main_plugin(folder: Path, rank: int) -> dict[str, Any]:
+    """A run sharded by accelerate's plugin, and the second half of it once more, from a checkpoint."""
+    whole = split(folder, tiny.bert(), "bert", 4, save_strategy="steps", save_steps=1)
+    whole.train()
+    results: dict[str, Any] = {"whole": seen(whole), "fsdp2": whole.accelerator.is_fsdp2}
+    results["shards"] = sum(isinstance(p, DTensor) for p in whole.model.parameters())
+    again = split(folder / "again", tiny.bert(seed=5), "bert", 4)
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    return results | {"resumed": seen(again)}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    PART, OUT = sys.argv[2], Path(sys.argv[1])
+    if PART == "plugin":
+        force_plugin()
     RANK = PartialState(cpu=True).process_index
-    OUT = Path(sys.argv[1])
-    torch.save({"core": main, "more": main_more}[sys.argv[2]](OUT, RANK), OUT / f"{RANK}.pt")
+    torch.save({"core": main, "more": main_more, "plugin": main_plugin}[PART](OUT, RANK), OUT / f"{RANK}.pt")
     dist.destroy_process_group()

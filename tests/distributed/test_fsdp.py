@@ -305,6 +305,26 @@ def test_the_collator_labels_on_processes_that_meet_unlabelled_rows_at_other_bat
     assert sum(counts) > 0 and counts[0] != counts[1]
 
 
+@pytest.mark.slow
+def test_accelerates_plugin_trains_saves_and_resumes_shards(tmp_path: Path) -> None:
+    """The way of GPUs, on this CPU: DCP checkpoints of model and optimizer beside the gathered average."""
+    folder = tmp_path / "two"
+    folder.mkdir()
+    launch.on_two_processes(sharded_processes.__file__, str(folder), "plugin")
+    ranks = launch.results(folder)
+    alone = sharded_processes.split(tmp_path / "one", tiny.bert(), "bert", 48)
+    alone.train()
+    for rank in ranks:
+        assert rank["fsdp2"] and rank["shards"] == len(list(alone.model.parameters()))
+        close(rank["whole"], alone)
+        assert len(rank["resumed"]["weights"]) == 2
+        for key in ("gradients", "weights", "averages"):
+            assert tiny.same_bits(rank["resumed"][key], rank["whole"][key][2:]), key
+    loaded = BertForSequenceClassification.from_pretrained(folder / "checkpoint-2" / "ema")
+    average = ranks[0]["whole"]["averages"][1]
+    assert tiny.same_bits(tiny.parameters(loaded), {name: average[name] for name in tiny.parameters(loaded)})
+
+
 # ---- Refusals
 
 
