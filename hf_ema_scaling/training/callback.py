@@ -65,6 +65,12 @@ class EMACallback(TrainerCallback):
 
     `EMATrainer` does all of it, and scales the optimizer too.
 
+    **Shards**: under FSDP2 every process keeps and updates the average of its own shards; saving, exporting and the
+    teacher gather it. FSDP1 and DeepSpeed ZeRO-3 are refused. Under ZeRO-1 and 2, which step inside `backward()`, the
+    callback sees the weights after that step, and accelerate's `step_was_skipped` tells an overflow; with bf16 or fp16
+    what is averaged (in float32) are the module's rounded copies of DeepSpeed's float32 weights. This follows from
+    accelerate's source and has not been run.
+
     Args:
         momentum: rho of one reference step, strictly between 0 and 1. Give this or `half_life`.
         half_life: Samples after which half of the average has been replaced.

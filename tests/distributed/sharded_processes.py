@@ -180,7 +180,6 @@ def move(model: nn.Module, values: dict[str, Tensor]) -> None:
 def update_all(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     """An average over a moving model, and everything it can be asked."""
     average = WeightAverage(model)
-    # The first pass makes FSDP2 pad uneven shards, in storage of their own.
     inputs = torch.ones(2, 5, dtype=dtype)
     model(inputs).sum().backward()
     fingerprints = [average.fingerprint()]
