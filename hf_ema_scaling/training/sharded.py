@@ -34,8 +34,8 @@ def refuse_sharding(trainer: Trainer) -> None:
     """Raises for shardings that the trainers of this library cannot train, and for what does not work in shards.
 
     FSDP2 trains: sharded at load time by `from_pretrained(distributed_config=DistributedConfig(fsdp_size=n))`, or by
-    accelerate's plugin with `fsdp_version: 2`, which wants accelerators: it has not been run on a GPU, only on CPUs that
-    it was made to take for such. What is read here of DeepSpeed comes from accelerate's source; it has not been run.
+    accelerate's plugin with `fsdp_version: 2`, which wants accelerators: it has not been run on a GPU, only on CPUs
+    that it was made to take for such. What is said of DeepSpeed comes from accelerate's source and has not been run.
 
     Args:
         trainer: a trainer whose own constructor has run.
