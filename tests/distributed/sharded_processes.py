@@ -444,7 +444,8 @@ def force_plugin() -> None:
 
     def as_gpus(self: PartialState, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        self.distributed_type = DistributedType.MULTI_GPU
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = as_gpus  # type: ignore[method-assign]
 
