@@ -35,7 +35,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 def class_of(model: nn.Module) -> type[nn.Module]:
     """The model's own class, where FSDP2 has put a class of its own in the place of it."""
-    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    kinds: Any = type(model).__mro__
+    kind: type[nn.Module] = next(kind for kind in kinds if not issubclass(kind, FSDPModule))
+    return kind
 
 
 def is_flat_sharded(model: nn.Module) -> bool:
