@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hf_ema_scaling.data import CTCCollator
+from hf_ema_scaling.ema.sharding import gathered, reshard
 from hf_ema_scaling.labels import PseudoLabel
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.trainer import EMATrainer, PseudoLabelTrainer
@@ -191,7 +192,7 @@ class Recorder(TrainerCallback):
     def on_pre_optimizer_step(self, *_: Any, model: nn.Module, optimizer: Any, **__: Any) -> None:
         self.gradients.append(
             {
-                name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
+                name: torch.zeros(p.shape, dtype=p.dtype) if p.grad is None else whole(p.grad)
                 for name, p in model.named_parameters()
             }
         )
@@ -233,9 +234,10 @@ class Recorder(TrainerCallback):
 
 
 class Recorded:
-    """Mixed into a trainer: which items every step drew, and the labels its unlabelled items were given."""
+    """Mixed into a trainer: which items every step drew, and its micro-batches' sources and weights."""
 
     drawn: list[list[tuple[int, int, int]]]
+    rounds: list[list[tuple[int, float]]]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.__dict__.setdefault("drawn", []).append(
@@ -244,6 +246,9 @@ class Recorded:
                 for batch in inputs["micro_batches"]
                 for index, position in zip(batch["indices"], batch["positions"], strict=True)
             ]
+        )
+        self.__dict__.setdefault("rounds", []).append(
+            [(batch["source"], float(batch["weight"])) for batch in inputs["micro_batches"]]
         )
         result: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         return result
@@ -312,14 +317,20 @@ def pseudo(**changes: Any) -> PseudoLabelArguments:
     return PseudoLabelArguments(**changes)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A copy; of all shards together, which every process must ask for."""
+    return gathered(tensor.detach()).clone()
+
+
 def parameters(model: nn.Module) -> Tensors:
-    """Copies by name, without the prefix of a wrapper."""
-    return {name.removeprefix("module."): p.detach().clone() for name, p in model.named_parameters()}
+    """Copies by name, without the prefix of a wrapper, of all shards together."""
+    reshard(model)
+    return {name.removeprefix("module."): whole(p) for name, p in model.named_parameters()}
 
 
 def average(made: Any) -> Tensors:
-    """Copies of the average by name."""
-    return {name: tensor.clone() for name, tensor in made.average.tensors().items()}
+    """Copies of the average by name, of all shards together."""
+    return {name: whole(tensor) for name, tensor in made.average.tensors().items()}
 
 
 def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

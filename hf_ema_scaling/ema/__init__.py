@@ -5,6 +5,7 @@ from __future__ import annotations
 from hf_ema_scaling.ema.accelerate_state import AverageRegistration, register_average
 from hf_ema_scaling.ema.average import WeightAverage
 from hf_ema_scaling.ema.names import canonical_name, unwrap
+from hf_ema_scaling.ema.sharding import gathered
 from hf_ema_scaling.ema.storage import AverageStateError, load_average, save_average
 from hf_ema_scaling.ema.teacher import DeadTeacherError, EMATeacher, check_liveness, check_moved, check_parity
 
@@ -18,6 +19,7 @@ __all__ = [
     "check_liveness",
     "check_moved",
     "check_parity",
+    "gathered",
     "load_average",
     "register_average",
     "save_average",

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_ema_scaling.ema import kernels
 from hf_ema_scaling.ema.names import Entry, canonical_name, check_names, entries_of, local_shard, unwrap
+from hf_ema_scaling.ema.sharding import check_placement, copy_whole_, gathered, over_shards, refuse_flat, reshard
 from hf_ema_scaling.scaling.momentum import ema_weight
 
 BufferPolicy = Literal["average", "copy"]
@@ -35,6 +36,7 @@ class _Binding:
     held: list[object]
     sources: list[Tensor]
     traits: list[tuple[torch.device, torch.dtype, bool]]
+    addresses: list[int]
     parameters: list[kernels.Pairs] = field(default_factory=list)
     buffers: list[kernels.Pairs] = field(default_factory=list)
     copies: list[kernels.Pairs] = field(default_factory=list)
@@ -49,6 +51,7 @@ class _Binding:
             len(now) == len(self.held)
             and all(map(is_, now, self.held))
             and list(map(_traits, self.sources)) == self.traits
+            and (not self.addresses or _shard_addresses(self.sources) == self.addresses)
         )
 
 
@@ -71,8 +74,10 @@ class WeightAverage:
     for bit (the latter are functions of the configuration and are not saved, so averaging them could not survive a
     resume); persistent floating buffers follow `buffers`.
 
-    DTensor parameters (FSDP2) are shadowed by DTensors of the same placement and updated on their local shards
-    without communication; sharded models are outside this class's own tests.
+    DTensor parameters (FSDP2) are shadowed by DTensors of the same placement: each process holds and updates its own
+    shards, in float32, without communication. `distance`, `fingerprint`, `equals`, `state_dict` and `share_with` are
+    then collective and give the same on every process. Parts of the model that an evaluation left gathered are
+    resharded first. A DTensor average belongs to models sharded alike.
 
     Args:
         model: The student, wrapped or not.
@@ -83,6 +88,7 @@ class WeightAverage:
     Attributes:
         num_updates: Updates done since construction or since the state that was loaded.
         storage_version: Grows when shadow tensors had to be reallocated, so that whoever shares them can notice.
+        sharded: Whether any of its tensors is a DTensor.
 
     Source: "How to Scale Your EMA", arXiv 2307.13813, eq. 1 and definition 1.2 (rho -> rho**kappa).
     """
@@ -105,8 +111,11 @@ class WeightAverage:
         self._binding: _Binding | None = None
         self._scratch = kernels.Scratch()
         _refuse_swapped(model, "build an average from")
+        refuse_flat(model)
+        reshard(model)
         for entry in entries_of(model):
             self._add(entry)
+        self.sharded = any(isinstance(shadow, DTensor) for shadow in self._shadow.values())
         if not self._params:
             raise ValueError(f"{type(model).__name__} has no parameters to average.")
         self._bind(model)
@@ -182,6 +191,7 @@ class WeightAverage:
         """Says whether the model's parameters are the very objects the average was last bound to."""
         if self._binding is None:
             return False
+        self._reshard(model)
         mine = {id(tensor) for tensor in self._binding.sources if isinstance(tensor, nn.Parameter)}
         return mine == {id(parameter) for parameter in model.parameters()}
 
@@ -207,6 +217,7 @@ class WeightAverage:
             self._write(entries)
             yield
         finally:
+            self._reshard(model)
             with torch.no_grad():
                 for entry, value in zip(entries, own, strict=True):
                     for slot in entry.slots:
@@ -230,6 +241,9 @@ class WeightAverage:
     ) -> kernels.Pairs:
         """Makes the shadow's tensors the parameters and buffers of `module`, without a copy where dtypes allow.
 
+        A sharded average is gathered tensor by tensor into new storage, which every process must take part in and
+        which later updates do not reach: call it again for them.
+
         Args:
             module: A module of the same names and shapes that belongs to nobody else. Its parameters become
                 frozen ones over the shadow's storage; tied weights become one object.
@@ -248,9 +262,9 @@ class WeightAverage:
         sources: list[Tensor] = []
         # Models built without initialisation are not tied yet: here they become so.
         for entry in self._match(module, tied=False):
-            shadow = self._shadow[entry.key].detach()
             shared = shared_as.get(entry.key)
             if shared is None:
+                shadow = gathered(self._shadow[entry.key]).detach()
                 wanted = shadow.dtype
                 if dtype is not None and shadow.is_floating_point() and entry.persistent:
                     wanted = torch.float32 if any(keep(slot.name) for slot in entry.slots) else dtype
@@ -278,15 +292,21 @@ class WeightAverage:
         """Returns the name in `tensors()` for any name of the same tensor (wrapped, tied), or None if unknown."""
         return self._key_of.get(canonical_name(name))
 
-    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+    def state_dict(self, model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
         """Returns the average in the form of `model.state_dict()`: canonical keys, tied names included, no copies.
 
-        DTensor shadows are gathered, which every process must take part in.
+        DTensor shadows are gathered one by one onto the CPU, which every process must take part in.
+
+        Args:
+            model: The student, wrapped or not.
+            keep: False on a process that only takes part; then gathered tensors are dropped at once and left out.
 
         Raises:
             ValueError: The model's state has a tensor that the average does not have.
         """
+        self._reshard(model)
         state: dict[str, Tensor] = {}
+        whole: dict[str, Tensor] = {}
         for name, value in model.state_dict().items():
             if not isinstance(value, Tensor):
                 continue
@@ -294,7 +314,11 @@ class WeightAverage:
             if key is None:
                 raise ValueError(f"The average has no tensor for {name!r} of the model's state_dict.")
             shadow = self._shadow[key]
-            state[canonical_name(name)] = shadow.full_tensor() if isinstance(shadow, DTensor) else shadow
+            if isinstance(shadow, DTensor) and key not in whole:
+                full = gathered(shadow)
+                whole[key] = full.cpu() if keep else full.new_empty(0)
+            if keep or not isinstance(shadow, DTensor):
+                state[canonical_name(name)] = whole.get(key, shadow)
         return state
 
     @torch.no_grad()
@@ -315,7 +339,7 @@ class WeightAverage:
             if tensor.dtype != wanted[key].dtype:
                 raise ValueError(f"{key!r} is {tensor.dtype} in the saved average, expected {wanted[key].dtype}.")
         for key, tensor in found.items():
-            wanted[key].copy_(tensor)
+            copy_whole_(wanted[key], tensor)
 
     @torch.no_grad()
     def distance(self, model: nn.Module) -> float:
@@ -334,14 +358,22 @@ class WeightAverage:
     @torch.no_grad()
     def fingerprint(self) -> tuple[int, ...]:
         """Returns one integer per floating-point parameter, the sum of its bit patterns; any moved bit shows."""
-        return kernels.bit_sums([local_shard(self._shadow[key]) for key in self._shadow if key in self._params])
+        tensors = [self._shadow[key] for key in self._shadow if key in self._params]
+        sums = kernels.bit_sums([local_shard(tensor) for tensor in tensors])
+        return tuple(over_shards(torch.tensor(sums, device=self.device), tensors).tolist())
 
     @torch.no_grad()
     def equals(self, model: nn.Module) -> bool:
         """Says whether every floating-point parameter of the model, cast to the shadow's dtype, is the average."""
         entries = [entry for entry in self._match(model) if entry.key in self._params]
-        pairs = [(local_shard(self._shadow[e.key]), local_shard(e.tensor)) for e in entries]
-        return all(torch.equal(shadow, source.to(shadow.device, shadow.dtype)) for shadow, source in pairs)
+        tensors = [self._shadow[entry.key] for entry in entries]
+        pairs = [(local_shard(shadow), local_shard(e.tensor)) for shadow, e in zip(tensors, entries, strict=True)]
+        differ = [int(not torch.equal(shadow, source.to(shadow.device, shadow.dtype))) for shadow, source in pairs]
+        return not bool(over_shards(torch.tensor(differ, device=self.device), tensors).any())
+
+    def _reshard(self, model: nn.Module) -> None:
+        if self.sharded:
+            reshard(model)
 
     def _add(self, entry: Entry) -> None:
         source = entry.tensor.detach()
@@ -362,6 +394,8 @@ class WeightAverage:
 
     def _match(self, model: nn.Module, *, tied: bool = True) -> list[Entry]:
         """Pairs every tensor of the model with its shadow by name; checks names, shapes and, if `tied`, tying."""
+        if tied:  # not for a module of the teacher's, which is whole
+            self._reshard(model)
         entries = entries_of(model)
         names = {slot.name for entry in entries for slot in entry.slots if entry.persistent}
         check_names({n for n, key in self._key_of.items() if key in self._persistent}, names, type(model).__name__)
@@ -377,10 +411,13 @@ class WeightAverage:
             seen.add(key)
             if entry.persistent:
                 _check_shape(key, self._shadow[key], entry.tensor)
+                if tied:
+                    check_placement(key, self._shadow[key], entry.tensor)
             matched.append(Entry(key, entry.slots))
         return matched
 
     def _bind(self, model: nn.Module) -> _Binding:
+        self._reshard(model)
         if self._binding is not None and self._binding.holds_for(model):
             return self._binding
         for entry in entries_of(model):
@@ -391,8 +428,6 @@ class WeightAverage:
         groups: dict[tuple[str, torch.device, torch.dtype, torch.dtype], list[Entry]] = {}
         for entry in entries:
             source, shadow = entry.tensor, self._shadow[entry.key]
-            if isinstance(shadow, DTensor) and not isinstance(source, DTensor):
-                raise RuntimeError(f"{entry.key!r} is unsharded: call reshard() on the FSDP modules before updating.")
             if shadow.device != source.device or shadow.shape != source.shape:
                 # Only non-persistent buffers may change shape (`_match`), e.g. position tables grown on demand.
                 kept = shadow if shadow.shape == source.shape else source.detach()
@@ -410,6 +445,7 @@ class WeightAverage:
             held=_held(modules),
             sources=[entry.tensor for entry in entries],
             traits=[_traits(entry.tensor) for entry in entries],
+            addresses=_shard_addresses([entry.tensor for entry in entries]),
         )
         for (kind, *_), group in groups.items():
             shadows = [local_shard(self._shadow[entry.key]) for entry in group]
@@ -422,6 +458,11 @@ class WeightAverage:
     def _write(self, entries: list[Entry]) -> None:
         models, shadows = [local_shard(e.tensor) for e in entries], [local_shard(self._shadow[e.key]) for e in entries]
         kernels.Pairs(models, shadows).copy_()
+
+
+def _shard_addresses(sources: list[Tensor]) -> list[int]:
+    # FSDP2 moves a shard that it pads to other storage at the first forward pass; the parameter stays the same object.
+    return [local_shard(tensor).data_ptr() for tensor in sources if isinstance(tensor, DTensor)]
 
 
 def _refuse_swapped(model: nn.Module, action: str) -> None:

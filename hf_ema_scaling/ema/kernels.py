@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_ema_scaling.ema.names import local_shard
+from hf_ema_scaling.ema.sharding import over_shards
+
 SCRATCH_ELEMENTS = {"cpu": 1 << 20}
 """Elements cast at once where dtypes differ. 4 MB of float32 stay in a CPU's cache: a smaller scratch costs calls, a
 larger one a second trip to memory. Other devices pay by launch, so there it is larger (not run on a GPU)."""
@@ -171,21 +174,24 @@ def _in_layout_of(tensor: Tensor, flat: Tensor) -> Tensor:
 def relative_distance(shadow: Sequence[Tensor], source: Sequence[Tensor]) -> float:
     """Returns `||source - shadow|| / ||source||` over all tensors together, with one host synchronisation.
 
-    Norms of single tensors are taken in the shadow's dtype and combined in float64.
+    Norms of single tensors, or of this process's shards, are taken in the shadow's dtype and combined in float64.
 
     Args:
-        shadow: Floating-point tensors, at least one; DTensors count with all their shards.
+        shadow: Floating-point tensors, at least one; DTensors count with all their shards (one reduction for all).
         source: Tensors of the same shapes, of any floating dtype.
 
     Returns:
         The ratio; for a source of zeros 0.0 if the shadow is zero too, else infinity.
     """
     norms: list[Tensor] = []
-    for s, p in zip(shadow, source, strict=True):
+    for s, p in zip(map(local_shard, shadow), map(local_shard, source), strict=True):
         cast = p.to(s.device, s.dtype)
         for norm in (torch.linalg.vector_norm(cast - s), torch.linalg.vector_norm(cast)):
-            norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).to(shadow[0].device))
-    values = torch.stack(norms).cpu().double()
+            norms.append(norm.to(shadow[0].device))
+    values = torch.stack(norms)
+    if any(isinstance(s, DTensor) for s in shadow):
+        values = over_shards(values.double().square(), [s for s in shadow for _ in range(2)]).sqrt()
+    values = values.cpu().double()
     difference, total = float(values[0::2].norm()), float(values[1::2].norm())
     if total == 0.0:
         return 0.0 if difference == 0.0 else float("inf")

@@ -21,6 +21,7 @@ from hf_ema_scaling.ema.average import WeightAverage
 from hf_ema_scaling.ema.durable import flush, rename
 from hf_ema_scaling.ema.exact import NotExactError, exact_record, rounded, save_exact, with_exact
 from hf_ema_scaling.ema.names import unwrap
+from hf_ema_scaling.ema.sharding import class_of
 from hf_ema_scaling.ema.teacher import inference_config
 
 STATE_NAME = "ema_state.json"
@@ -53,7 +54,8 @@ def save_average(
         average: The average.
         state: JSON values the caller wants back from `load_average`, e.g. the clock and the momentum.
         processing_class: Tokenizer, feature extractor or processor to save along.
-        write: False on the processes that only take part in gathering sharded tensors.
+        write: False on the processes that only take part in gathering sharded tensors; with sharded models all
+            processes must call this. The one that writes holds the whole average on its CPU meanwhile.
 
     Raises:
         TypeError, ValueError: `state` is not JSON, or has NaN or infinity.
@@ -63,7 +65,7 @@ def save_average(
     inner = unwrap(model)
     if getattr(inner, "_hf_peft_config_loaded", False):
         raise NotImplementedError("Cannot save the average of a model with PEFT adapters; merge the adapters first.")
-    tensors = average.state_dict(model)
+    tensors = average.state_dict(model, keep=write)
     if not write:
         return
     kept = {key: tensors.get(key, tensor) for key, tensor in average.tensors().items()}
@@ -232,7 +234,8 @@ def _read_weights(
     if not isinstance(model, PreTrainedModel):
         missing = sorted(set(expected) - set(stored))
         raise _damaged(folder, f"{SAFE_WEIGHTS_NAME} lacks {', '.join(missing[:5]) or 'nothing, but has other names'}")
-    from_pretrained: Any = type(model).from_pretrained
+    kind: Any = class_of(model)
+    from_pretrained = kind.from_pretrained
     try:
         with torch.random.fork_rng(devices=[]):
             loaded, info = from_pretrained(

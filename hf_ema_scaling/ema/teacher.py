@@ -14,6 +14,7 @@ from transformers.initialization import no_init_weights
 
 from hf_ema_scaling.ema.average import WeightAverage
 from hf_ema_scaling.ema.names import local_shard, unwrap
+from hf_ema_scaling.ema.sharding import class_of
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -31,6 +32,11 @@ class EMATeacher:
     which are made anew at a call (or at `module`) if the average was written to since the last; half precision
     computes under autocast of that dtype, with floating inputs cast to it. Creating it leaves the student's bits and
     the random state as they were. It is a plain object, so assigning it to a model or trainer registers nothing.
+
+    Over a sharded average (FSDP2) the module holds the whole average on every process, in float32, gathered bit for
+    bit from the shards when it is created and by each `refresh()`, which every process must call after an update and
+    before it labels. So any process may label anything, in as many forward passes as it likes, without waiting for
+    the others; it costs 4 bytes per parameter on each, and one gathering per labelling step.
 
     Args:
         model: The student, wrapped or not.
@@ -78,12 +84,27 @@ class EMATeacher:
 
     @property
     def module(self) -> nn.Module:
-        """The teacher's module, over the average's current storage or with its current values."""
-        if self._version != self._average.storage_version:
+        """The teacher's module, over the average's current storage or with its current values.
+
+        Raises:
+            DeadTeacherError: The average is sharded and has moved since it was gathered.
+        """
+        if self._average.sharded:
+            if self._gathered_at != self._average.num_updates:
+                raise DeadTeacherError(
+                    f"The teacher's weights were gathered at update {self._gathered_at} of the average, which is at "
+                    f"update {self._average.num_updates}: call `teacher.refresh()` on every process before labelling."
+                )
+        elif self._version != self._average.storage_version:
             self._share()
         with torch.no_grad():
             self._copies.copy_changed_()
         return self._module
+
+    def refresh(self) -> None:
+        """Gathers the average anew where it is sharded, on every process at the same moment; else nothing."""
+        if self._average.sharded:
+            self._share()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -143,6 +164,7 @@ class EMATeacher:
                 "`factory=` that builds the student's architecture exactly."
             ) from error
         self._version = self._average.storage_version
+        self._gathered_at = self._average.num_updates
 
 
 def inference_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -155,6 +177,8 @@ def inference_config(model: PreTrainedModel) -> PreTrainedConfig:
         model: The unwrapped student; left as it is.
     """
     config = copy.deepcopy(model.config)
+    # The average is whole, however the student is sharded; saving with this attribute would gather and wait.
+    config.__dict__.pop("distributed_config", None)
     for part in _config_parts(config):
         part.dtype = torch.float32
         if getattr(part, "use_cache", None) is False and getattr(type(part), "use_cache", None) is True:
@@ -194,6 +218,7 @@ def check_liveness(model: nn.Module, average: WeightAverage, teacher: EMATeacher
                     noise = torch.randn(parameter.shape, generator=generator, device=parameter.device) * scale
                     parameter.add_(noise.to(parameter.dtype))
             average.blend(model, 0.5)
+            teacher.refresh()
             after = list(_floats(teacher(**inputs)))
         finally:
             with torch.no_grad():
@@ -201,6 +226,7 @@ def check_liveness(model: nn.Module, average: WeightAverage, teacher: EMATeacher
                     parameter.copy_(value)
             average.load(shadow)
             average.num_updates = updates
+            teacher.refresh()
     if not before:
         raise DeadTeacherError("The teacher returned no floating-point tensor, so its labels cannot be checked.")
     if len(before) == len(after) and all(_same(a, b) for a, b in zip(before, after, strict=True)):
@@ -277,7 +303,7 @@ def _build(student: nn.Module) -> nn.Module:
     config = inference_config(student)
     try:
         with no_init_weights():
-            module = type(student)(config)
+            module: Any = class_of(student)(config)
     except TypeError as error:
         raise TypeError(
             f"{type(student).__name__} cannot be built from its configuration alone ({error}). Pass `factory=`, a "

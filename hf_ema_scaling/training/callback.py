@@ -75,6 +75,11 @@ class EMACallback(CheckpointedAverage):
     The unit is what the loader draws: a row of the data set. Where a row is a packed sequence (TRL's `packing`),
     `reference_batch_size` counts packed sequences; kappa is right as long as they are as long as they were at the
     reference. Parameters of a loss module (sentence-transformers) are not the model's and are not averaged.
+    **Shards**: under FSDP2 every process keeps and updates the average of its own shards; saving, exporting and the
+    teacher gather it. FSDP1 and DeepSpeed ZeRO-3 are refused. Under ZeRO-1 and 2, which step inside `backward()`, the
+    callback sees the weights after that step, and accelerate's `step_was_skipped` tells an overflow; with bf16 or fp16
+    what is averaged (in float32) are the module's rounded copies of DeepSpeed's float32 weights. This follows from
+    accelerate's source and has not been run.
 
     Args:
         momentum: rho of one reference step, strictly between 0 and 1. Give this or `half_life`.
@@ -143,6 +148,9 @@ class EMACallback(CheckpointedAverage):
     @property
     def teacher(self) -> EMATeacher:
         """A frozen model in eval mode over the average's own storage; built once, always up to date.
+
+        Of a sharded average (FSDP2) it is a gathered copy on every process, which all of them must ask for at the same
+        moment the first time; after that each update gathers it anew.
 
         Raises:
             RuntimeError: Training has not begun.
@@ -303,13 +311,24 @@ class EMACallback(CheckpointedAverage):
             )
         if begin < self.ema_start - _DUST:
             self.average.update(model, 0.0)
+            self._refresh_teacher()
             return
         watched = not self._alive and learns(optimizer)
         if watched and self._watch is None:
             self._watch = LivenessWatch(self.average)
         self.average.update(model, self.momentum, kappa)
+        self._refresh_teacher()
         if watched and self._watch is not None:
             self._alive = self._watch.after_update(model, self.average, ema_weight(self.momentum, kappa))
+
+    def meet_teacher(self) -> None:
+        """Builds the teacher of a sharded average, also on a process that has nothing to label; else nothing."""
+        if self._average is not None and self._average.sharded and self._teacher is None:
+            self._teacher = EMATeacher(self._student, self._average)
+
+    def _refresh_teacher(self) -> None:
+        if self._teacher is not None:
+            self._teacher.refresh()
 
     def _warn_about_learning_rate(self) -> None:
         kappa = self.kappa

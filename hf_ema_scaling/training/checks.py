@@ -18,6 +18,7 @@ from hf_ema_scaling.data.stream import LABELLED
 from hf_ema_scaling.ema import WeightAverage, check_moved, unwrap
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths, frames_of, min_ctc_frames
 from hf_ema_scaling.training.optimizer_values import check_optim_args
+from hf_ema_scaling.training.sharded import refuse_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -291,7 +292,6 @@ def refuse_unsupported(trainer: Trainer) -> None:
         )
     if trainer.args.n_gpu > 1:
         raise NotImplementedError("DataParallel is not supported: start one process per GPU (accelerate launch)")
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or trainer.is_distributed_loading_by_transformers:
-        raise NotImplementedError("sharded training (DeepSpeed, FSDP) is not supported yet: use DDP")
+    refuse_sharding(trainer)
     if isinstance(trainer.train_dataset, IterableDataset):
         raise NotImplementedError("streaming data sets are not supported yet: use a map-style data set")

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from hf_ema_scaling.data.collator import CTCCollator, MicroBatch, MicroBatchCollator, TwoSourceDataset
 from hf_ema_scaling.data.sampler import SampledStep, ScheduledBatchSampler
-from hf_ema_scaling.ema import WeightAverage, load_average, save_average
+from hf_ema_scaling.ema import WeightAverage, gathered, load_average, save_average
 from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.augment import Augmentation, augment
@@ -44,6 +44,7 @@ from hf_ema_scaling.training.noise import NoiseMeter
 from hf_ema_scaling.training.optimizer_values import hyper_parameters, reference_values
 from hf_ema_scaling.training.run_state import RunState, optimizer_family, run_state_to_resume
 from hf_ema_scaling.training.scheduler import PlanScheduler
+from hf_ema_scaling.training.sharded import check_optimizer_state, refuse_resume, without_sync
 from hf_ema_scaling.training.signals import StopOnSigterm
 from hf_ema_scaling.training.stock import SkipWatch, learns
 
@@ -153,6 +154,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
         error in an evaluation or in loading data; Ctrl-C may come in the midst of a step.
         """
         checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
+        refuse_resume(self, checkpoint)
         self._resumed = run_state_to_resume(checkpoint, rebuild=self.args.on_missing_average == "rebuild")
         self._student = None
         try:
@@ -269,10 +271,10 @@ class EMATrainerMixin(BothWeightsEvaluation):
         # Processes average their gradients, so each multiplies its share by their number.
         scale = self.accelerator.num_processes / (self.sampler.stream.examples_per_reference_batch * step.kappa)
         total = torch.zeros((), device=self.args.device)
-        self._noise.begin(self.sampler, self.state.global_step)
+        self._noise.begin(self.sampler, self.state.global_step, model)
         for number, micro_batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            with without_sync(self.accelerator, model, unless=last or self._noise.needs_sync(number)):
                 loss = self.micro_batch_loss(model, micro_batch) * scale
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -303,13 +305,13 @@ class EMATrainerMixin(BothWeightsEvaluation):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         assert self._last_step is not None
         maximum = self.plan.max_grad_norm(self._last_step.kappa)
-        norm = self.accelerator.clip_grad_norm_(model.parameters(), math.inf if maximum is None else maximum)
+        norm = gathered(self.accelerator.clip_grad_norm_(model.parameters(), math.inf if maximum is None else maximum))
         if maximum is not None and float(norm) > maximum:
             self._clipped += 1
         return norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = gathered(super()._get_grad_norm(model, grad_norm))
         self._skipped = not math.isfinite(float(norm))
         # A gradient scaler meets such gradients in the normal course of things and skips the step itself.
         if self._skipped:
@@ -380,9 +382,8 @@ class EMATrainerMixin(BothWeightsEvaluation):
             super().save_model(output_dir, _internal_call=True)
         if self.average is not None:
             folder = Path(output_dir or self.args.output_dir or ".") / "ema"
-            state = self._run_state().to_dict()
-            if self.args.should_save:
-                save_average(folder, self.model, self.average, state=state, processing_class=self.processing_class)
+            saved: dict[str, Any] = {"state": self._run_state().to_dict(), "processing_class": self.processing_class}
+            save_average(folder, self.model, self.average, write=self.args.should_save, **saved)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -421,6 +422,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
         self.accelerator.wait_for_everyone()  # no commit before every process has written its part
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        check_optimizer_state(self, checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.average = restored_average(self, checkpoint)

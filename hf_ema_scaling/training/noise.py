@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from hf_ema_scaling.data.sampler import ScheduledBatchSampler
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
+from hf_ema_scaling.ema.sharding import gathered, is_sharded
 from hf_ema_scaling.scaling import NoiseScale
 
 logger = logging.get_logger(__name__)
@@ -76,6 +77,10 @@ class Halves:
     step_items: int
     item_units: float
     mean: float
+
+    def together(self) -> Halves:
+        """The same border for gradients that are reduced over the processes there: one part, of all processes."""
+        return Halves(self.border, (sum(self.items),), self.step_items, self.item_units, self.mean)
 
     @property
     def small_batch(self) -> float:
@@ -168,7 +173,7 @@ def _between_reference_batches(
 def gradient_square(model: nn.Module) -> float:
     """Squared norm of all gradients, without a copy of them."""
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return float(torch.nn.utils.get_total_norm(grads)) ** 2
+    return float(gathered(torch.nn.utils.get_total_norm(grads))) ** 2
 
 
 class NoiseMeter:
@@ -178,6 +183,10 @@ class NoiseMeter:
     smaller batches are the processes' own: between micro-batches `.grad` holds what a process has seen alone, and the
     mean over processes of the squared norms is a measurement at the harmonic mean of their units. (It is not the
     squared norm of the averaged half, which would take an all-reduce of all gradients.)
+
+    FSDP2 keeps no gradients of one process alone that could be measured: there the pass at the border reduces them as
+    the last one does, and what is measured is the first part of all processes together. Such a step is the same to
+    rounding, and has one reduction more.
 
     Dropout and augmentation are part of the noise, as they are part of the step; that batches in seconds or tokens
     hold a varying number of items is not. Measured before clipping. Gradients that are not finite are not counted.
@@ -200,12 +209,17 @@ class NoiseMeter:
         """Squared norms of the last measurement: of the first part, rescaled, and of the whole step."""
         self._said: set[str] = set()
         self._halves: Halves | None = None
+        self._sharded = False
         self._small = 0.0
         self._stage_kappa = 0.0
         self._warned: set[float] = set()
         self._measures = True
 
-    def begin(self, sampler: ScheduledBatchSampler, number: int) -> None:
+    def needs_sync(self, number: int) -> bool:
+        """Whether gradients must be reduced in the backward pass of micro-batch `number`, counted from 1."""
+        return self._sharded and self._halves is not None and number == self._halves.border
+
+    def begin(self, sampler: ScheduledBatchSampler, number: int, model: nn.Module) -> None:
         """Before the micro-batches of optimizer step `number`, counted from 0."""
         self._halves = None
         if self.every == 0:
@@ -219,7 +233,8 @@ class NoiseMeter:
         halves = halve(sampler, number)
         self._measures = isinstance(halves, Halves)
         if isinstance(halves, Halves):
-            self._halves = halves
+            self._sharded = is_sharded(model)
+            self._halves = halves.together() if self._sharded else halves
         elif halves not in self._said and self.accelerator.is_main_process:
             self._said.add(halves)
             logger.warning(
@@ -233,9 +248,9 @@ class NoiseMeter:
             return
         square = gradient_square(model) / self._loss_scale() ** 2
         if not last:
-            self._small = square * self._halves.rescaling(self.accelerator.process_index) ** 2
+            self._small = square * self._halves.rescaling(0 if self._sharded else self.accelerator.process_index) ** 2
             return
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and not self._sharded:
             mine = torch.tensor(self._small, device=self.accelerator.device)
             self._small = float(self.accelerator.reduce(mine, reduction="mean"))
         sizes = {"small_batch": self._halves.small_batch, "big_batch": self._halves.step_batch}

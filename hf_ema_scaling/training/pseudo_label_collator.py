@@ -110,6 +110,9 @@ class PseudoLabelCollator:
                 "PseudoLabelCollator runs in a data loader worker, which has the teacher of the moment it was "
                 "started; set dataloader_num_workers=0."
             )
+        if self.callback.clock >= self.pl_start - _DUST:
+            # On every process at the same batch: a sharded average is gathered by all of them together.
+            self.callback.meet_teacher()
         unlabelled = [i for i, example in enumerate(examples) if self.is_unlabeled(example)]
         targets = self._label([examples[i] for i in unlabelled]) if unlabelled else []
         by_row = dict(zip(unlabelled, targets, strict=True))

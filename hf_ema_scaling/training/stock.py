@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from hf_ema_scaling.ema.names import local_shard
+from hf_ema_scaling.ema.sharding import is_flat_sharded, over_shards
 from hf_ema_scaling.ema.teacher import HALF_PRECISION
+from hf_ema_scaling.training.sharded import FSDP1, ZERO_3
 
 
 def loader_batch_size(loader: Any, world_size: int) -> int:
@@ -45,16 +48,21 @@ def loader_batch_size(loader: Any, world_size: int) -> int:
 
 @torch.no_grad()
 def nonfinite_parameter(model: nn.Module) -> str | None:
-    """Name of the first trainable parameter with a NaN or an infinity on this process, or None.
+    """Name of the first trainable parameter with a NaN or an infinity, or None; of shards, on any process.
 
     One multi-tensor reduction and one host synchronisation; the names are looked at only when something is wrong.
     """
-    named = [(name, local_shard(p.detach())) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
+    named = [(name, p.detach()) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
     if not named:
         return None
+    # A process whose shard is empty has nothing to say about it: of nothing there is no largest magnitude.
+    shards = [shard if shard.numel() else shard.new_zeros(1) for shard in (local_shard(p) for _, p in named)]
     # The largest magnitude, unlike the Euclidean norm, cannot overflow in half precision, and it carries NaN along.
-    peaks = torch._foreach_norm([tensor for _, tensor in named], math.inf)
+    peaks = torch._foreach_norm(shards, math.inf)
     finite = torch.stack([peak.to(peaks[0].device, torch.float32) for peak in peaks]).isfinite()
+    if any(isinstance(p, DTensor) for _, p in named):
+        # One process must not stop while the others wait for it.
+        finite = over_shards((~finite).int(), [p for _, p in named]) == 0
     if bool(finite.all()):
         return None
     return next(name for (name, _), good in zip(named, finite.tolist(), strict=True) if not good)
@@ -116,6 +124,6 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
             "EMACallback, for example with optim='adamw_torch'."
         )
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise NotImplementedError(
-            "EMACallback cannot average parameters that DeepSpeed ZeRO-3 has partitioned; use ZeRO-1 or 2, or DDP."
-        )
+        raise NotImplementedError(f"EMACallback cannot average here. {ZERO_3}, ZeRO-1 or 2, or DDP.")
+    if is_flat_sharded(model):
+        raise NotImplementedError(f"EMACallback cannot average here. {FSDP1}.")

@@ -126,6 +126,9 @@ class PseudoLabelTrainer(EMATrainerMixin):
         micro_batches = super().label_micro_batches(inputs)
         drawn = [batch for batch in micro_batches if batch["source"] == UNLABELLED and batch["weight"]]
         number = self.state.global_step
+        # On every process, also one that has nothing to label: a sharded average is gathered by all of them together.
+        if self.teacher is not None and any(batch["source"] == UNLABELLED for batch in micro_batches):
+            self.teacher.refresh()
         found: dict[int, PseudoLabel] = {}
         for batch in inputs.get("label_batches", drawn if self.sampler.labels_micro_batches(number) else []):
             found.update(zip(batch["positions"], self.labels_of(batch), strict=True))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import tiny
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import launch
 import two_processes
 
 pytestmark = pytest.mark.distributed
@@ -25,38 +23,15 @@ TOLERANCE = 3e-5
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    tests = Path(__file__).parents[1]
-    paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
-    common = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(two_processes.__file__)), str(folder)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-5000:]
-    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, make in (
+        ("split", lambda place: two_processes.split(place, "wav2vec2", 16, save_strategy="steps", save_steps=1)),
+        ("sized", two_processes.sized_alone),
+    ):
+        alone = make(folder / f"one-{name}")
+        alone.train()
+        torch.save(two_processes.seen(alone), folder / f"one-{name}.pt")
+    launch.on_two_processes(two_processes.__file__, str(folder), "short")
+    return folder, launch.results(folder)
 
 
 def close(found: dict[str, Any], expected: Any) -> None:
@@ -212,8 +187,11 @@ def test_one_process_resumes_before_a_switch_what_two_began(
 def test_each_process_has_teacher_batches_of_its_own(
     launched: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    alone = two_processes.sized(tmp_path, dropout=0.0)
+    alone = two_processes.sized_alone(tmp_path)
     alone.train()
+    found = [label for rank in launched[1] for label in rank["sized-teacher"]["found"]]
+    assert len(found) == 25 and sorted(found) == sorted(alone.found)
+    assert len({tuple(ids) for _, ids in found}) > 5
     for rank in launched[1]:
         found = rank["sized-teacher"]
         close(found, alone)
@@ -234,3 +212,48 @@ def test_one_process_continues_what_two_began(launched: tuple[Path, list[dict[st
     for step in (0, 1):
         assert tiny.difference(made.recorder.weights[step], found["weights"][step + 1]) < TOLERANCE
         assert tiny.difference(made.recorder.averages[step], found["averages"][step + 1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["split", "sized"])
+def test_two_processes_continue_what_one_began(launched: tuple[Path, list[dict[str, Any]]], name: str) -> None:
+    folder, ranks = launched
+    alone = torch.load(folder / f"one-{name}.pt", weights_only=True)
+    stop = two_processes.ONE_STOPS[name]
+    found = ranks[0][f"continued-{name}"]
+    assert len(found["weights"]) == len(alone["weights"]) - stop >= 2
+    for key in ("gradients", "weights", "averages"):
+        for one, two in zip(alone[key][stop:], found[key], strict=True):
+            assert tiny.difference(one, two) < TOLERANCE, key
+        assert tiny.same_bits(found[key], ranks[1][f"continued-{name}"][key])
+    for step, drawn in enumerate(alone["drawn"][stop:]):
+        both = [item for rank in ranks for item in rank[f"continued-{name}"]["drawn"][step]]
+        assert sorted(set(both)) == sorted(set(drawn))
+
+
+def test_all_processes_have_the_same_rounds_of_micro_batches(launched: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Whatever does not divide: three items, five, sizes of their own; DDP would wait for the missing one."""
+    padded = 0
+    for name in ("odd", "semi_supervised", "whole-parakeet", "whole-wav2vec2", "sized-whole", "sized-teacher"):
+        first, second = (rank[name]["rounds"] for rank in launched[1])
+        assert len(first) == len(second) > 0
+        for one, two in zip(first, second, strict=True):
+            assert [source for source, _ in one] == [source for source, _ in two], name
+            padded += sum(weight == 0 for _, weight in one + two)
+    assert padded > 5
+
+
+@pytest.mark.slow
+def test_processes_hold_the_same_bits_after_two_hundred_steps(tmp_path: Path) -> None:
+    launch.on_two_processes(two_processes.__file__, str(tmp_path), "long")
+    first, second = launch.results(tmp_path)
+    for family in ("bert", "parakeet"):
+        one, two = first[family], second[family]
+        assert one["updates"] == two["updates"] == two_processes.LONG
+        for key in ("student", "average", "optimizer"):
+            assert tiny.same_bits(one[key], two[key]), (family, key)
+        moved = {name: one["student"][name] for name in one["start"]}
+        assert tiny.difference(one["start"], moved) > 0.05
+        assert tiny.difference(moved, {name: one["average"][name] for name in moved}) > 1e-3
+        assert [len(step) for step in one["rounds"]] == [len(step) for step in two["rounds"]]
+    sides = [results["parakeet"]["found"] for results in (first, second)]
+    assert all(len(side) > 100 for side in sides) and not {p for p, _ in sides[0]} & {p for p, _ in sides[1]}

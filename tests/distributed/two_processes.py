@@ -40,6 +40,7 @@ def seen(made: Any) -> dict[str, Any]:
         "buffers": {name: buffer.clone() for name, buffer in made.model.named_buffers() if "running" in name},
         "optimizer": recorder.after,
         "drawn": made.drawn,
+        "rounds": made.rounds,
         "noise": (made._noise.last, made._noise.state_dict()),
         "history": [
             {k: v for k, v in entry.items() if not any(x in k for x in ("runtime", "per_second", "train_loss"))}
@@ -142,7 +143,7 @@ def main(folder: Path) -> None:
 
     def train(name: str, made: Any, **more: Any) -> None:
         made.train(**more)
-        results[name] = seen(made)
+        results[name] = seen(made) | {"found": getattr(made, "found", [])}
 
     for family in ("bert", "wav2vec2"):
         made = split(folder / f"split-{family}", family, 4, save_strategy="steps", save_steps=1, noise_scale_every=1)
@@ -164,7 +165,7 @@ def main(folder: Path) -> None:
         torch.manual_seed(7 + rank)
         made = sized(folder / f"sized-{stop}", init=5)
         train(f"sized-{stop}", made, resume_from_checkpoint=str(folder / "sized-whole" / f"checkpoint-{stop}"))
-    made = sized(folder / "sized-teacher", dropout=0.0, label_batch_size=3)
+    made = sized_alone(folder / "sized-teacher")
     labels_of, rows = made.labels_of, []
 
     def counted(batch: Any) -> Any:
@@ -174,9 +175,80 @@ def main(folder: Path) -> None:
     made.labels_of = counted
     train("sized-teacher", made)
     results["sized-teacher"]["rows"] = rows
+    # Two continue what one began.
+    for name, make in (("split", lambda place: split(place, "wav2vec2", 4)), ("sized", sized_alone)):
+        torch.manual_seed(11 + rank)
+        checkpoint = str(folder / f"one-{name}" / f"checkpoint-{ONE_STOPS[name]}")
+        train(f"continued-{name}", make(folder / f"continued-{name}"), resume_from_checkpoint=checkpoint)
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
+ONE_STOPS = {"split": 1, "sized": 3}
+"""Optimizer steps of the checkpoints in `one-split` and `one-sized`, which one process writes before two start."""
+
+
+def sized_alone(folder: Path) -> Any:
+    return labelling(sized(folder, dropout=0.0, label_batch_size=3))
+
+
+def labelling(made: Any) -> Any:
+    """The trainer, which notes in `found` the label of every position."""
+    labels_of, made.found = made.labels_of, []
+
+    def noted(batch: Any) -> Any:
+        labels = labels_of(batch)
+        made.found += [(p, list(label.ids)) for p, label in zip(batch["positions"], labels, strict=True)]
+        return labels
+
+    made.labels_of = noted
+    return made
+
+
+LONG = 200
+
+
+def long(folder: Path, family: str) -> Any:
+    """Two hundred steps with dropout, and BatchNorm in one of the families; small batches of uneven sizes."""
+    values: dict[str, Any] = {
+        "max_steps": LONG,
+        "reference_batch_size": 5,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 3e-3,
+        "max_grad_norm": 1.0,
+        "ema_momentum": 0.9,
+    }
+    if family == "bert":
+        return tiny.trainer(tiny.bert(dropout=0.1), tiny.arguments(folder, **values), tiny.sentences(23))
+    return labelling(
+        tiny.trainer(
+            tiny.parakeet(dropout=0.1),
+            tiny.arguments(folder, **values),
+            tiny.speech(13, features=8, lengths=(10, 20)),
+            unlabeled_dataset=tiny.speech(11, 1, features=8, labels=False, lengths=(10, 20)),
+            pseudo_label_args=tiny.pseudo(pl_start=10.0),
+        )
+    )
+
+
+def main_long(folder: Path) -> None:
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {}
+    for family in ("bert", "parakeet"):
+        made = long(folder / family, family)
+        made.train()
+        results[family] = {
+            "student": {name: value.clone() for name, value in made.model.state_dict().items()},
+            "average": tiny.average(made),
+            "optimizer": made.recorder.after[-1],
+            "start": made.recorder.initial,
+            "rounds": made.rounds,
+            "updates": made.average.num_updates,
+            "found": getattr(made, "found", []),
+        }
+    torch.save(results, folder / f"{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    {"short": main, "long": main_long}[sys.argv[2]](Path(sys.argv[1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import tiny
 import torch
 from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
-from hf_ema_scaling import EMATrainer
+from hf_ema_scaling import EMATrainer, WeightAverage
 from hf_ema_scaling.training.diagnostics import LabelStatistics
+from hf_ema_scaling.training.sharded import check_optimizer_state, refuse_sharding
 
 
 def processor(folder: Path, tokens: list[str]) -> Wav2Vec2Processor:
@@ -143,3 +145,58 @@ def test_dropped_rows_in_a_row_are_one_process_own() -> None:
     resumed = LabelStatistics()
     resumed.load_state_dict(state)
     assert resumed.dropped_in_a_row == 300
+
+
+class _Plugin:
+    def __init__(self, **values: int) -> None:
+        self.__dict__.update(values)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "plugin", "message"),
+    [
+        ({"is_deepspeed_enabled": True}, {"deepspeed_plugin": _Plugin(zero_stage=3)}, "ZeRO-3 partitions the param"),
+        ({"is_deepspeed_enabled": True}, {"deepspeed_plugin": _Plugin(zero_stage=2)}, "ZeRO-2: DeepSpeed steps its"),
+        ({"is_fsdp_enabled": True}, {"fsdp_plugin": _Plugin(fsdp_version=1)}, "set fsdp_version: 2"),
+        ({"is_fsdp_xla_enabled": True}, {}, "FSDP of XLA"),
+    ],
+)
+def test_shardings_that_cannot_be_averaged_are_refused_by_name(
+    tmp_path: Path, attributes: dict[str, bool], plugin: dict[str, _Plugin], message: str
+) -> None:
+    made = tiny.trainer(tiny.bert(), tiny.arguments(tmp_path), tiny.sentences(8))
+    made.accelerator = SimpleNamespace(state=SimpleNamespace(**plugin))
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    with pytest.raises(NotImplementedError, match=message):
+        refuse_sharding(made)
+
+
+def test_fsdp2_of_accelerate_is_not_refused_but_layer_drop_is(tmp_path: Path) -> None:
+    made = tiny.trainer(tiny.wav2vec2(layerdrop=0.1), tiny.arguments(tmp_path), tiny.speech(4))
+    made.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=_Plugin(fsdp_version=2)), scaler=None)
+    made.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match=r"layerdrop=0\.1 \(the model's configuration\) under FSDP2"):
+        refuse_sharding(made)
+    made.model.config.layerdrop = 0.0
+    refuse_sharding(made)
+
+
+def test_optimizer_states_have_other_names_under_fsdp2(tmp_path: Path) -> None:
+    for enabled, name in ((False, "optimizer.pt"), (True, "optimizer.bin"), (True, "optimizer_0")):
+        folder = tmp_path / name
+        folder.mkdir()
+        trainer: Any = SimpleNamespace(is_fsdp_enabled=enabled)
+        with pytest.raises(ValueError, match="holds no optimizer state"):
+            check_optimizer_state(trainer, str(folder))
+        (folder / name).touch()
+        check_optimizer_state(trainer, str(folder))
+
+
+def test_fsdp1_is_refused_by_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrapped(torch.nn.Linear):
+        pass
+
+    monkeypatch.setattr("hf_ema_scaling.ema.sharding.FullyShardedDataParallel", Wrapped)
+    with pytest.raises(NotImplementedError, match="FSDP1"):
+        WeightAverage(torch.nn.Sequential(Wrapped(2, 2)))

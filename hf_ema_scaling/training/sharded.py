@@ -1,0 +1,159 @@
+"""Training in shards: what of it is refused, with the reason, and what the trainers do differently where it is not."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedConfig, Trainer
+
+from hf_ema_scaling.ema import unwrap
+from hf_ema_scaling.ema.sharding import is_flat_sharded
+
+FSDP1 = (
+    "FSDP1 keeps parameters as pieces of flat buffers, which have neither names nor shapes to average by: set "
+    "fsdp_version: 2"
+)
+ZERO_3 = (
+    "DeepSpeed ZeRO-3 partitions the parameters: outside its own gathering contexts they are placeholders without "
+    "elements, so there is nothing to average: use FSDP2 (fsdp_version: 2)"
+)
+ZERO = (
+    "DeepSpeed steps its optimizer inside backward(), with clipping and overflow checks of its own, so the plan's "
+    "clipping, on_nonfinite, ema_correction='path' and the noise scale come too late, and it keeps the optimizer's "
+    "state flat, which a change of stage could not rescale. Use DDP or FSDP2 (fsdp_version: 2); a stock Trainer with "
+    "EMACallback averages under ZeRO-1 and 2"
+)
+
+
+def refuse_sharding(trainer: Trainer) -> None:
+    """Raises for shardings that the trainers of this library cannot train, and for what does not work in shards.
+
+    FSDP2 trains: sharded at load time by `from_pretrained(distributed_config=DistributedConfig(fsdp_size=n))`, or by
+    accelerate's plugin with `fsdp_version: 2`, which wants accelerators: it has not been run on a GPU, only on CPUs
+    that it was made to take for such. What is said of DeepSpeed comes from accelerate's source and has not been run.
+
+    Args:
+        trainer: a trainer whose own constructor has run.
+
+    Raises:
+        NotImplementedError, ValueError: with the reason and the way out.
+    """
+    if trainer.is_deepspeed_enabled:
+        stage = int(trainer.accelerator.state.deepspeed_plugin.zero_stage)
+        raise NotImplementedError(ZERO_3 if stage == 3 else f"ZeRO-{stage}: {ZERO}")
+    model: Any = trainer.model
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if is_flat_sharded(model) or (plugin is not None and getattr(plugin, "fsdp_version", 1) != 2):
+        raise NotImplementedError(FSDP1)
+    if trainer.is_fsdp_xla_enabled:
+        raise NotImplementedError("FSDP of XLA keeps its own kind of shards, which are not averaged here: use FSDP2")
+    if not (trainer.is_fsdp_enabled or trainer.is_distributed_loading_by_transformers):
+        return
+    if trainer.is_distributed_loading_by_transformers:
+        _refuse_load_time_sharding(trainer)
+    if trainer.args.fp16 or getattr(trainer.accelerator, "scaler", None) is not None:
+        raise NotImplementedError(
+            "fp16 with FSDP2: each process would judge the overflow of its own shards, and some would skip a step "
+            "that others take: use bf16"
+        )
+    for name, value in _layer_drops(getattr(unwrap(model), "config", None)):
+        raise ValueError(
+            f"{name}={value} (the model's configuration) under FSDP2: each process would skip layers of its own "
+            f"choice, and gathering a layer waits for all. Set config.{name} = 0.0"
+        )
+
+
+def _refuse_load_time_sharding(trainer: Trainer) -> None:
+    model: Any = trainer.model
+    config: Any = model.config.distributed_config
+    others = {name: getattr(config, name, None) or 1 for name in ("tp_size", "pp_size", "ep_size")}
+    if max(others.values()) > 1:
+        listed = ", ".join(f"{name}={size}" for name, size in others.items() if size > 1)
+        raise NotImplementedError(f"{listed}: only data parallelism is supported, so that each process draws a share")
+    copies, processes = getattr(config, "dp_size", config.fsdp_size), trainer.accelerator.num_processes
+    if copies != processes:
+        raise ValueError(f"fsdp_size * dp_replicate_size is {copies}, but there are {processes} processes")
+    if trainer.args.load_best_model_at_end:
+        raise NotImplementedError(
+            "load_best_model_at_end with a model sharded at load time: Trainer loads whole tensors, which the shards "
+            "do not take. Load the best checkpoint, or its ema/, by from_pretrained after training"
+        )
+
+
+def refuse_resume(trainer: Trainer, checkpoint: str | None) -> None:
+    """Raises where optimizer states cannot be restored, so that nothing goes on from weights alone without a word.
+
+    Args:
+        trainer: the trainer.
+        checkpoint: what to resume; None for nothing.
+
+    Raises:
+        NotImplementedError: for a model sharded at load time.
+    """
+    if checkpoint is not None and trainer.is_distributed_loading_by_transformers:
+        raise NotImplementedError(
+            "a run whose model was sharded at load time (DistributedConfig) cannot be resumed: Trainer neither saves "
+            "nor loads the optimizer's shards. Train it in one go, with accelerate's FSDP2 on GPUs, or under DDP"
+        )
+
+
+def check_optimizer_state(trainer: Trainer, checkpoint: str | None) -> None:
+    """Refuses a checkpoint that was written without optimizer state; under accelerate's FSDP2 it has other names.
+
+    Args:
+        trainer: the trainer.
+        checkpoint: what to resume; None for nothing.
+
+    Raises:
+        ValueError: naming the checkpoint.
+    """
+    if checkpoint is None:
+        return
+    names = ("optimizer.bin", "optimizer_0") if trainer.is_fsdp_enabled else ("optimizer.pt",)
+    if not any((Path(checkpoint) / name).exists() for name in names):
+        raise ValueError(f"{checkpoint} holds no optimizer state (save_only_model?) and cannot be resumed")
+
+
+def without_sync(
+    accelerator: Accelerator, model: nn.Module, *, unless: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Inside, unless told otherwise, backward passes add up gradients without communication.
+
+    DDP gets `accelerator.no_sync`. FSDP2 keeps whole gradients on every process until the next pass outside, one copy
+    of the model in the reduced dtype; `accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}}`
+    reduces them in every pass instead: slower, without that copy, equal to rounding.
+    """
+    if unless:
+        return contextlib.nullcontext()
+    inner = unwrap(model)
+    if not isinstance(inner, FSDPModule):
+        return accelerator.no_sync(model)
+    if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
+        return contextlib.nullcontext()
+    return _deferred(inner)
+
+
+@contextlib.contextmanager
+def _deferred(model: FSDPModule) -> Any:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def _layer_drops(config: Any) -> list[tuple[str, float]]:
+    """Layer-drop probabilities above 0 in a configuration and its parts, by name."""
+    if not isinstance(config, PreTrainedConfig):
+        return []
+    names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+    found = [(name, float(getattr(config, name, 0.0) or 0.0)) for name in names]
+    drops = [(name, value) for name, value in found if value > 0]
+    for part in config.sub_configs:
+        drops += [(f"{part}.{name}", value) for name, value in _layer_drops(getattr(config, part, None))]
+    return drops
