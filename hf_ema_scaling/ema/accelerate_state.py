@@ -82,8 +82,9 @@ def register_average(
     Raises:
         ValueError: The name is taken, or is not a plain part of a file name.
         AverageStateError: From `load_state`: the checkpoint has no such average, it is damaged, or was not saved by
-            this function; nothing of the state has been loaded then. To go on from such a checkpoint on purpose, load
-            it before the average is built and registered.
+            this function. Student and optimizer are then as before (not so under FSDP and DeepSpeed, whose models
+            accelerate loads first). To go on from such a checkpoint on purpose, load it before the average is built
+            and registered.
     """
     folder = folder_name(name)
     taken = _REGISTERED.setdefault(accelerator, set())
