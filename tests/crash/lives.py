@@ -15,7 +15,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import accelerate.utils  # noqa: F401  (what a run imports late, once for all of them)
 import datasets
 import tiny
 import torch
@@ -27,8 +26,7 @@ from hf_ema_scaling.ema import storage
 from hf_ema_scaling.training.checkpoints import newest_complete_checkpoint
 
 SCHEDULE = json.dumps([{"batch_size": 4, "until": 4}, {"batch_size": 8, "until": 9}, {"batch_size": 12}])
-# Steps end at 1, 2, 3, 4 | 6, 8, 9 | 12, 15, 18, 20; those that cross an even clock are saved.
-STEPS = 11
+# Steps end at 1, 2, 3, 4 | 6, 8, 9 | 12, 15, 18, 20; those that cross an even number are saved.
 
 
 class Points:

@@ -66,9 +66,9 @@ class Reference:
     def __init__(self, folder: Path, lives: Lives) -> None:
         self.folder = folder
         assert lives.live(folder) == 0, log(folder)
-        self.begun = time.monotonic()
+        begun = time.monotonic()
         assert lives.live(folder.with_name("again")) == 0
-        self.seconds = time.monotonic() - self.begun
+        self.seconds = time.monotonic() - begun
         self.points, self.tensors = ended(folder)
         self.drawn = drawn(folder)
 
