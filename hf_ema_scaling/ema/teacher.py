@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from hf_ema_scaling.ema.adapters import adapter_configs, adapter_module, base_of, check_filled
 from hf_ema_scaling.ema.average import WeightAverage
+from hf_ema_scaling.ema.forwards import carry_over_forwards
 from hf_ema_scaling.ema.names import local_shard, unwrap
 
 
@@ -45,7 +47,7 @@ class EMATeacher:
         average.rebind(model)
         # Constructors draw random numbers on the CPU even where initialisation is disabled.
         with torch.random.fork_rng(devices=_rng_devices(average.device)):
-            module = factory() if factory is not None else _build(student)
+            module = factory() if factory is not None else _build(student, average)
         mine = {id(tensor) for tensor in (*student.parameters(), *student.buffers())}
         if module is student or any(id(tensor) in mine for tensor in (*module.parameters(), *module.buffers())):
             raise ValueError("The factory must return a new module that shares no tensors with the student.")
@@ -143,8 +145,8 @@ def check_liveness(model: nn.Module, average: WeightAverage, teacher: EMATeacher
         raise DeadTeacherError("The student has no trainable floating-point parameter, so its average never moves.")
     with torch.no_grad():
         student = [parameter.detach().clone() for parameter in moving]
-        shadow = {name: tensor.clone() for name, tensor in average.tensors().items()}
-    updates = average.num_updates
+        shadow = {name: t.clone() for name, t in average.tensors().items() if name not in average.references}
+    counts = average.num_updates, average.gathered
     generator = torch.Generator(moving[0].device).manual_seed(0)
     with torch.random.fork_rng(devices=_rng_devices(average.device)):
         before = list(_floats(teacher(**inputs)))
@@ -161,7 +163,7 @@ def check_liveness(model: nn.Module, average: WeightAverage, teacher: EMATeacher
                 for parameter, value in zip(moving, student, strict=True):
                     parameter.copy_(value)
             average.load(shadow)
-            average.num_updates = updates
+            average.num_updates, average.gathered = counts
     if not before:
         raise DeadTeacherError("The teacher returned no floating-point tensor, so its labels cannot be checked.")
     if len(before) == len(after) and all(_same(a, b) for a, b in zip(before, after, strict=True)):
@@ -196,7 +198,13 @@ def check_moved(model: nn.Module, average: WeightAverage, initial_fingerprint: t
         )
 
 
-def _build(student: nn.Module) -> nn.Module:
+def _build(student: nn.Module, average: WeightAverage) -> nn.Module:
+    if adapter_configs(student):
+        module = adapter_module(student, inference_config(base_of(student)))
+        average.share_with(module)
+        check_filled(module)
+        carry_over_forwards(student, module)
+        return module
     if not isinstance(student, PreTrainedModel):
         raise TypeError(
             f"{type(student).__name__} is not a transformers model, so the teacher cannot be built from a "
@@ -213,6 +221,7 @@ def _build(student: nn.Module) -> nn.Module:
         ) from error
     if getattr(student, "generation_config", None) is not None:
         module.generation_config = copy.deepcopy(student.generation_config)
+    carry_over_forwards(student, module)
     return module
 
 
