@@ -22,6 +22,7 @@ Adapters are recognised without importing PEFT, which is an optional dependency.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,12 +70,12 @@ def debiased(weight: float, gathered: float) -> tuple[float, float]:
     return min(1.0, weight / total), total
 
 
-def adapter_module(student: nn.Module, config: Any) -> nn.Module:
+def adapter_module(student: nn.Module, config_for: Callable[[PreTrainedModel], Any]) -> nn.Module:
     """A new module of the student's architecture, adapters included, without values: its tensors are on `meta`.
 
     Args:
         student: A model for which `adapter_configs` is not empty; left as it is.
-        config: Configuration for the base model, which the new module keeps.
+        config_for: Returns a configuration for the base model, which the new module keeps.
 
     Raises:
         TypeError: The base is not a transformers model.
@@ -88,7 +89,7 @@ def adapter_module(student: nn.Module, config: Any) -> nn.Module:
         )
     configs = {name: _without_initialisation(config) for name, config in adapter_configs(student).items()}
     with torch.device("meta"), no_init_weights():
-        module: Any = type(base)(config)
+        module: Any = type(base)(config_for(base))
         if is_peft_model(student):
             first, *others = configs
             options: dict[str, Any] = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}

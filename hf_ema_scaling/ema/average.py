@@ -84,9 +84,7 @@ class WeightAverage:
     Source: "How to Scale Your EMA", arXiv 2307.13813, eq. 1 and definition 1.2 (rho -> rho**kappa).
     """
 
-    def __init__(
-        self, model: nn.Module, *, buffers: BufferPolicy = "average", share_frozen: bool = True
-    ) -> None:
+    def __init__(self, model: nn.Module, *, buffers: BufferPolicy = "average", share_frozen: bool = True) -> None:
         if buffers not in ("average", "copy"):
             raise ValueError(f"buffers must be 'average' or 'copy', got {buffers!r}.")
         self.buffers: BufferPolicy = buffers
@@ -158,8 +156,11 @@ class WeightAverage:
         Raises:
             ValueError: Names or shapes do not match, or the weight is above 1 or not finite.
             RuntimeError: The model holds swapped-in weights.
+            NotImplementedError: The model has PEFT adapters.
         """
         _refuse_swapped(model, "update the average from")
+        if self.gathered is not None:
+            raise NotImplementedError("The path-corrected update is not derived for the average of PEFT adapters.")
         for shadow, source in self._bind(model).parameters:
             kernels.lerp_(shadow, source, weight, away=True)
 
@@ -346,7 +347,9 @@ class WeightAverage:
     def fingerprint(self) -> tuple[int, ...]:
         """Returns one integer per averaged parameter, the sum of its bit patterns; any moved bit shows."""
         owned = self._params - self.references
-        return kernels.bit_sums([local_shard(self._shadow[key]) for key in self._shadow if key in owned]) if owned else ()
+        return (
+            kernels.bit_sums([local_shard(self._shadow[key]) for key in self._shadow if key in owned]) if owned else ()
+        )
 
     @torch.no_grad()
     def equals(self, model: nn.Module) -> bool:

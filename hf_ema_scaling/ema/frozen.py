@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def shadow_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the average keeps a tensor: float32 for all floating dtypes but float64, others as they are."""
+    """The dtype in which the average keeps a tensor: float32 for floating dtypes but float64, others as they are."""
     return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from hf_ema_scaling.ema.adapters import adapter_configs, adapter_module, base_of, check_filled
+from hf_ema_scaling.ema.adapters import adapter_configs, adapter_module, check_filled
 from hf_ema_scaling.ema.average import WeightAverage
 from hf_ema_scaling.ema.forwards import carry_over_forwards
 from hf_ema_scaling.ema.names import local_shard, unwrap
@@ -200,7 +200,7 @@ def check_moved(model: nn.Module, average: WeightAverage, initial_fingerprint: t
 
 def _build(student: nn.Module, average: WeightAverage) -> nn.Module:
     if adapter_configs(student):
-        module = adapter_module(student, inference_config(base_of(student)))
+        module = adapter_module(student, inference_config)
         average.share_with(module)
         check_filled(module)
         carry_over_forwards(student, module)
