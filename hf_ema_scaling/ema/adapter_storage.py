@@ -1,7 +1,7 @@
 """The average of a model with PEFT adapters on disk: adapters that PEFT loads over the base, and never the base.
 
 `ema/adapter/` holds `adapter_config.json` and `adapter_model.safetensors`, for
-`PeftModel.from_pretrained(base, "checkpoint-100/ema/adapter")`; with several adapters each is in `ema/adapter/<name>/`.
+`PeftModel.from_pretrained(base, "checkpoint-100/ema/adapter")`; of several adapters each has its `ema/adapter/<name>/`.
 They lie one folder deeper than `ema/` because Trainer, when it resumes, loads every adapter it finds in a folder
 directly below the checkpoint into the student. Persistent buffers that the average keeps (running statistics) are no
 part of an adapter and go to `ema/buffers.safetensors`.

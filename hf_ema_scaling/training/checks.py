@@ -290,7 +290,8 @@ def refuse_unsupported(trainer: Trainer) -> None:
             "ema_correction='path' moves the average before the optimizer step, and with fp16 that step may turn out "
             "to be skipped: use bf16, or ema_correction='none'"
         )
-    if getattr(trainer.args, "ema_correction", "none") == "path" and has_adapters(trainer.model):
+    model: Any = trainer.model
+    if getattr(trainer.args, "ema_correction", "none") == "path" and has_adapters(model):
         raise NotImplementedError(
             "ema_correction='path' is not derived for adapters, whose average is bias-corrected: use 'none'"
         )
