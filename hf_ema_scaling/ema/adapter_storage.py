@@ -1,10 +1,10 @@
 """The average of a model with PEFT adapters on disk: adapters that PEFT loads over the base, and never the base.
 
 `ema/adapter/` holds `adapter_config.json` and `adapter_model.safetensors`, for
-`PeftModel.from_pretrained(base, "checkpoint-100/ema/adapter")`; of several adapters each has its `ema/adapter/<name>/`.
-They lie one folder deeper than `ema/` because Trainer, when it resumes, loads every adapter it finds in a folder
-directly below the checkpoint into the student. Persistent buffers that the average keeps (running statistics) are no
-part of an adapter and go to `ema/buffers.safetensors`.
+`PeftModel.from_pretrained(base, "checkpoint-100/ema/adapter")`; several adapters have a folder `ema/adapter/<name>/`
+each. They lie one folder deeper than `ema/` because Trainer, when it resumes, loads every adapter that it finds in a
+folder directly below the checkpoint into the student. Persistent buffers that the average keeps (running statistics)
+are no part of an adapter and go to `ema/buffers.safetensors`.
 """
 
 from __future__ import annotations

@@ -51,7 +51,11 @@ def is_peft_model(module: nn.Module) -> bool:
 
 def base_of(model: nn.Module) -> nn.Module:
     """The model inside PEFT's own wrapper; any other module as it is."""
-    return model.base_model.model if is_peft_model(model) else model  # type: ignore[union-attr,return-value]
+    if not is_peft_model(model):
+        return model
+    wrapper: Any = model  # a PeftMixedModel has no get_base_model
+    base: nn.Module = wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper.base_model.model
+    return base
 
 
 def debiased(weight: float, gathered: float) -> tuple[float, float]:
