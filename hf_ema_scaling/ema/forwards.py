@@ -6,6 +6,7 @@ import types
 from typing import Any
 
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from hf_ema_scaling.ema.names import canonical_name
 
@@ -16,7 +17,8 @@ def carry_over_forwards(student: nn.Module, teacher: nn.Module) -> None:
     A module built from class and configuration computes with the forward of its class, which then is another function
     than the student's. A method bound to its own module (`types.MethodType`) is bound to the teacher's module instead.
     Anything else (a closure, a partial) has the student's weights inside, and cannot be told from them. What
-    accelerate puts around a forward (mixed precision, hooks) is looked through: it is no part of the model.
+    accelerate (mixed precision, hooks) and `torch.compile` put around a forward is looked through: it is no part of
+    the model.
 
     Args:
         student: The unwrapped student; left as it is.
@@ -48,6 +50,8 @@ def carry_over_forwards(student: nn.Module, teacher: nn.Module) -> None:
 
 def _replaced(part: nn.Module) -> Any:
     """The forward that was put on an instance by hand, None if there is none."""
+    if isinstance(part, OptimizedModule):
+        return None
     held = vars(part)
     forward = held.get("_original_forward") or held.get("_old_forward") or held.get("forward")
     if isinstance(forward, types.MethodType) and forward.__self__ is part:

@@ -65,9 +65,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, run:
     last = whole.recorder
     for name in trained(whole.model):  # the closed form over the students after each step
         expected = sum(0.1 * 0.9 ** (STEPS - 1 - i) * w[name].double() for i, w in enumerate(last.weights))
-        torch.testing.assert_close(
-            last.averages[-1][name].double(), expected / (1 - 0.9**STEPS), rtol=0, atol=1e-6
-        )
+        torch.testing.assert_close(last.averages[-1][name].double(), expected / (1 - 0.9**STEPS), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

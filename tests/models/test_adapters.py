@@ -238,9 +238,10 @@ def test_saved_as_an_adapter_that_peft_loads_over_the_base(tmp_path: Path, kind:
     loaded = peft.PeftModel.from_pretrained(tiny.bert(), tmp_path / "ema/adapter").eval()
     with average.swapped(model):
         assert torch.equal(loaded(**INPUTS).logits, model(**INPUTS).logits)
-    assert loaded.peft_config["default"].inference_mode and not model.peft_config[
-        "default" if kind == "get_peft_model" else "lora"
-    ].inference_mode
+    assert (
+        loaded.peft_config["default"].inference_mode
+        and not model.peft_config["default" if kind == "get_peft_model" else "lora"].inference_mode
+    )
 
     fresh = lora_bert(kind, seed=5, use_dora=dora)
     other = WeightAverage(fresh)
