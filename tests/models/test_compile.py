@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_updates_swaps_and_copies_compile_nothing_again() -> None:
     average.copy_to(compiled)
     torch.testing.assert_close(compiled(**INPUTS).logits.detach(), averaged)
     assert counter.frame_count == graphs
-    assert all(not torch.equal(a, b) for a, b in zip(outputs, outputs[1:], strict=False))
+    assert all(not torch.equal(a, b) for a, b in pairwise(outputs))
 
 
 def test_a_compiled_teacher_sees_every_update() -> None:
