@@ -24,9 +24,10 @@ class DeadTeacherError(RuntimeError):
 class EMATeacher:
     """A frozen copy of the student's architecture that computes with the average's own storage.
 
-    The module is built from the class and a deep copy of the configuration, never by copying the student, and all
-    its parameters and buffers are the shadow tensors: labelling costs no second copy of the weights and every update
-    of the average is seen at once. Creating it leaves the student's bits and the random state as they were. It is a
+    The module is built from the class and a deep copy of the configuration (and those of its PEFT adapters), never by
+    copying the student, and all its parameters and buffers are the shadow tensors, which for frozen parameters are the
+    student's own: labelling costs no second copy of the weights and every update of the average is seen at once. A
+    `forward` that was replaced on the student is carried over, see `ema.forwards`. Creating it leaves the student's bits and the random state as they were. It is a
     plain object, so assigning it to a model or trainer registers nothing.
 
     Args:
@@ -36,7 +37,7 @@ class EMATeacher:
             models, and for those whose constructor needs more than a configuration.
 
     Raises:
-        TypeError: No factory for a model that needs one.
+        TypeError: No factory for a model that needs one, or a replaced `forward` that holds the student's weights.
         ValueError: The built module has other names or shapes than the average, or is the student itself.
     """
 
@@ -98,13 +99,7 @@ class EMATeacher:
             return module(*args, **inputs)
 
     def _share(self) -> None:
-        try:
-            self._average.share_with(self._module)
-        except ValueError as error:
-            raise ValueError(
-                f"{type(self._module).__name__} built for the teacher does not fit the average: {error} Pass "
-                "`factory=` that builds the student's architecture exactly."
-            ) from error
+        _share(self._module, self._average)
         self._version = self._average.storage_version
 
 
@@ -198,10 +193,20 @@ def check_moved(model: nn.Module, average: WeightAverage, initial_fingerprint: t
         )
 
 
+def _share(module: nn.Module, average: WeightAverage) -> None:
+    try:
+        average.share_with(module)
+    except ValueError as error:
+        raise ValueError(
+            f"{type(module).__name__} built for the teacher does not fit the average: {error} Pass `factory=` that "
+            "builds the student's architecture exactly."
+        ) from error
+
+
 def _build(student: nn.Module, average: WeightAverage) -> nn.Module:
     if adapter_configs(student):
         module = adapter_module(student, inference_config)
-        average.share_with(module)
+        _share(module, average)
         check_filled(module)
         carry_over_forwards(student, module)
         return module
