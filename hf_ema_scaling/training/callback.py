@@ -264,7 +264,8 @@ class EMACallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remembers the fp16 loss scale, which an overflow lowers."""
+        """Remembers the fp16 loss scale, which an overflow lowers, and notices parameters that were unfrozen."""
+        self.average.prepare(kwargs["model"])
         self._skip_watch.before_step(kwargs.get("optimizer"))
 
     def on_optimizer_step(

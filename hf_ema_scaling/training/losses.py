@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from hf_ema_scaling.ema.adapters import base_of
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths
 
 ExampleLoss = Callable[[nn.Module, Mapping[str, Tensor], Tensor, Tensor], Tensor]
@@ -108,7 +109,7 @@ def cap_losses(losses: Tensor, maximum: float | None) -> Tensor:
 
 def is_ctc(model: nn.Module) -> bool:
     """Whether the model is one of transformers' CTC heads."""
-    return type(model).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values()
+    return type(base_of(model)).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values()
 
 
 def loss_for(model: nn.Module) -> ExampleLoss:
@@ -117,7 +118,7 @@ def loss_for(model: nn.Module) -> ExampleLoss:
     Raises:
         NotImplementedError: for heads without one; pass `example_loss=` to the trainer instead.
     """
-    name = type(model).__name__
+    name = type(base_of(model)).__name__
     if is_ctc(model):
         blank = blank_id(model.config)
 
