@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_ema_scaling.ema import kernels
-from hf_ema_scaling.ema.names import Entry, canonical_name, check_names, entries_of, local_shard, unwrap
+from hf_ema_scaling.ema import frozen, kernels
+from hf_ema_scaling.ema.adapters import debiased, has_adapters
+from hf_ema_scaling.ema.names import Entry, canonical_name, check_names, entries_of, local_shard, unit_vectors, unwrap
 from hf_ema_scaling.ema.sharding import check_placement, copy_whole_, gathered, over_shards, refuse_flat, reshard
 from hf_ema_scaling.scaling.momentum import ema_weight
 
 BufferPolicy = Literal["average", "copy"]
+_EXTRA_STATE = "_extra_state"
 
 # Models that currently hold an average in place of their own weights, whichever average put it there.
 _SWAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -72,7 +74,14 @@ class WeightAverage:
     Per update: trainable parameters move by `s + (1 - rho**kappa) * (p - s)`; frozen parameters
     (`requires_grad=False` at that moment), integer and boolean buffers, and non-persistent buffers are copied bit
     for bit (the latter are functions of the configuration and are not saved, so averaging them could not survive a
-    resume); persistent floating buffers follow `buffers`.
+    resume); persistent floating buffers follow `buffers`, except the unit vectors of spectral norm, which are copied.
+    `get_extra_state()` is not averaged.
+
+    A parameter that is frozen from the start costs no memory: the average refers to the student's own (`ema.frozen`).
+    If it is unfrozen later it gets a copy, made by `prepare`. One that is frozen later keeps the copy that it has.
+
+    For a model with PEFT adapters the update is bias-corrected, see `ema.adapters`: the zeros that adapters start from
+    have no share in it, and the first update makes the average equal to the student.
 
     DTensor parameters (FSDP2) are shadowed by DTensors of the same placement: each process holds and updates its own
     shards, in float32, without communication. `distance`, `fingerprint`, `equals`, `state_dict` and `share_with` are
@@ -84,9 +93,12 @@ class WeightAverage:
         buffers: `"average"` moves persistent floating buffers like parameters, `"copy"` copies them.
         dtype: `torch.float32`, or `torch.float64` for what moves: twice the memory of the average, and a teacher then
             needs a copy in float32.
+        share_frozen: False keeps copies of frozen parameters too, for a snapshot of a model that will be overwritten.
+            Adapters' base weights are never copied.
 
     Attributes:
         num_updates: Updates done since construction or since the state that was loaded.
+        gathered: Share of the updates' weights in a bias-corrected average, the rest is its start; None for others.
         storage_version: Grows when shadow tensors had to be reallocated, so that whoever shares them can notice.
         sharded: Whether any of its tensors is a DTensor.
 
@@ -94,7 +106,12 @@ class WeightAverage:
     """
 
     def __init__(
-        self, model: nn.Module, *, buffers: BufferPolicy = "average", dtype: torch.dtype = torch.float32
+        self,
+        model: nn.Module,
+        *,
+        buffers: BufferPolicy = "average",
+        dtype: torch.dtype = torch.float32,
+        share_frozen: bool = True,
     ) -> None:
         if buffers not in ("average", "copy"):
             raise ValueError(f"buffers must be 'average' or 'copy', got {buffers!r}.")
@@ -110,6 +127,9 @@ class WeightAverage:
         self._persistent: set[str] = set()
         self._binding: _Binding | None = None
         self._scratch = kernels.Scratch()
+        self._adapters = has_adapters(model)
+        self._share_frozen = share_frozen or self._adapters
+        self.gathered: float | None = 0.0 if self._adapters else None
         _refuse_swapped(model, "build an average from")
         refuse_flat(model)
         reshard(model)
@@ -149,8 +169,11 @@ class WeightAverage:
         """
         _refuse_swapped(model, "update the average from")
         binding = self._bind(model)
+        moved = weight
+        if self.gathered is not None:
+            moved, self.gathered = debiased(weight, self.gathered)
         for pairs in binding.parameters:
-            pairs.lerp_(weight)
+            pairs.lerp_(moved)
         for pairs in binding.buffers:
             pairs.lerp_(weight if buffer_weight is None else buffer_weight)
         for pairs in binding.copies:
@@ -168,10 +191,25 @@ class WeightAverage:
         Raises:
             ValueError: Names or shapes do not match, or the weight is above 1 or not finite.
             RuntimeError: The model holds swapped-in weights.
+            NotImplementedError: The model has PEFT adapters.
         """
         _refuse_swapped(model, "update the average from")
+        if self.gathered is not None:
+            raise NotImplementedError("The path-corrected update is not derived for the average of PEFT adapters.")
         for pairs in self._bind(model).parameters:
             pairs.lerp_(weight, away=True)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Takes copies of parameters that were unfrozen since the last update; nothing otherwise, at no cost.
+
+        To be called before the optimizer step that moves them first: a later `update` can only start their average
+        from where that step has led.
+
+        Args:
+            model: The student before its optimizer step.
+        """
+        if any(shadow.requires_grad for shadow in self._shadow.values()):
+            self._bind(model)
 
     @torch.no_grad()
     def rebind(self, model: nn.Module) -> None:
@@ -208,7 +246,7 @@ class WeightAverage:
             ValueError: Names or shapes do not match.
         """
         _refuse_swapped(model, "swap weights in")
-        entries = [entry for entry in self._match(model) if entry.persistent]
+        entries = self._written(model)
         inner = unwrap(model)
         with torch.no_grad():
             own = [local_shard(entry.tensor).clone() for entry in entries]
@@ -233,7 +271,7 @@ class WeightAverage:
             ValueError: Names or shapes do not match.
         """
         _refuse_swapped(model, "write the average into")
-        self._write([entry for entry in self._match(model) if entry.persistent])
+        self._write(self._written(model))
 
     @torch.no_grad()
     def share_with(
@@ -285,8 +323,16 @@ class WeightAverage:
         return next(iter(self._shadow.values())).device
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the persistent shadow tensors themselves by canonical name, tied weights once."""
+        """Returns the persistent shadow tensors themselves by canonical name, tied weights once.
+
+        Those of frozen parameters may be the student's own, see `references`.
+        """
         return {key: self._shadow[key] for key in self._shadow if key in self._persistent}
+
+    @property
+    def references(self) -> frozenset[str]:
+        """Names in `tensors()` of frozen parameters that are the student's own: not to be written to."""
+        return frozenset(key for key, shadow in self._shadow.items() if frozen.refers(shadow))
 
     def resolve(self, name: str) -> str | None:
         """Returns the name in `tensors()` for any name of the same tensor (wrapped, tied), or None if unknown."""
@@ -308,12 +354,12 @@ class WeightAverage:
         state: dict[str, Tensor] = {}
         whole: dict[str, Tensor] = {}
         for name, value in model.state_dict().items():
-            if not isinstance(value, Tensor):
+            if not isinstance(value, Tensor) or name.rpartition(".")[2] == _EXTRA_STATE:
                 continue
             key = self.resolve(name)
             if key is None:
                 raise ValueError(f"The average has no tensor for {name!r} of the model's state_dict.")
-            shadow = self._shadow[key]
+            shadow = self._shadow[key].detach()
             if isinstance(shadow, DTensor) and key not in whole:
                 full = gathered(shadow)
                 whole[key] = full.cpu() if keep else full.new_empty(0)
@@ -326,25 +372,35 @@ class WeightAverage:
         """Restores the persistent tensors bit for bit, in place.
 
         Args:
-            mapping: Tensors by name, with the names, shapes and dtypes of `tensors()`. Tied names may be given.
+            mapping: Tensors by name, with the names, shapes and dtypes of `tensors()`. Tied names may be given;
+                those in `references` may be missing. Where one of them is there and differs, the average takes a copy
+                and leaves the student alone.
 
         Raises:
             ValueError: A tensor is missing, unexpected, or of another shape or dtype; then nothing was changed.
         """
         wanted = self.tensors()
         found = {self.resolve(name) or name: tensor for name, tensor in mapping.items()}
-        check_names(set(wanted), set(found), "saved average")
+        check_names(set(wanted) - (self.references - set(found)), set(found), "saved average")
         for key, tensor in found.items():
             _check_shape(key, wanted[key], tensor)
             if tensor.dtype != wanted[key].dtype:
                 raise ValueError(f"{key!r} is {tensor.dtype} in the saved average, expected {wanted[key].dtype}.")
         for key, tensor in found.items():
-            copy_whole_(wanted[key], tensor)
+            if not frozen.refers(wanted[key]):
+                copy_whole_(wanted[key], tensor)
+            elif not torch.equal(gathered(wanted[key]), tensor.to(wanted[key].device)):
+                own = frozen.owned_copy(wanted[key], wanted[key].dtype)
+                copy_whole_(own, tensor)
+                self._shadow[key] = own
+                self.storage_version += 1
+                self._binding = None
 
     @torch.no_grad()
     def distance(self, model: nn.Module) -> float:
-        """Returns `||student - average|| / ||student||` over floating-point parameters, one host synchronisation.
+        """Returns `||student - average|| / ||student||` over what is averaged, with one host synchronisation.
 
+        That is all floating-point parameters but the frozen ones that the average refers to.
         Norms per tensor are taken in the shadow's dtype (float32 or float64) and combined in float64.
 
         Raises:
@@ -352,20 +408,25 @@ class WeightAverage:
             ValueError: Names or shapes do not match.
         """
         _refuse_swapped(model, "measure the distance to")
-        entries = [entry for entry in self._match(model) if entry.key in self._params]
+        entries = self._averaged(model)
+        if not entries:
+            return 0.0
         return kernels.relative_distance([self._shadow[e.key] for e in entries], [e.tensor.detach() for e in entries])
 
     @torch.no_grad()
     def fingerprint(self) -> tuple[int, ...]:
-        """Returns one integer per floating-point parameter, the sum of its bit patterns; any moved bit shows."""
-        tensors = [self._shadow[key] for key in self._shadow if key in self._params]
+        """Returns one integer per averaged parameter, the sum of its bit patterns; any moved bit shows."""
+        owned = self._params - self.references
+        tensors = [self._shadow[key] for key in self._shadow if key in owned]
+        if not tensors:
+            return ()
         sums = kernels.bit_sums([local_shard(tensor) for tensor in tensors])
         return tuple(over_shards(torch.tensor(sums, device=self.device), tensors).tolist())
 
     @torch.no_grad()
     def equals(self, model: nn.Module) -> bool:
         """Says whether every floating-point parameter of the model, cast to the shadow's dtype, is the average."""
-        entries = [entry for entry in self._match(model) if entry.key in self._params]
+        entries = self._averaged(model)
         tensors = [self._shadow[entry.key] for entry in entries]
         pairs = [(local_shard(shadow), local_shard(e.tensor)) for shadow, e in zip(tensors, entries, strict=True)]
         differ = [int(not torch.equal(shadow, source.to(shadow.device, shadow.dtype))) for shadow, source in pairs]
@@ -375,9 +436,20 @@ class WeightAverage:
         if self.sharded:
             reshard(model)
 
+    def _averaged(self, model: nn.Module) -> list[Entry]:
+        """Floating-point parameters, without the student's own."""
+        entries = (entry for entry in self._match(model) if entry.key in self._params)
+        return [entry for entry in entries if self._shadow[entry.key] is not entry.tensor]
+
+    def _written(self, model: nn.Module) -> list[Entry]:
+        """What of a model is overwritten by the average: all that is saved, without what is the model's own."""
+        entries = (entry for entry in self._match(model) if entry.persistent)
+        return [entry for entry in entries if self._shadow[entry.key] is not entry.tensor]
+
     def _add(self, entry: Entry) -> None:
-        source = entry.tensor.detach()
-        self._shadow[entry.key] = source.to(self._shadow_dtype(entry), copy=True)
+        source = entry.tensor
+        shared = self._share_frozen and frozen.may_refer(source, adapters=self._adapters)
+        self._shadow[entry.key] = source if shared else frozen.owned_copy(source, self._shadow_dtype(entry))
         for slot in entry.slots:
             self._key_of[slot.name] = entry.key
         if entry.is_param and source.is_floating_point():
@@ -425,9 +497,15 @@ class WeightAverage:
                 self._add(entry)
                 self.storage_version += 1
         entries = self._match(model)
+        kept_as_they_are = unit_vectors(model)
         groups: dict[tuple[str, torch.device, torch.dtype, torch.dtype], list[Entry]] = {}
         for entry in entries:
             source, shadow = entry.tensor, self._shadow[entry.key]
+            if shadow is source and not source.requires_grad:
+                continue
+            if frozen.refers(shadow):  # unfrozen, or another model's: from here on the average has a copy
+                self._shadow[entry.key] = shadow = frozen.owned_copy(shadow, self._shadow_dtype(entry))
+                self.storage_version += 1
             if shadow.device != source.device or shadow.shape != source.shape:
                 # Only non-persistent buffers may change shape (`_match`), e.g. position tables grown on demand.
                 kept = shadow if shadow.shape == source.shape else source.detach()
@@ -436,6 +514,7 @@ class WeightAverage:
             if source.requires_grad and not source.is_floating_point():
                 raise TypeError(f"Cannot average {entry.key!r}: a trainable parameter of dtype {source.dtype}.")
             moves = source.requires_grad if entry.is_param else entry.persistent and self.buffers == "average"
+            moves = moves and id(source) not in kept_as_they_are
             kind = "parameters" if entry.is_param else "buffers"
             kind = kind if moves and source.is_floating_point() else "copies"
             groups.setdefault((kind, source.device, shadow.dtype, source.dtype), []).append(entry)

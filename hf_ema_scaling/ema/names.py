@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
 
@@ -86,6 +88,18 @@ def entries_of(model: nn.Module) -> list[Entry]:
             slot = Slot(name, module, leaf, tensor, leaf in module._parameters, leaf not in hidden)
             by_tensor.setdefault(id(tensor), Entry(name, [])).slots.append(slot)
     return list(by_tensor.values())
+
+
+def unit_vectors(model: nn.Module) -> set[int]:
+    """Ids of the buffers in which spectral norm keeps its singular vectors: a mean of unit vectors is none."""
+    found: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, _SpectralNorm):
+            found.update(id(module.get_buffer(name)) for name in ("_u", "_v") if name in module._buffers)
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):
+                found.update(id(module.get_buffer(f"{hook.name}_{end}")) for end in ("u", "v"))
+    return found
 
 
 def check_names(wanted: set[str], found: set[str], where: str) -> None:

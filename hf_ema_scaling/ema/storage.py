@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from hf_ema_scaling.ema.adapter_storage import adapter_names, read_adapters, write_adapters
+from hf_ema_scaling.ema.adapters import adapter_configs
 from hf_ema_scaling.ema.average import WeightAverage
 from hf_ema_scaling.ema.durable import flush, rename
 from hf_ema_scaling.ema.exact import NotExactError, exact_record, rounded, save_exact, with_exact
@@ -50,7 +52,8 @@ def save_average(
     Args:
         folder: Where to save, e.g. `checkpoint-100/ema`. Its parent is created.
         model: The student, wrapped or not. A transformers model gives its configuration and generation
-            configuration; any other module is saved as `model.safetensors` alone.
+            configuration; of a model with PEFT adapters only these are saved (`ema.adapter_storage`); any other module
+            is saved as `model.safetensors` alone.
         average: The average.
         state: JSON values the caller wants back from `load_average`, e.g. the clock and the momentum.
         processing_class: Tokenizer, feature extractor or processor to save along.
@@ -58,18 +61,18 @@ def save_average(
             processes must call this. The one that writes holds the whole average on its CPU meanwhile.
 
     Raises:
-        TypeError, ValueError: `state` is not JSON, or has NaN or infinity.
-        NotImplementedError: The model has PEFT adapters.
+        TypeError, ValueError: `state` is not JSON, or has NaN or infinity; or as `adapter_tensors`.
+        NotImplementedError: PEFT adapters that are not stored as they are held.
     """
     folder = Path(folder)
     inner = unwrap(model)
-    if getattr(inner, "_hf_peft_config_loaded", False):
-        raise NotImplementedError("Cannot save the average of a model with PEFT adapters; merge the adapters first.")
     tensors = average.state_dict(model, keep=write)
     if not write:
         return
     kept = {key: tensors.get(key, tensor) for key, tensor in average.tensors().items()}
-    record = {
+    if adapters := bool(adapter_configs(inner)):
+        kept = {key: kept[key] for key in adapter_names(inner, average, tensors)}
+    record: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "num_updates": average.num_updates,
         "buffers": average.buffers,
@@ -77,6 +80,8 @@ def save_average(
         "state": dict(state),
         **exact_record(average),
     }
+    if average.gathered is not None:
+        record["gathered"] = average.gathered
     text = json.dumps(record, indent=1, allow_nan=False)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _put_back(folder)
@@ -85,7 +90,9 @@ def save_average(
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
     try:
-        if isinstance(inner, PreTrainedModel):
+        if adapters:
+            write_adapters(partial, inner, average, rounded(tensors, average))
+        elif isinstance(inner, PreTrainedModel):
             _save_pretrained(partial, inner, rounded(tensors, average))
         else:
             contiguous = {key: tensor.contiguous() for key, tensor in rounded(kept, average).items()}
@@ -146,6 +153,8 @@ def load_average(folder: str | Path, model: nn.Module, average: WeightAverage) -
             f"The average in {folder} belongs to another model: {error} Resume with the model it was saved from."
         ) from error
     average.num_updates = record["num_updates"]
+    if average.gathered is not None:
+        average.gathered = float(record.get("gathered", 0.0))
     average.rebind(model)
     state: dict[str, Any] = record["state"]
     return state
@@ -227,6 +236,15 @@ def _read_record(folder: Path) -> dict[str, Any]:
 def _read_weights(
     folder: Path, model: nn.Module, average: WeightAverage, expected: Mapping[str, Any]
 ) -> dict[str, Tensor]:
+    if adapter_configs(model):
+        try:
+            read = read_adapters(folder, model, average)
+        except (OSError, SafetensorError, KeyError) as error:
+            raise _damaged(folder, str(error.args[0])) from error
+        missing = sorted(set(expected) - set(read))
+        if missing:
+            raise _damaged(folder, f"the model's adapters have no {', '.join(missing[:5])}")
+        return read
     stored = _read_files(folder)
     named = {average.resolve(name): tensor for name, tensor in stored.items()}
     if None not in named and set(expected) <= set(named):

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from hf_ema_scaling.ema.adapters import adapter_configs, adapter_module, check_filled
 from hf_ema_scaling.ema.average import WeightAverage
+from hf_ema_scaling.ema.forwards import carry_over_forwards
+from hf_ema_scaling.ema.kernels import Pairs
 from hf_ema_scaling.ema.names import local_shard, unwrap
 from hf_ema_scaling.ema.sharding import class_of
 
@@ -26,12 +29,14 @@ class DeadTeacherError(RuntimeError):
 class EMATeacher:
     """A frozen copy of the student's architecture that computes with the average's own storage.
 
-    The module is built from the class and a deep copy of the configuration, never by copying the student, and all
-    its parameters and buffers are the shadow tensors: labelling costs no second copy of the weights and every update
-    of the average is seen at once. With a `dtype` that is not the average's the module holds copies in that dtype,
-    which are made anew at a call (or at `module`) if the average was written to since the last; half precision
-    computes under autocast of that dtype, with floating inputs cast to it. Creating it leaves the student's bits and
-    the random state as they were. It is a plain object, so assigning it to a model or trainer registers nothing.
+    The module is built from the class and a deep copy of the configuration (and those of its PEFT adapters), never by
+    copying the student, and all its parameters and buffers are the shadow tensors, which for frozen parameters are the
+    student's own: labelling costs no second copy of the weights and every update of the average is seen at once. A
+    `forward` that was replaced on the student is carried over, see `ema.forwards`. With a `dtype` that is not the
+    average's the module holds copies in that dtype, which are made anew at a call (or at `module`) if the average was
+    written to since the last; half precision computes under autocast of that dtype, with floating inputs cast to it.
+    Creating it leaves the student's bits and the random state as they were. It is a plain object, so assigning it to
+    a model or trainer registers nothing.
 
     Over a sharded average (FSDP2) the module holds the whole average on every process, in float32, gathered bit for
     bit from the shards when it is created and by each `refresh()`, which every process must call after an update and
@@ -48,7 +53,7 @@ class EMATeacher:
             dtype. None is float32 without any copy, except over a float64 average. Call `check_parity` before use.
 
     Raises:
-        TypeError: No factory for a model that needs one.
+        TypeError: No factory for a model that needs one, or a replaced `forward` that holds the student's weights.
         ValueError: The built module has other names or shapes than the average, or is the student itself; `dtype` is
             another.
     """
@@ -67,7 +72,7 @@ class EMATeacher:
         average.rebind(model)
         # Constructors draw random numbers on the CPU even where initialisation is disabled.
         with torch.random.fork_rng(devices=_rng_devices(average.device)):
-            module = factory() if factory is not None else _build(student)
+            module = factory() if factory is not None else _build(student, average)
         mine = {id(tensor) for tensor in (*student.parameters(), *student.buffers())}
         if module is student or any(id(tensor) in mine for tensor in (*module.parameters(), *module.buffers())):
             raise ValueError("The factory must return a new module that shares no tensors with the student.")
@@ -154,15 +159,9 @@ class EMATeacher:
         return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def _share(self) -> None:
-        try:
-            with torch.no_grad():
-                keep = _kept_in_float32(self._module, self.dtype)
-                self._copies = self._average.share_with(self._module, self._dtype, keep=keep)
-        except ValueError as error:
-            raise ValueError(
-                f"{type(self._module).__name__} built for the teacher does not fit the average: {error} Pass "
-                "`factory=` that builds the student's architecture exactly."
-            ) from error
+        with torch.no_grad():
+            keep = _kept_in_float32(self._module, self.dtype)
+            self._copies = _share(self._module, self._average, self._dtype, keep)
         self._version = self._average.storage_version
         self._gathered_at = self._average.num_updates
 
@@ -206,8 +205,8 @@ def check_liveness(model: nn.Module, average: WeightAverage, teacher: EMATeacher
         raise DeadTeacherError("The student has no trainable floating-point parameter, so its average never moves.")
     with torch.no_grad():
         student = [parameter.detach().clone() for parameter in moving]
-        shadow = {name: tensor.clone() for name, tensor in average.tensors().items()}
-    updates = average.num_updates
+        shadow = {name: t.clone() for name, t in average.tensors().items() if name not in average.references}
+    counts = average.num_updates, average.gathered
     generator = torch.Generator(moving[0].device).manual_seed(0)
     with torch.random.fork_rng(devices=_rng_devices(average.device)):
         before = list(_floats(teacher(**inputs)))
@@ -225,7 +224,7 @@ def check_liveness(model: nn.Module, average: WeightAverage, teacher: EMATeacher
                 for parameter, value in zip(moving, student, strict=True):
                     parameter.copy_(value)
             average.load(shadow)
-            average.num_updates = updates
+            average.num_updates, average.gathered = counts
             teacher.refresh()
     if not before:
         raise DeadTeacherError("The teacher returned no floating-point tensor, so its labels cannot be checked.")
@@ -294,7 +293,28 @@ def check_moved(model: nn.Module, average: WeightAverage, initial_fingerprint: t
         )
 
 
-def _build(student: nn.Module) -> nn.Module:
+def _share(
+    module: nn.Module,
+    average: WeightAverage,
+    dtype: torch.dtype | None = None,
+    keep: Callable[[str], bool] = lambda name: False,
+) -> Pairs:
+    try:
+        return average.share_with(module, dtype, keep=keep)
+    except ValueError as error:
+        raise ValueError(
+            f"{type(module).__name__} built for the teacher does not fit the average: {error} Pass `factory=` that "
+            "builds the student's architecture exactly."
+        ) from error
+
+
+def _build(student: nn.Module, average: WeightAverage) -> nn.Module:
+    if adapter_configs(student):
+        module: Any = adapter_module(student, inference_config)
+        _share(module, average)
+        check_filled(module)
+        carry_over_forwards(student, module)
+        return module
     if not isinstance(student, PreTrainedModel):
         raise TypeError(
             f"{type(student).__name__} is not a transformers model, so the teacher cannot be built from a "
@@ -303,7 +323,7 @@ def _build(student: nn.Module) -> nn.Module:
     config = inference_config(student)
     try:
         with no_init_weights():
-            module: Any = class_of(student)(config)
+            module = class_of(student)(config)
     except TypeError as error:
         raise TypeError(
             f"{type(student).__name__} cannot be built from its configuration alone ({error}). Pass `factory=`, a "
@@ -311,6 +331,7 @@ def _build(student: nn.Module) -> nn.Module:
         ) from error
     if getattr(student, "generation_config", None) is not None:
         module.generation_config = copy.deepcopy(student.generation_config)
+    carry_over_forwards(student, module)
     return module
 
 

@@ -279,8 +279,9 @@ class EMACallback(CheckpointedAverage):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remembers the fp16 loss scale, which an overflow lowers; follows a just-in-time checkpoint."""
+        """Remembers the fp16 loss scale, notices unfrozen parameters, and follows a just-in-time checkpoint."""
         self._follow_just_in_time(args, state, control, kwargs["model"])
+        self.average.prepare(kwargs["model"])
         self._skip_watch.before_step(kwargs.get("optimizer"))
 
     def on_optimizer_step(

@@ -16,6 +16,7 @@ from hf_ema_scaling.data.collator import MicroBatch
 from hf_ema_scaling.data.lengths import row_lengths
 from hf_ema_scaling.data.stream import LABELLED
 from hf_ema_scaling.ema import WeightAverage, check_moved, unwrap
+from hf_ema_scaling.ema.adapters import has_adapters
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths, frames_of, min_ctc_frames
 from hf_ema_scaling.training.optimizer_values import check_optim_args
 from hf_ema_scaling.training.sharded import refuse_sharding
@@ -289,6 +290,11 @@ def refuse_unsupported(trainer: Trainer) -> None:
         raise ValueError(
             "ema_correction='path' moves the average before the optimizer step, and with fp16 that step may turn out "
             "to be skipped: use bf16, or ema_correction='none'"
+        )
+    model: Any = trainer.model
+    if getattr(trainer.args, "ema_correction", "none") == "path" and has_adapters(model):
+        raise NotImplementedError(
+            "ema_correction='path' is not derived for adapters, whose average is bias-corrected: use 'none'"
         )
     if trainer.args.n_gpu > 1:
         raise NotImplementedError("DataParallel is not supported: start one process per GPU (accelerate launch)")

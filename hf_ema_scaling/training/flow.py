@@ -102,6 +102,8 @@ class AverageUpdate(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """What an update does with the weights before the step; gradients are known to be finite or dropped by now."""
+        assert self.trainer.average is not None
+        self.trainer.average.prepare(self.trainer.model)
         self.trainer.lead_average()
 
     def on_optimizer_step(

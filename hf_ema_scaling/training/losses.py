@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from hf_ema_scaling.ema.adapters import base_of
 from hf_ema_scaling.ema.sharding import class_of
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths
 
@@ -109,7 +110,7 @@ def cap_losses(losses: Tensor, maximum: float | None) -> Tensor:
 
 def is_ctc(model: nn.Module) -> bool:
     """Whether the model is one of transformers' CTC heads."""
-    return class_of(model).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values()
+    return class_of(base_of(model)).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values()
 
 
 def loss_for(model: nn.Module) -> ExampleLoss:
@@ -118,7 +119,7 @@ def loss_for(model: nn.Module) -> ExampleLoss:
     Raises:
         NotImplementedError: for heads without one; pass `example_loss=` to the trainer instead.
     """
-    name = class_of(model).__name__
+    name = class_of(base_of(model)).__name__
     if is_ctc(model):
         blank = blank_id(model.config)
 

@@ -19,7 +19,8 @@ from transformers.utils import logging
 
 from hf_ema_scaling.data.collator import CTCCollator, MicroBatch, MicroBatchCollator, TwoSourceDataset
 from hf_ema_scaling.data.sampler import SampledStep, ScheduledBatchSampler
-from hf_ema_scaling.ema import WeightAverage, gathered, load_average, save_average
+from hf_ema_scaling.ema import WeightAverage, gathered, load_average, save_average, unwrap
+from hf_ema_scaling.ema.adapter_storage import load_added_adapter
 from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.augment import Augmentation, augment
@@ -421,6 +422,10 @@ class EMATrainerMixin(BothWeightsEvaluation):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # no commit before every process has written its part
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not load_added_adapter(unwrap(self.model if model is None else model), resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         check_optimizer_state(self, checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -429,13 +434,14 @@ class EMATrainerMixin(BothWeightsEvaluation):
 
     def _load_best_model(self) -> None:
         """The best checkpoint's pair of weights: its average in `average`, and in the model what the metric named."""
-        super()._load_best_model()
+        if not load_added_adapter(self.model, self.state.best_model_checkpoint or ""):
+            super()._load_best_model()
         if self.average is None or self.state.best_model_checkpoint is None:
             return
         load_average(Path(self.state.best_model_checkpoint) / "ema", self.model, self.average)
         metric = (self.args.metric_for_best_model or "").removeprefix("eval_")
         if metric.startswith("ema_"):
-            self._student = WeightAverage(self.model)
+            self._student = WeightAverage(self.model, share_frozen=False)
             self.average.copy_to(self.model)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -366,6 +366,7 @@ RELIED_ON = {
     "_get_grad_norm": ["self", "model", "grad_norm"],
     "_get_output_dir": ["self", "trial"],
     "_load_best_model": ["self"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_prepare_inputs": ["self", "inputs"],
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
