@@ -94,6 +94,8 @@ def adapter_module(student: nn.Module, config_for: Callable[[PreTrainedModel], A
     configs = {name: _without_initialisation(config) for name, config in adapter_configs(student).items()}
     with torch.device("meta"), no_init_weights():
         module: Any = type(base)(config_for(base))
+        if getattr(base, "generation_config", None) is not None:
+            module.generation_config = copy.deepcopy(base.generation_config)
         if is_peft_model(student):
             first, *others = configs
             options: dict[str, Any] = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}

@@ -27,8 +27,9 @@ class EMATeacher:
     The module is built from the class and a deep copy of the configuration (and those of its PEFT adapters), never by
     copying the student, and all its parameters and buffers are the shadow tensors, which for frozen parameters are the
     student's own: labelling costs no second copy of the weights and every update of the average is seen at once. A
-    `forward` that was replaced on the student is carried over, see `ema.forwards`. Creating it leaves the student's bits and the random state as they were. It is a
-    plain object, so assigning it to a model or trainer registers nothing.
+    `forward` that was replaced on the student is carried over, see `ema.forwards`. Creating it leaves the student's
+    bits and the random state as they were. It is a plain object, so assigning it to a model or trainer registers
+    nothing.
 
     Args:
         model: The student, wrapped or not.
