@@ -67,7 +67,12 @@ def debiased(weight: float, gathered: float) -> tuple[float, float]:
 
     Returns:
         `weight / gathered'` and `gathered' = gathered + (1 - gathered) * weight`.
+
+    Raises:
+        ValueError: The weight is outside [0, 1] or not a number.
     """
+    if not 0.0 <= weight <= 1.0:
+        raise ValueError(f"The weight of an update must be between 0 and 1, got {weight!r}.")
     if weight in (0.0, 1.0):
         return weight, max(gathered, weight)
     total = min(1.0, gathered + (1.0 - gathered) * weight)

@@ -94,6 +94,9 @@ def test_the_correction_has_an_end() -> None:
     assert (weight, gathered) == pytest.approx((0.05, 1.0), rel=1e-14)
     assert debiased(1.0, 0.3) == (1.0, 1.0)  # before ema_start: equal to the student, and nothing to correct later
     assert debiased(0.0, 0.0) == (0.0, 0.0)
+    for wrong in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            debiased(wrong, 0.5)
     weight, gathered = debiased(-math.expm1(1e-9 * math.log(0.9999)), 0.0)
     assert weight == 1.0 and gathered == pytest.approx(1.00005e-13, rel=1e-4)
 
