@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -98,7 +99,11 @@ def write_adapters(folder: Path, model: nn.Module, average: WeightAverage, state
     for adapter, config in adapter_configs(model).items():
         target = _place(folder, adapter, places)
         target.mkdir(parents=True)
-        tensors = {file_name: gathered[name].contiguous() for file_name, name in places[adapter].items()}
+        # A copy of each: PEFT may store one tensor under two names, which safetensors refuses.
+        tensors = {
+            file_name: gathered[name].clone(memory_format=torch.contiguous_format)
+            for file_name, name in places[adapter].items()
+        }
         save_file(tensors, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         _write_config(target, model, config)
     names = [name for place in places.values() for name in place.values()]

@@ -67,7 +67,12 @@ def debiased(weight: float, gathered: float) -> tuple[float, float]:
 
     Returns:
         `weight / gathered'` and `gathered' = gathered + (1 - gathered) * weight`.
+
+    Raises:
+        ValueError: The weight is outside [0, 1] or not a number.
     """
+    if not 0.0 <= weight <= 1.0:
+        raise ValueError(f"The weight of an update must be between 0 and 1, got {weight!r}.")
     if weight in (0.0, 1.0):
         return weight, max(gathered, weight)
     total = min(1.0, gathered + (1.0 - gathered) * weight)
@@ -94,6 +99,8 @@ def adapter_module(student: nn.Module, config_for: Callable[[PreTrainedModel], A
     configs = {name: _without_initialisation(config) for name, config in adapter_configs(student).items()}
     with torch.device("meta"), no_init_weights():
         module: Any = type(base)(config_for(base))
+        if getattr(base, "generation_config", None) is not None:
+            module.generation_config = copy.deepcopy(base.generation_config)
         if is_peft_model(student):
             first, *others = configs
             options: dict[str, Any] = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}

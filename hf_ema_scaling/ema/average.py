@@ -200,7 +200,7 @@ class WeightAverage:
             pairs.lerp_(weight, away=True)
 
     def prepare(self, model: nn.Module) -> None:
-        """Takes copies of parameters that were unfrozen since the last update; nothing otherwise, at no cost.
+        """Takes copies of parameters that were unfrozen since the last update; nothing otherwise, at next to no cost.
 
         To be called before the optimizer step that moves them first: a later `update` can only start their average
         from where that step has led.

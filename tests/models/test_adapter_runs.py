@@ -49,8 +49,15 @@ def semi_supervised(folder: Path, kind: str, seed: int = 1, **changes: Any) -> A
 RUNS = {"supervised": supervised, "semi_supervised": semi_supervised}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("run", "kind"),
+    [
+        ("supervised", "get_peft_model"),
+        ("supervised", "add_adapter"),
+        ("semi_supervised", "get_peft_model"),
+        pytest.param("semi_supervised", "add_adapter", marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, run: str, kind: str) -> None:
     whole = RUNS[run](tmp_path / "whole", kind)
     whole.train()

@@ -12,6 +12,7 @@ import tiny
 import torch
 from adapted import KINDS, delta, lora_bert, shake_, trained
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_ema_scaling.ema import (
     AverageStateError,
@@ -93,6 +94,9 @@ def test_the_correction_has_an_end() -> None:
     assert (weight, gathered) == pytest.approx((0.05, 1.0), rel=1e-14)
     assert debiased(1.0, 0.3) == (1.0, 1.0)  # before ema_start: equal to the student, and nothing to correct later
     assert debiased(0.0, 0.0) == (0.0, 0.0)
+    for wrong in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            debiased(wrong, 0.5)
     weight, gathered = debiased(-math.expm1(1e-9 * math.log(0.9999)), 0.0)
     assert weight == 1.0 and gathered == pytest.approx(1.00005e-13, rel=1e-4)
 
@@ -252,6 +256,43 @@ def test_saved_as_an_adapter_that_peft_loads_over_the_base(tmp_path: Path, kind:
         {n: p.detach() for n, p in fresh.named_parameters() if not p.requires_grad},
         {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad},
     )
+
+
+def test_biases_that_are_trained_along_belong_to_the_adapter(tmp_path: Path) -> None:
+    model, average = moved("get_peft_model", bias="all")
+    assert any(name.endswith("LayerNorm.bias") for name in owned(average))
+    save_average(tmp_path / "ema", model, average, state={})
+    loaded = peft.PeftModel.from_pretrained(tiny.bert(), tmp_path / "ema/adapter").eval()
+    fresh = lora_bert(seed=5, bias="all")
+    other = WeightAverage(fresh)
+    load_average(tmp_path / "ema", fresh, other)
+    assert tiny.same_bits(owned(other), owned(average))
+    expected = EMATeacher(model, average)(**INPUTS).logits
+    torch.testing.assert_close(loaded(**INPUTS).logits.detach(), expected)
+
+
+def test_the_teacher_of_a_causal_model_generates(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    model = adapted.adapt(
+        LlamaForCausalLM(config),
+        "get_peft_model",
+        target_modules=["q_proj"],
+        modules_to_save=None,
+        task_type="CAUSAL_LM",
+    )
+    model.get_base_model().generation_config.max_new_tokens = 3
+    model.config.use_cache = False  # as Trainer does
+    average = WeightAverage(model)
+    shake_(model, 1.0)
+    average.update(model, 0.9)
+    teacher = EMATeacher(model, average)
+    ids = torch.tensor([[1, 2, 3]])
+    generated = teacher.module.generate(input_ids=ids, do_sample=False)
+    assert generated.shape == (1, 6) and teacher(input_ids=ids).past_key_values is not None
+    assert torch.equal(generated, model.eval().generate(input_ids=ids, do_sample=False))
 
 
 def test_several_adapters_have_folders_of_their_own(tmp_path: Path) -> None:

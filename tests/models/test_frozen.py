@@ -182,12 +182,13 @@ def expected_average(seen: list[tiny.Tensors], initial: tiny.Tensors) -> tiny.Te
     return result
 
 
-def thawing(folder: Path, seed: int = 0) -> Any:
+def thawing(folder: Path, seed: int = 0, **changes: Any) -> Any:
     model = half_frozen(seed=seed)
-    args = tiny.arguments(folder, max_steps=6, save_strategy="steps", save_steps=3)
+    args = tiny.arguments(folder, **({"max_steps": 6, "save_strategy": "steps", "save_steps": 3} | changes))
     # The optimizer that Trainer makes knows only what is trainable at the start.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-    return tiny.trainer(model, args, tiny.sentences(24), callbacks=[Thaw()], optimizers=(optimizer, None))
+    more = {"eval_dataset": tiny.sentences(8, 1), "callbacks": [Thaw()], "optimizers": (optimizer, None)}
+    return tiny.trainer(model, args, tiny.sentences(24), **more)
 
 
 def test_a_run_that_unfreezes_and_freezes_layers(tmp_path: Path) -> None:
@@ -203,6 +204,22 @@ def test_a_run_that_unfreezes_and_freezes_layers(tmp_path: Path) -> None:
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert tiny.same_bits(tiny.parameters(again.model), tiny.parameters(made.model))
     assert tiny.same_bits(tiny.average(again), tiny.average(made))
+
+
+def test_the_best_average_of_a_layer_that_was_frozen_after_it(tmp_path: Path) -> None:
+    """At the best step the classifier's average lagged; when it is loaded the classifier is frozen."""
+    made = thawing(tmp_path, eval_strategy="steps", eval_steps=1, save_steps=1, metric_for_best_model="eval_ema_loss")
+    made.train()
+    scores = next(entry for entry in made.state.log_history if entry["step"] == 2 and "eval_loss" in entry)
+    made.state.best_model_checkpoint = str(tmp_path / "checkpoint-2")
+    made._load_best_model()
+    assert not made.model.classifier.weight.requires_grad
+    assert tiny.same_bits(tiny.average(made), made.recorder.averages[1])
+    assert tiny.same_bits(tiny.parameters(made.model), made.recorder.averages[1])
+    again = made.evaluate()
+    assert again["eval_ema_loss"] == scores["eval_ema_loss"] != again["eval_loss"] == scores["eval_loss"]
+    with made._as_student():
+        assert tiny.same_bits(tiny.parameters(made.model), made.recorder.weights[1])
 
 
 class Seen(TrainerCallback):

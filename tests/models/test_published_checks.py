@@ -141,7 +141,6 @@ CORE: list[tuple[str, str, tuple[Any, ...]]] = [
     ("ema/test_average.py", "test_keras_sequence", ()),
     ("ema/test_average.py", "test_ignite_sequence", ()),
     ("ema/test_average.py", "test_tied_weight_moves_once", ()),
-    ("ema/test_average.py", "test_half_precision_model_does_not_freeze_the_average", (torch.bfloat16,)),
     ("ema/test_average.py", "test_float64_stays_float64", ()),
     ("ema/test_average.py", "test_kappa_partitions_agree", (0.9, [4.0])),
     ("ema/test_average.py", "test_random_steps_follow_the_closed_form", (torch.float32,)),
