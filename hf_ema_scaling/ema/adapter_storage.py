@@ -125,17 +125,37 @@ def read_adapters(folder: Path, model: nn.Module, average: WeightAverage) -> dic
         files[folder / BUFFERS] = {name: name for name in buffers}
     tensors: dict[str, Tensor] = {}
     for path, place in files.items():
-        try:
-            stored = load_file(path)
-        except SafetensorError as error:
-            raise SafetensorError(f"{path.relative_to(folder)} is not readable ({error})") from error
-        except OSError as error:
-            raise OSError(f"{path.relative_to(folder)} is missing or not readable") from error
+        stored = _read(path, folder)
         for file_name, name in place.items():
             if file_name not in stored:
                 raise KeyError(f"{path.relative_to(folder)} lacks {file_name}")
             tensors[name] = stored[file_name]
     return tensors
+
+
+def read_all(folder: Path) -> dict[str, Tensor]:
+    """Reads every file of `write_adapters` without a model: buffers by name, adapters by their names in the files.
+
+    Returns:
+        The tensors; none where the folder holds no adapters.
+
+    Raises:
+        OSError, SafetensorError: A file is missing or damaged; the message names it.
+    """
+    configs = sorted((folder / ADAPTER_FOLDER).rglob("adapter_config.json"))
+    files = [path.with_name(ADAPTER_WEIGHTS) for path in configs]
+    if files and (folder / BUFFERS).exists():
+        files.append(folder / BUFFERS)
+    return {name: tensor for path in files for name, tensor in _read(path, folder).items()}
+
+
+def _read(path: Path, folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise SafetensorError(f"{path.relative_to(folder)} is not readable ({error})") from error
+    except OSError as error:
+        raise OSError(f"{path.relative_to(folder)} is missing or not readable") from error
 
 
 def _place(folder: Path, adapter: str, places: Mapping[str, Any]) -> Path:

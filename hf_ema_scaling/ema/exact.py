@@ -80,17 +80,32 @@ def with_exact(
             "it was kept in float64 and this one is in float32, which would round it: resume with "
             "ema_dtype='float64' (dtype=torch.float64 where the average is built by hand)"
         )
+    exact = read_exact(folder, record)
+    for key, tensor in exact.items():
+        if key not in tensors or not torch.equal(tensor.float(), tensors[key]):
+            raise NotExactError(f"tensor {key!r} in {record['exact']} is not that of the weights beside it")
+    return {**tensors, **exact}
+
+
+def read_exact(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Reads the float64 tensors of a saved average by name; none for one that was kept in float32.
+
+    Args:
+        folder: The saved folder.
+        record: Its `ema_state.json`.
+
+    Raises:
+        NotExactError: The file is missing or unreadable.
+    """
+    if "exact" not in record:
+        return {}
     name = str(record["exact"])
     try:
-        exact = load_file(folder / Path(name).name)
+        return load_file(folder / Path(name).name)
     except FileNotFoundError as error:
         raise NotExactError(f"{name} is missing") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise NotExactError(f"{name} is not readable ({error})") from error
-    for key, tensor in exact.items():
-        if key not in tensors or not torch.equal(tensor.float(), tensors[key]):
-            raise NotExactError(f"tensor {key!r} in {name} is not that of the weights beside it")
-    return {**tensors, **exact}
 
 
 def _is_float64(tensor: Tensor | None) -> bool:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_ema_scaling.ema.adapter_storage import adapter_names, read_adapters, write_adapters
+from hf_ema_scaling.ema.adapter_storage import adapter_names, read_adapters, read_all, write_adapters
 from hf_ema_scaling.ema.adapters import adapter_configs
 from hf_ema_scaling.ema.average import WeightAverage
 from hf_ema_scaling.ema.durable import flush, rename
-from hf_ema_scaling.ema.exact import NotExactError, exact_record, rounded, save_exact, with_exact
+from hf_ema_scaling.ema.exact import NotExactError, exact_record, read_exact, rounded, save_exact, with_exact
 from hf_ema_scaling.ema.names import unwrap
 from hf_ema_scaling.ema.sharding import class_of
 from hf_ema_scaling.ema.teacher import inference_config
@@ -172,7 +172,11 @@ def check_average(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     _put_back(folder)
     record = _read_record(folder)
-    stored = _read_files(folder)
+    try:
+        stored = read_all(folder) or _read_files(folder)
+        stored |= read_exact(folder, record)
+    except (OSError, SafetensorError, NotExactError) as error:
+        raise _damaged(folder, str(error)) from error
     for key, expected in record["tensors"].items():
         # What is not stored, or by another name, is for `load_average` to find.
         if key in stored and (found := _describe(stored[key])) != expected:

@@ -253,7 +253,9 @@ class ScalingPlan:
 
         In a stage that is shorter than one of its steps, those of the one that fits.
         """
-        kappa = min(self._kappa(stage), stage.end - stage.start)
+        kappa = self._kappa(stage)
+        if stage.end - stage.start > DUST * kappa:
+            kappa = min(kappa, stage.end - stage.start)
         values = self.rule.scale(self.recipe.optimizer_values(self.rule), kappa=kappa, stage_kappa=kappa)
         constant = self.recipe.momentum_schedule == "constant"
         first = 0.0 if constant else stage.start

@@ -39,6 +39,7 @@ class Recipe:
         steps_per_epoch: Needed only by stages that end after a number of epochs.
         pl_ramp: Reference steps over which the weight of pseudo-labels rises from 0 at `pl_start` to its value.
         cache_steps: Reference steps whose unlabelled items make up the pool of cached labels; 0 without a cache.
+        augment_start: Where augmentation of the student's input begins.
         momentum_schedule: "constant", or "cosine" from `ema_momentum` at step 0 to 1 at `max_steps`.
 
     Raises:
@@ -65,6 +66,7 @@ class Recipe:
     momentum_schedule: MomentumScheduleKind = "constant"
     pl_ramp: float = 0
     cache_steps: float = 0
+    augment_start: float = 0
 
     def __post_init__(self) -> None:
         if self.unit not in get_args(Unit):
@@ -78,6 +80,7 @@ class Recipe:
         if self.steps_per_epoch is not None:
             check_positive("steps_per_epoch", self.steps_per_epoch)
         check_not_negative("ema_start", self.ema_start)
+        check_not_negative("augment_start", self.augment_start)
         if check_not_negative("pl_start", self.pl_start or 0.0) >= self.max_steps:
             raise ValueError(
                 f"pl_start={self.pl_start:g} must be before the end of the run (max_steps={self.max_steps:g})"

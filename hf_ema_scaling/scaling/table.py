@@ -58,6 +58,7 @@ def plan_table(plan: ScalingPlan) -> str:
     events = (
         ("warm-up ends", plan.recipe.warmup_steps),
         ("the average starts", plan.recipe.ema_start),
+        ("augmentation starts", plan.recipe.augment_start),
         ("pseudo-labels start", begun),
         ("pseudo-labels have full weight", plan.recipe.pl_ramp and begun + plan.recipe.pl_ramp),
         ("the label cache is full", plan.recipe.cache_steps and begun + plan.recipe.cache_steps),

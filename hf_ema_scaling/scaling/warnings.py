@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .momentum import half_life_from_momentum, log_momentum
 from .optimizers import AdamRule, RMSpropRule
+from .schedule import DUST
 
 if TYPE_CHECKING:
     from .plan import ScalingPlan
@@ -116,7 +117,7 @@ def _run_warnings(plan: ScalingPlan) -> list[str]:
 def _stage_warnings(plan: ScalingPlan, stage: ResolvedStage) -> list[str]:
     kappa = stage.batch_size / plan.recipe.reference_batch_size
     found = []
-    if kappa > stage.end - stage.start:
+    if kappa > stage.end - stage.start > DUST * kappa:
         found.append(
             f"the stage from reference step {stage.start:g} to {stage.end:g} is shorter than one step of its batch "
             f"(kappa={kappa:g}): its only step is cut short; give it {kappa:g} reference steps or more, or drop it"

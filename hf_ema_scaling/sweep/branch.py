@@ -1,4 +1,4 @@
-"""Where a run of a sweep goes on from: the checkpoint of its phase, or a copy of it with other random numbers."""
+"""Where a run of a sweep goes on from: the checkpoint of its phase, or a copy of it with another order of data."""
 
 from __future__ import annotations
 
@@ -38,10 +38,7 @@ def branch_of(job: SweepJob) -> Iterator[str | None]:
 
 
 def fork(checkpoint: Path, folder: Path, *, seed: int) -> Path:
-    """Copies a checkpoint so that a run that resumes it draws other random numbers than the run that wrote it.
-
-    The state of random number generators is left out: dropout goes on from what the trainer's own seed gives. The
-    order of data from here on is that of `seed`; what was drawn before the checkpoint stays drawn.
+    """Copies a checkpoint so that the order of data from there on is that of `seed`; what was drawn stays drawn.
 
     Args:
         checkpoint: `checkpoint-N`, of the trainers of this library.
@@ -52,7 +49,7 @@ def fork(checkpoint: Path, folder: Path, *, seed: int) -> Path:
         The copy.
     """
     copy = folder / checkpoint.name
-    shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns("rng_state*"))
+    shutil.copytree(checkpoint, copy)
     path = copy / "ema" / STATE_NAME
     record = json.loads(path.read_text(encoding="utf-8"))
     record["state"]["identity"]["seed"] = seed

@@ -177,6 +177,7 @@ def _phase(job: SweepJob) -> tuple[Any, dict[str, Any]]:
 
 def _trajectory(job: SweepJob) -> tuple[Any, dict[str, Any]]:
     trainer = build(job)
+    trainer.resume_random_state = not job.forks
     recorder = TrajectoryRecorder(job.folder, job.start)
     recorder.trainer = trainer
     trainer.add_callback(recorder)

@@ -208,6 +208,7 @@ def plan_of(
         steps_per_epoch=steps_per_epoch if pseudo is None else None,
         pl_ramp=0.0 if pseudo is None else pseudo.pl_ramp,
         cache_steps=0.0 if pseudo is None else pseudo.cache_steps,
+        augment_start=args.augment_start,
     )
     return ScalingPlan(
         recipe,

@@ -66,6 +66,8 @@ class EMATrainerMixin(BothWeightsEvaluation):
 
     lr_scheduler: Any
     optimizer: Any
+    resume_random_state = True
+    """Whether a resumed run draws the dropout masks of the run that was interrupted; False draws others."""
 
     def __init__(
         self,
@@ -154,8 +156,8 @@ class EMATrainerMixin(BothWeightsEvaluation):
         an error or Ctrl-C, `save_model(folder)` still writes student and average: those after the last step, for an
         error in an evaluation or in loading data; Ctrl-C may come in the midst of a step.
         """
+        refuse_resume(self, resume_from_checkpoint)
         checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
-        refuse_resume(self, checkpoint)
         self._resumed = run_state_to_resume(checkpoint, rebuild=self.args.on_missing_average == "rebuild")
         self._student = None
         try:
@@ -417,6 +419,10 @@ class EMATrainerMixin(BothWeightsEvaluation):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with committed(self, trial):
             super()._save_checkpoint(model, trial)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.resume_random_state:
+            super()._load_rng_state(checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -85,17 +85,17 @@ def _refuse_load_time_sharding(trainer: Trainer) -> None:
         )
 
 
-def refuse_resume(trainer: Trainer, checkpoint: str | None) -> None:
+def refuse_resume(trainer: Trainer, checkpoint: str | bool | None) -> None:
     """Raises where optimizer states cannot be restored, so that nothing goes on from weights alone without a word.
 
     Args:
         trainer: the trainer.
-        checkpoint: what to resume; None for nothing.
+        checkpoint: what to resume, True for the last one; None or False for nothing.
 
     Raises:
         NotImplementedError: for a model sharded at load time.
     """
-    if checkpoint is not None and trainer.is_distributed_loading_by_transformers:
+    if checkpoint and trainer.is_distributed_loading_by_transformers:
         raise NotImplementedError(
             "a run whose model was sharded at load time (DistributedConfig) cannot be resumed: Trainer neither saves "
             "nor loads the optimizer's shards. Train it in one go, with accelerate's FSDP2 on GPUs, or under DDP"

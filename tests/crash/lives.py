@@ -152,7 +152,9 @@ def trainer(folder: Path, command: dict[str, Any], *, init: int) -> Any:
         args,
         DATA["train"],
         unlabeled_dataset=DATA["unlabelled"],
-        pseudo_label_args=tiny.pseudo(pl_start=2.0, unlabeled_ratio=2.0, min_confidence=0.15),
+        pseudo_label_args=tiny.pseudo(
+            pl_start=2.0, unlabeled_ratio=2.0, min_confidence=0.15, cache_steps=3.0, cache_refresh=0.4
+        ),
         augmentation=augment,
         eval_dataset=DATA["eval"],
         callbacks=[diary],

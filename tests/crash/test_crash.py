@@ -79,6 +79,7 @@ class Reference:
         ours, theirs = (files(base / f"checkpoint-{STEPS}") for base in (folder, self.folder))
         assert ours.keys() == theirs.keys()
         assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "ema/model.safetensors"} < ours.keys()
+        assert "label_cache.safetensors" in ours
         for name, content in theirs.items():
             if name == "trainer_state.json":
                 assert trainer_state(ours[name]) == trainer_state(content)

@@ -37,7 +37,7 @@ def test_configs(name: str, half_life: float, kept: float) -> None:
 def test_sweeps_of_speech(name: str, start: int, end: int, tmp_path: Path) -> None:
     settings = read_mapping(CONFIGS / f"sweep_speech_{name}.yaml")
     jobs = lay_out_sweep(settings, [0.5, 1, 2, 4, 8], [0], tmp_path)
-    assert len(jobs) == 12 and {job.start for job in jobs} == {start}
+    assert len(jobs) == 14 and {job.start for job in jobs} == {start}
     assert jobs[0].settings["eval_delay"] == start + 40
     for kappa, plan in zip([0.5, 8], plan_recipe(jobs[0].write_recipe(), kappas=[0.5, 8]), strict=True):
         assert plan.stages[-1].start == start and plan.borders[-1] == end

@@ -352,9 +352,12 @@ def test_published_speed_up() -> None:
 
 
 def test_events_in_optimizer_steps() -> None:
-    tuned = recipe(max_steps=100, warmup_steps=30, ema_start=10, pl_start=50)
+    tuned = recipe(max_steps=100, warmup_steps=30, ema_start=10, pl_start=50, augment_start=20)
     plan = ScalingPlan(tuned, BatchSchedule.two_stage(64, 8, 20))
     # 20 steps, then 20 to 50 in steps of 8, the last of them cut short: 4 steps.
     assert [plan.step_at(clock) for clock in (0, 10, 20, 21, 30, 50, 100)] == [0, 10, 20, 21, 22, 24, len(plan)]
-    stated = "warm-up ends at 22 (30); the average starts at 10 (10); pseudo-labels start at 24 (50)."
+    stated = (
+        "warm-up ends at 22 (30); the average starts at 10 (10); augmentation starts at 20 (20); pseudo-labels start at "
+        "24 (50)."
+    )
     assert f"In optimizer steps (reference steps): {stated}" in plan.explain()

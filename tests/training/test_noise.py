@@ -612,7 +612,7 @@ def test_a_stage_that_cannot_be_measured_is_compared_all_the_same(caplog: pytest
     meter = meter_at(1.0, 31.0, 30)
     assert meter.logs()["noise/largest_kappa"] == pytest.approx(7.75) and "exceeds" not in caplog.text
     for _ in range(3):
-        meter.begin(sampler(16, 8, reference=1), 0)
+        meter.begin(sampler(16, 8, reference=1), 0, nn.Linear(1, 1))
     # 31 over a reference batch of 4 units.
     assert "kappa=8 of this stage exceeds the largest useful one, 7.75" in caplog.text
     assert caplog.text.count("exceeds the largest useful one") == 1 and meter.logs() == {}

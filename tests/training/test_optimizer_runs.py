@@ -15,10 +15,10 @@ from lamb import Lamb, LAMBRule
 
 from hf_ema_scaling import register_scaling_rule
 
-# Steps of 1, 1, 1, 1 | 4, 4, 1 | 2, 2, 2 reference steps: one is cut short by the end of its stage.
+# Steps of 1, 1, 1, 1 | 4, 4, 1 | 2, 2, 2 reference steps: the end of a stage cuts one short, to a stage of its own.
 SCHEDULE = json.dumps([{"batch_size": 4, "until": 4}, {"batch_size": 16, "until": 13}, {"batch_size": 8}])
 KAPPAS = [1.0] * 4 + [4.0, 4.0, 1.0] + [2.0] * 3
-STAGES = [1.0] * 4 + [4.0] * 3 + [2.0] * 3
+STAGES = KAPPAS
 LR, DECAY = 1e-2, 0.1
 Groups = list[dict[str, Any]]
 
