@@ -357,7 +357,7 @@ def test_events_in_optimizer_steps() -> None:
     # 20 steps, then 20 to 50 in steps of 8, the last of them cut short: 4 steps.
     assert [plan.step_at(clock) for clock in (0, 10, 20, 21, 30, 50, 100)] == [0, 10, 20, 21, 22, 24, len(plan)]
     stated = (
-        "warm-up ends at 22 (30); the average starts at 10 (10); augmentation starts at 20 (20); pseudo-labels start at "
-        "24 (50)."
+        "warm-up ends at 22 (30); the average starts at 10 (10); augmentation starts at 20 (20); "
+        "pseudo-labels start at 24 (50)."
     )
     assert f"In optimizer steps (reference steps): {stated}" in plan.explain()
