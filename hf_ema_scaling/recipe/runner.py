@@ -26,7 +26,7 @@ def run(trainer: EMATrainerMixin) -> dict[str, float]:
 
     Prints the plan before and a table after. `output_dir` then holds the student at its root, the average in `ema/`,
     `metrics.json`, `scaling_plan.json` and `trainer_state.json`. `resume_from_checkpoint` is `true` for the last
-    checkpoint in `output_dir`, or a path.
+    complete checkpoint in `output_dir`, or a path.
 
     Returns:
         What `metrics.json` holds.

@@ -12,7 +12,7 @@ from typing import Any
 from hf_ema_scaling.sweep.bounds import Verdict, factors, judge, mean_factor, spread_of
 from hf_ema_scaling.sweep.distances import WEIGHTS, Comparison, loss_beside
 from hf_ema_scaling.sweep.jobs import DROPOUT, NONE, RULE, SPREAD, UNSCALED
-from hf_ema_scaling.sweep.trajectory import SIDES
+from hf_ema_scaling.sweep.trajectory import SIDES, STUDENT
 
 ARM_ORDER = (RULE, UNSCALED, NONE, SPREAD, DROPOUT)
 
@@ -111,7 +111,7 @@ def markdown(comparisons: Sequence[Comparison], metric: str, title: str) -> str:
         "Bounds, on averages, seed by seed; the spread is the distance of the farther of the seed's spread runs. A "
         "bound that the unscaled average keeps as well tells nothing.",
         _verdict_table(verdicts, seeds),
-        _broken(verdicts),
+        _broken(comparisons, verdicts),
         "What the plans of the rule's runs warn of, and the gradient noise that they measured:",
         _conditions(comparisons),
     ]
@@ -169,18 +169,21 @@ def _verdict_table(verdicts: Sequence[Verdict], seeds: Sequence[int]) -> str:
     return _markdown_table(heads, lines)
 
 
-def _broken(verdicts: Sequence[Verdict]) -> str:
+def _broken(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict]) -> str:
     if not verdicts:
         return "No bound applies: they are about kappas above 1."
     broken = [each for each in verdicts if not each.holds]
     if not broken:
         return "Every bound holds for every seed."
+    rule = {(run.kappa, run.seed): run.distances for run in comparisons if run.arm == RULE}
     lines = [f"{len(broken)} of {len(verdicts)} do not hold:", ""]
     for each in broken:
+        student = rule[each.kappa, each.seed][each.distance][STUDENT]
         lines.append(
             f"- kappa {each.kappa:g}, seed {each.seed}, by {each.distance}: not true that {each.bound} "
             f"({each.value:.4f}, limit {each.limit:.4f})"
             + ("; within the widest spread of the seeds" if each.all_seeds else "")
+            + f"; the rule's own student is {student:.4f} away"
         )
     return "\n".join(lines)
 
