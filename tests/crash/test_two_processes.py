@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 import tiny
-import torch
 
 from hf_ema_scaling.training.checkpoints import what_is_missing
 
@@ -18,38 +14,8 @@ from hf_ema_scaling.training.checkpoints import what_is_missing
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_processes_stop_together_and_go_on_together(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    tests = Path(__file__).parents[1]
-    paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
-    common = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(tmp_path)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-5000:]
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    outputs = launch.on_two_processes(str(Path(__file__).with_name("two_processes.py")), str(tmp_path))
+    first, second = launch.results(tmp_path)
     for results in (first, second):
         assert (results["code"], results["stopped"]) == (143, 3)
         assert "trainer_state.json is missing" in results["refused"]

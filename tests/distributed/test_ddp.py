@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import launch
 import pytest
 import tiny
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import launch
 import two_processes
 
 pytestmark = pytest.mark.distributed

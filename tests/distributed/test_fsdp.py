@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import launch
 import pytest
 import tiny
 import torch
@@ -14,7 +15,6 @@ from torch.nn import functional as F
 from transformers import BertForSequenceClassification, Wav2Vec2ForCTC
 
 sys.path.insert(0, str(Path(__file__).parent))
-import launch
 import sharded_processes
 
 pytestmark = pytest.mark.distributed

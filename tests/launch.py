@@ -16,8 +16,8 @@ SECONDS = 600
 
 
 def _environment() -> dict[str, str]:
-    tests = Path(__file__).parents[1]
-    paths = [str(tests), str(tests.parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    tests = Path(__file__).parent
+    paths = [str(tests), str(tests.parent), str(tests / "distributed"), os.environ.get("PYTHONPATH", "")]
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     return os.environ | own
 
@@ -29,7 +29,7 @@ def _free_port() -> int:
         return port
 
 
-def _wait(processes: list[subprocess.Popen[str]]) -> None:
+def _wait(processes: list[subprocess.Popen[str]]) -> list[str]:
     try:
         outputs = [process.communicate(timeout=SECONDS)[0] for process in processes]
     finally:
@@ -37,6 +37,7 @@ def _wait(processes: list[subprocess.Popen[str]]) -> None:
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-6000:]
+    return outputs
 
 
 def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -48,8 +49,8 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def on_two_processes(script: str, *arguments: str) -> None:
-    """Runs `python script arguments` twice, as ranks 0 and 1 of one group."""
+def on_two_processes(script: str, *arguments: str) -> list[str]:
+    """Runs `python script arguments` twice, as ranks 0 and 1 of one group; what each printed."""
     common = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
@@ -58,7 +59,8 @@ def on_two_processes(script: str, *arguments: str) -> None:
         "ACCELERATE_USE_CPU": "true",
     }
     command = [sys.executable, script, *arguments]
-    _wait([_start(command, _environment() | common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)])
+    ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return _wait([_start(command, _environment() | rank) for rank in ranks])
 
 
 def by_accelerate(script: str, *arguments: str) -> None:
