@@ -287,7 +287,7 @@ def with_callback(folder: Path, model: Any, rank: int) -> dict[str, Any]:
             super().on_optimizer_step(*args, **kwargs)
             weights.append(tiny.parameters(kwargs["model"]))
 
-    watch = Watch(momentum=0.9, reference_batch_size=4)
+    watch = Watch(momentum=0.9, reference_batch_size=4, name="watch")
     args = TrainingArguments(
         str(folder),
         max_steps=4,
