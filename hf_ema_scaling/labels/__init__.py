@@ -1,6 +1,6 @@
 """One labeler per model family: teacher output in, training target out."""
 
-from hf_ema_scaling.labels.base import Labeler, PseudoLabel
+from hf_ema_scaling.labels.base import Labeler, MakesTargets, PseudoLabel
 from hf_ema_scaling.labels.ctc import (
     CTCLabeler,
     blank_id,
@@ -13,10 +13,10 @@ from hf_ema_scaling.labels.ctc import (
 __all__ = [
     "CTCLabeler",
     "Labeler",
+    "MakesTargets",
     "PseudoLabel",
     "blank_id",
     "ctc_frame_lengths",
-    "frames_of",
     "greedy_ctc",
     "min_ctc_frames",
     "non_target_ids",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -19,6 +19,10 @@ class PseudoLabel:
     """In [0, 1]; how it is computed is the labeler's to say."""
     reason: str | None = None
     """None for a label that is kept, else a reason code of the ledger, such as "empty" or "too_long"."""
+    values: tuple[float, ...] = ()
+    """Soft targets: class probabilities, or the numbers of a regression; empty for hard labels."""
+    scores: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """What filters judge by, beside the confidence: "log_probability", "entropy", ...; not kept by the label cache."""
 
     @property
     def kept(self) -> bool:
@@ -31,4 +35,18 @@ class Labeler(Protocol):
 
     def label(self, teacher: Callable[..., Any], batch: Mapping[str, Tensor]) -> list[PseudoLabel]:
         """One `PseudoLabel` for each row of the padded `batch`, in order."""
+        ...
+
+
+@runtime_checkable
+class MakesTargets(Protocol):
+    """A labeler whose label is not simply the row's `labels`: class ids, labels by token, a prompt's continuation."""
+
+    def with_targets(self, inputs: Mapping[str, Tensor], labels: Sequence[PseudoLabel]) -> dict[str, Tensor]:
+        """The student's inputs with `labels` in them; rows of dropped labels have targets that are never looked at.
+
+        Args:
+            inputs: collated, padded inputs of the student, without `labels`.
+            labels: one per row.
+        """
         ...

@@ -19,8 +19,8 @@ from torch import Tensor
 from hf_ema_scaling.labels.base import PseudoLabel
 
 CACHE_NAME = "label_cache.safetensors"
-FORMAT_VERSION = 1
-TENSORS = ("rows", "clock", "confidence", "reason", "lengths", "ids")
+FORMAT_VERSION = 2
+TENSORS = ("rows", "clock", "confidence", "reason", "lengths", "ids", "value_lengths", "values")
 
 
 class LabelCacheError(RuntimeError):
@@ -30,7 +30,8 @@ class LabelCacheError(RuntimeError):
 class LabelCache:
     """Pseudo-labels by slot of the pool.
 
-    A slot costs 24 bytes and its ids 4 bytes each, plus what Python needs for one `bytes` object.
+    A slot costs 24 bytes, its ids 4 bytes and its soft values 8 bytes each, plus what Python needs for two `bytes`
+    objects. Scores are not kept: filters have judged by them when the label was made.
 
     Args:
         size: slots.
@@ -48,6 +49,7 @@ class LabelCache:
         # None is the reason of a label that is kept.
         self._reasons: list[str | None] = [None]
         self._ids: list[bytes] = [b""] * size
+        self._values: list[bytes] = [b""] * size
 
     def __len__(self) -> int:
         """Slots that hold a label."""
@@ -60,6 +62,7 @@ class LabelCache:
         self.rows[slot], self.clock[slot], self._confidence[slot] = row, clock, label.confidence
         self._reason[slot] = self._reasons.index(label.reason)
         self._ids[slot] = np.asarray(label.ids, dtype="<i4").tobytes()
+        self._values[slot] = np.asarray(label.values, dtype="<f8").tobytes()
 
     def get(self, slot: int, row: int) -> PseudoLabel:
         """The label of the item in `row` of the unlabelled set.
@@ -73,13 +76,15 @@ class LabelCache:
                 "and data order have parted; resume from a checkpoint that was saved with this data and recipe"
             )
         ids = tuple(np.frombuffer(self._ids[slot], dtype="<i4").tolist())
-        return PseudoLabel(ids, float(self._confidence[slot]), self._reasons[self._reason[slot]])
+        values = tuple(np.frombuffer(self._values[slot], dtype="<f8").tolist())
+        return PseudoLabel(ids, float(self._confidence[slot]), self._reasons[self._reason[slot]], values)
 
     def save(self, folder: str | Path) -> None:
         """Write `label_cache.safetensors` into `folder`, which exists: beside its place first, then renamed.
 
         Tensors: `rows` (int32), `clock` (float64), `confidence` (float64), `reason` (int32, an index of `reasons` in
-        the metadata's JSON) and `lengths` (int32) by slot, and `ids` (int32), those of all slots one after another.
+        the metadata's JSON), `lengths` and `value_lengths` (int32) by slot, and `ids` (int32) and `values` (float64),
+        those of all slots one after another.
         """
         tensors: dict[str, NDArray[Any]] = {
             "rows": self.rows,
@@ -88,6 +93,8 @@ class LabelCache:
             "reason": self._reason,
             "lengths": np.array([len(ids) // 4 for ids in self._ids], dtype=np.int32),
             "ids": np.frombuffer(b"".join(self._ids), dtype="<i4"),
+            "value_lengths": np.array([len(values) // 8 for values in self._values], dtype=np.int32),
+            "values": np.frombuffer(b"".join(self._values), dtype="<f8"),
         }
         record = {
             "format_version": FORMAT_VERSION,
@@ -145,9 +152,16 @@ class LabelCache:
         cache.rows, cache.clock = found["rows"].copy(), found["clock"].copy()
         cache._confidence, cache._reason = found["confidence"].copy(), found["reason"].copy()
         cache._reasons = record["reasons"]
-        flat, ends = found["ids"].astype("<i4").tobytes(), 4 * np.cumsum(found["lengths"], dtype=np.int64)
-        cache._ids = [flat[end - 4 * length : end] for end, length in zip(ends, found["lengths"], strict=True)]
+        cache._ids = _cut(found["ids"].astype("<i4"), found["lengths"])
+        cache._values = _cut(found["values"].astype("<f8"), found["value_lengths"])
         return cache
+
+
+def _cut(flat: NDArray[Any], lengths: NDArray[np.int32]) -> list[bytes]:
+    """The bytes of each slot in what `save` put one after another."""
+    content, size = flat.tobytes(), flat.itemsize
+    ends = size * np.cumsum(lengths, dtype=np.int64)
+    return [content[end - size * length : end] for end, length in zip(ends, lengths, strict=True)]
 
 
 def _checksum(values: NDArray[Any]) -> str:
@@ -157,14 +171,16 @@ def _checksum(values: NDArray[Any]) -> str:
 def pack_labels(labels: Mapping[int, PseudoLabel]) -> Tensor:
     """Labels by stream position as one int64 tensor `(labels, width)`, for the exchange between processes.
 
-    A row holds position, bits of the float64 confidence, number of ids, bytes of the reason, ids and reason.
+    A row holds position, bits of the float64 confidence, number of ids, of values and of bytes of the reason, then
+    ids, bits of the values, and reason. Scores stay where they are.
     """
     rows = []
     for position, label in labels.items():
         reason = (label.reason or "").encode()
-        bits = int(np.float64(label.confidence).view(np.int64))
-        rows.append([position, bits, len(label.ids), len(reason), *label.ids, *reason])
-    packed = torch.zeros(len(rows), max([4, *map(len, rows)]), dtype=torch.int64)
+        counts = len(label.ids), len(label.values), len(reason)
+        values = np.array([label.confidence, *label.values], dtype=np.float64).view(np.int64).tolist()
+        rows.append([position, values[0], *counts, *label.ids, *values[1:], *reason])
+    packed = torch.zeros(len(rows), max([5, *map(len, rows)]), dtype=torch.int64)
     for target, row in zip(packed, rows, strict=True):
         target[: len(row)] = torch.tensor(row, dtype=torch.int64)
     return packed
@@ -173,7 +189,8 @@ def pack_labels(labels: Mapping[int, PseudoLabel]) -> Tensor:
 def unpack_labels(packed: Tensor) -> dict[int, PseudoLabel]:
     """The labels in rows of `pack_labels`, which may have been widened by zeros."""
     labels = {}
-    for position, bits, length, reason_length, *rest in packed.tolist():
-        reason = bytes(rest[length : length + reason_length]).decode() or None
-        labels[position] = PseudoLabel(tuple(rest[:length]), float(np.int64(bits).view(np.float64)), reason)
+    for position, bits, ids, values, reason, *rest in packed.tolist():
+        numbers = np.array([bits, *rest[ids : ids + values]], dtype=np.int64).view(np.float64).tolist()
+        why = bytes(rest[ids + values : ids + values + reason]).decode() or None
+        labels[position] = PseudoLabel(tuple(rest[:ids]), numbers[0], why, tuple(numbers[1:]))
     return labels

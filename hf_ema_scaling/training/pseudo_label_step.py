@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_ema_scaling.data.collator import MicroBatch, pad_labels
 from hf_ema_scaling.ema import EMATeacher
-from hf_ema_scaling.labels.base import Labeler, PseudoLabel
+from hf_ema_scaling.labels.base import Labeler, MakesTargets, PseudoLabel
 from hf_ema_scaling.labels.ctc import min_ctc_frames
 
 
@@ -45,26 +45,28 @@ def drop_too_long(labels: list[PseudoLabel], frames: Tensor) -> list[PseudoLabel
     ]
 
 
-def with_targets(micro_batch: MicroBatch, labels: list[PseudoLabel], weight: float | Tensor) -> MicroBatch:
+def with_targets(
+    micro_batch: MicroBatch, labeler: Labeler, labels: list[PseudoLabel], weight: float | Tensor
+) -> MicroBatch:
     """The micro-batch with `labels` as targets; dropped rows stay, so that batch statistics do not depend on labels.
 
     Args:
         micro_batch: unlabelled rows.
+        labeler: says what targets are made of its labels (`MakesTargets`); others give rows of ids, padded with -100.
         labels: one per row.
         weight: lambda, the weight of a kept row; or float32 `(rows,)`, of each.
     """
-    kept = torch.tensor([label.kept for label in labels])
-    targets = pad_labels([label.ids if label.kept else () for label in labels])
     result = micro_batch.copy()
-    result["inputs"] = {**micro_batch["inputs"], "labels": targets}
-    result["example_weights"] = kept.float() * weight
+    inputs = micro_batch["inputs"]
+    if isinstance(labeler, MakesTargets):
+        result["inputs"] = labeler.with_targets(inputs, labels)
+    else:
+        result["inputs"] = {**inputs, "labels": pad_labels([label.ids if label.kept else () for label in labels])}
+    result["example_weights"] = torch.tensor([label.kept for label in labels]).float() * weight
     return result
 
 
-def without_targets(micro_batch: MicroBatch) -> MicroBatch:
+def without_targets(micro_batch: MicroBatch, labeler: Labeler) -> MicroBatch:
     """A padding micro-batch, which needs no labels because nothing of it enters the loss."""
-    rows = len(micro_batch["positions"])
-    result = micro_batch.copy()
-    result["inputs"] = {**micro_batch["inputs"], "labels": pad_labels([()] * rows)}
-    result["example_weights"] = torch.zeros(rows)
-    return result
+    nothing = PseudoLabel((), 0.0, "padding")
+    return with_targets(micro_batch, labeler, [nothing] * len(micro_batch["positions"]), 0.0)

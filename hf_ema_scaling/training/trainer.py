@@ -138,12 +138,12 @@ class PseudoLabelTrainer(EMATrainerMixin):
 
     def _labelled(self, micro_batch: MicroBatch, found: dict[int, PseudoLabel]) -> MicroBatch:
         if micro_batch["weight"] == 0:
-            return without_targets(micro_batch)
+            return without_targets(micro_batch, self.labeler)
         labels = [found[position] for position in micro_batch["positions"]]
         if self.ctc:
             labels = drop_too_long(labels, ctc_frame_lengths(self.model, micro_batch["inputs"]))
         self.label_statistics.add(labels)
-        return with_targets(micro_batch, labels, self._weights(micro_batch["positions"]))
+        return with_targets(micro_batch, self.labeler, labels, self._weights(micro_batch["positions"]))
 
     def _weights(self, positions: list[int]) -> float | Tensor:
         """lambda; while it rises, that of each row's own reference step, so that it is the same at every kappa."""

@@ -17,7 +17,7 @@ LABELS = [
     PseudoLabel((3, 1, 40_000), 1 / 3),
     PseudoLabel((), 0.9, "empty"),
     PseudoLabel((7,), 5e-324, "confidence"),
-    PseudoLabel((2, 2), 1.0),
+    PseudoLabel((2, 2), 1.0, values=(0.1, -1e-300, float(np.nextafter(0.7, 1)))),
 ]
 ROWS = [5, 0, 5, 9]
 
@@ -58,6 +58,8 @@ def test_a_file_restores_every_bit(tmp_path: Path) -> None:
     with safe_open(tmp_path / CACHE_NAME, framework="numpy") as file:
         assert file.get_tensor("ids").tolist() == [3, 1, 40_000, 7, 2, 2]
         assert file.get_tensor("lengths").tolist() == [0, 3, 0, 1, 2, 0]
+        assert file.get_tensor("values").tolist() == list(LABELS[3].values)
+        assert file.get_tensor("value_lengths").tolist() == [0, 0, 0, 0, 3, 0]
 
 
 def test_an_empty_cache_can_be_saved(tmp_path: Path) -> None:
@@ -121,5 +123,5 @@ def test_memory_is_a_few_bytes_a_token() -> None:
         cache.put(slot, slot, PseudoLabel(tuple(range(1000, 1000 + tokens)), 0.5), 1.0)
     used, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    # 24 bytes of arrays, a pointer, and a bytes object of 33 bytes and the ids.
-    assert used / slots < 4 * tokens + 24 + 8 + 33 + 20
+    # 24 bytes of arrays, two pointers, and a bytes object of 33 bytes and the ids.
+    assert used / slots < 4 * tokens + 24 + 16 + 33 + 20

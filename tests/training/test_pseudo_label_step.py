@@ -39,7 +39,7 @@ def test_a_confidence_at_the_threshold_is_kept_and_earlier_reasons_stay() -> Non
 
 def test_targets_and_weights_of_kept_and_dropped_rows() -> None:
     before = micro_batch()
-    result = with_targets(before, LABELS, 0.25)
+    result = with_targets(before, Fixed(), LABELS, 0.25)
     assert result["inputs"]["labels"].tolist() == [[3, 1, -100], [-100] * 3, [2, 2, 4], [-100] * 3]
     assert result["example_weights"].tolist() == [0.25, 0.0, 0.25, 0.0]
     assert torch.equal(result["inputs"]["input_values"], before["inputs"]["input_values"])
@@ -47,8 +47,25 @@ def test_targets_and_weights_of_kept_and_dropped_rows() -> None:
     assert result["positions"] == [4, 5, 6, 9]
 
 
+class ClassLabels(Fixed):
+    """Has targets of its own: one class per row, and inputs that depend on it."""
+
+    def with_targets(self, inputs: Any, labels: Any) -> dict[str, torch.Tensor]:
+        classes = torch.tensor([label.ids[0] if label.kept else 0 for label in labels])
+        return {"input_values": inputs["input_values"] + classes[:, None], "labels": classes}
+
+
+def test_a_labeler_may_make_targets_and_inputs_of_its_own() -> None:
+    result = with_targets(micro_batch(), ClassLabels(), LABELS, 0.5)
+    assert result["inputs"]["labels"].tolist() == [3, 0, 2, 0]
+    assert result["inputs"]["input_values"].tolist() == [[3, 4], [2, 3], [6, 7], [6, 7]]
+    assert result["example_weights"].tolist() == [0.5, 0.0, 0.5, 0.0]
+    padding = without_targets(micro_batch(), ClassLabels())
+    assert padding["inputs"]["labels"].tolist() == [0] * 4 and padding["example_weights"].tolist() == [0.0] * 4
+
+
 def test_padding_has_no_targets() -> None:
-    result = without_targets(micro_batch())
+    result = without_targets(micro_batch(), Fixed())
     assert result["inputs"]["labels"].tolist() == [[-100]] * 4 and result["example_weights"].tolist() == [0.0] * 4
 
 
