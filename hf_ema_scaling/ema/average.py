@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import chain
-from operator import attrgetter, is_
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,50 +11,14 @@ from torch.distributed.tensor import DTensor
 
 from hf_ema_scaling.ema import frozen, kernels
 from hf_ema_scaling.ema.adapters import debiased, has_adapters
-from hf_ema_scaling.ema.names import Entry, canonical_name, check_names, entries_of, local_shard, unit_vectors, unwrap
-from hf_ema_scaling.ema.sharding import check_placement, copy_whole_, gathered, over_shards, refuse_flat, reshard
+from hf_ema_scaling.ema.binding import Binding, Kind
+from hf_ema_scaling.ema.names import Entry, canonical_name, check_names, entries_of, local_shard, unit_vectors
+from hf_ema_scaling.ema.shadow import BufferPolicy, Shadow, check_shape
+from hf_ema_scaling.ema.sharding import copy_whole_, gathered, over_shards, refuse_flat, reshard
+from hf_ema_scaling.ema.swap import refuse_swapped, swapped_in
 from hf_ema_scaling.scaling.momentum import ema_weight
 
-BufferPolicy = Literal["average", "copy"]
 _EXTRA_STATE = "_extra_state"
-
-# Models that currently hold an average in place of their own weights, whichever average put it there.
-_SWAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-_places = attrgetter("_parameters", "_buffers", "_modules")
-_traits = attrgetter("device", "dtype", "requires_grad")
-
-
-@dataclass(slots=True)
-class _Binding:
-    """A model's tensors paired with the shadow's, as flat lists, and what must stay true for the pairing to hold."""
-
-    modules: list[nn.Module]
-    held: list[object]
-    sources: list[Tensor]
-    traits: list[tuple[torch.device, torch.dtype, bool]]
-    addresses: list[int]
-    parameters: list[kernels.Pairs] = field(default_factory=list)
-    buffers: list[kernels.Pairs] = field(default_factory=list)
-    copies: list[kernels.Pairs] = field(default_factory=list)
-
-    def holds_for(self, model: nn.Module) -> bool:
-        # Runs before every update, for every tensor of the model: loops of the interpreter would cost as much as
-        # the update of a small tensor.
-        if model is not self.modules[0]:
-            return False
-        now = _held(self.modules)
-        return (
-            len(now) == len(self.held)
-            and all(map(is_, now, self.held))
-            and list(map(_traits, self.sources)) == self.traits
-            and (not self.addresses or _shard_addresses(self.sources) == self.addresses)
-        )
-
-
-def _held(modules: list[nn.Module]) -> list[object]:
-    """The parameters, buffers and children of these modules, in a fixed order."""
-    return list(chain.from_iterable(map(dict.values, chain.from_iterable(map(_places, modules)))))
 
 
 class WeightAverage:
@@ -121,22 +80,18 @@ class WeightAverage:
         self.dtype = dtype
         self.num_updates = 0
         self.storage_version = 0
-        self._shadow: dict[str, Tensor] = {}
-        self._key_of: dict[str, str] = {}
-        self._params: set[str] = set()
-        self._persistent: set[str] = set()
-        self._binding: _Binding | None = None
+        adapters = has_adapters(model)
+        self._shadow = Shadow(dtype=dtype, buffers=buffers, share_frozen=share_frozen, adapters=adapters)
+        self._binding: Binding | None = None
         self._scratch = kernels.Scratch()
-        self._adapters = has_adapters(model)
-        self._share_frozen = share_frozen or self._adapters
-        self.gathered: float | None = 0.0 if self._adapters else None
-        _refuse_swapped(model, "build an average from")
+        self.gathered: float | None = 0.0 if adapters else None
+        refuse_swapped(model, "build an average from")
         refuse_flat(model)
         reshard(model)
         for entry in entries_of(model):
-            self._add(entry)
+            self._shadow.add(entry)
         self.sharded = any(isinstance(shadow, DTensor) for shadow in self._shadow.values())
-        if not self._params:
+        if not self._shadow.parameters:
             raise ValueError(f"{type(model).__name__} has no parameters to average.")
         self._bind(model)
 
@@ -167,7 +122,7 @@ class WeightAverage:
             ValueError: Names or shapes do not match, or the weight is out of range.
             RuntimeError: The model holds swapped-in weights.
         """
-        _refuse_swapped(model, "update the average from")
+        refuse_swapped(model, "update the average from")
         binding = self._bind(model)
         moved = weight
         if self.gathered is not None:
@@ -193,7 +148,7 @@ class WeightAverage:
             RuntimeError: The model holds swapped-in weights.
             NotImplementedError: The model has PEFT adapters.
         """
-        _refuse_swapped(model, "update the average from")
+        refuse_swapped(model, "update the average from")
         if self.gathered is not None:
             raise NotImplementedError("The path-corrected update is not derived for the average of PEFT adapters.")
         for pairs in self._bind(model).parameters:
@@ -245,23 +200,10 @@ class WeightAverage:
             RuntimeError: The model already holds swapped-in weights.
             ValueError: Names or shapes do not match.
         """
-        _refuse_swapped(model, "swap weights in")
+        refuse_swapped(model, "swap weights in")
         entries = self._written(model)
-        inner = unwrap(model)
-        with torch.no_grad():
-            own = [local_shard(entry.tensor).clone() for entry in entries]
-        _SWAPPED.add(inner)
-        try:
-            self._write(entries)
+        with swapped_in(model, entries, lambda: self._write(entries), lambda: self._reshard(model)):
             yield
-        finally:
-            self._reshard(model)
-            with torch.no_grad():
-                for entry, value in zip(entries, own, strict=True):
-                    for slot in entry.slots:
-                        # Looked up again: a buffer may have been replaced by another object (e.g. by `.to()`).
-                        local_shard(getattr(slot.owner, slot.leaf)).copy_(value)
-            _SWAPPED.discard(inner)
 
     def copy_to(self, model: nn.Module) -> None:
         """Writes the average into the model for good, cast to the model's dtype.
@@ -270,7 +212,7 @@ class WeightAverage:
             RuntimeError: The model holds swapped-in weights.
             ValueError: Names or shapes do not match.
         """
-        _refuse_swapped(model, "write the average into")
+        refuse_swapped(model, "write the average into")
         self._write(self._written(model))
 
     @torch.no_grad()
@@ -299,7 +241,7 @@ class WeightAverage:
         copies: list[Tensor] = []
         sources: list[Tensor] = []
         # Models built without initialisation are not tied yet: here they become so.
-        for entry in self._match(module, tied=False):
+        for entry in self._shadow.match(module, whole=True):
             shared = shared_as.get(entry.key)
             if shared is None:
                 shadow = gathered(self._shadow[entry.key]).detach()
@@ -327,16 +269,16 @@ class WeightAverage:
 
         Those of frozen parameters may be the student's own, see `references`.
         """
-        return {key: self._shadow[key] for key in self._shadow if key in self._persistent}
+        return {key: self._shadow[key] for key in self._shadow if key in self._shadow.persistent}
 
     @property
     def references(self) -> frozenset[str]:
         """Names in `tensors()` of frozen parameters that are the student's own: not to be written to."""
-        return frozenset(key for key, shadow in self._shadow.items() if frozen.refers(shadow))
+        return self._shadow.references
 
     def resolve(self, name: str) -> str | None:
         """Returns the name in `tensors()` for any name of the same tensor (wrapped, tied), or None if unknown."""
-        return self._key_of.get(canonical_name(name))
+        return self._shadow.resolve(name)
 
     def state_dict(self, model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
         """Returns the average in the form of `model.state_dict()`: canonical keys, tied names included, no copies.
@@ -383,7 +325,7 @@ class WeightAverage:
         found = {self.resolve(name) or name: tensor for name, tensor in mapping.items()}
         check_names(set(wanted) - (self.references - set(found)), set(found), "saved average")
         for key, tensor in found.items():
-            _check_shape(key, wanted[key], tensor)
+            check_shape(key, wanted[key], tensor)
             if tensor.dtype != wanted[key].dtype:
                 raise ValueError(f"{key!r} is {tensor.dtype} in the saved average, expected {wanted[key].dtype}.")
         for key, tensor in found.items():
@@ -407,7 +349,7 @@ class WeightAverage:
             RuntimeError: The model holds swapped-in weights.
             ValueError: Names or shapes do not match.
         """
-        _refuse_swapped(model, "measure the distance to")
+        refuse_swapped(model, "measure the distance to")
         entries = self._averaged(model)
         if not entries:
             return 0.0
@@ -416,7 +358,7 @@ class WeightAverage:
     @torch.no_grad()
     def fingerprint(self) -> tuple[int, ...]:
         """Returns one integer per averaged parameter, the sum of its bit patterns; any moved bit shows."""
-        owned = self._params - self.references
+        owned = self._shadow.parameters - self.references
         tensors = [self._shadow[key] for key in self._shadow if key in owned]
         if not tensors:
             return ()
@@ -438,7 +380,7 @@ class WeightAverage:
 
     def _averaged(self, model: nn.Module) -> list[Entry]:
         """Floating-point parameters, without the student's own."""
-        entries = (entry for entry in self._match(model) if entry.key in self._params)
+        entries = (entry for entry in self._match(model) if entry.key in self._shadow.parameters)
         return [entry for entry in entries if self._shadow[entry.key] is not entry.tensor]
 
     def _written(self, model: nn.Module) -> list[Entry]:
@@ -446,65 +388,27 @@ class WeightAverage:
         entries = (entry for entry in self._match(model) if entry.persistent)
         return [entry for entry in entries if self._shadow[entry.key] is not entry.tensor]
 
-    def _add(self, entry: Entry) -> None:
-        source = entry.tensor
-        shared = self._share_frozen and frozen.may_refer(source, adapters=self._adapters)
-        self._shadow[entry.key] = source if shared else frozen.owned_copy(source, self._shadow_dtype(entry))
-        for slot in entry.slots:
-            self._key_of[slot.name] = entry.key
-        if entry.is_param and source.is_floating_point():
-            self._params.add(entry.key)
-        if entry.persistent:
-            self._persistent.add(entry.key)
+    def _match(self, model: nn.Module) -> list[Entry]:
+        self._reshard(model)
+        return self._shadow.match(model)
 
-    def _shadow_dtype(self, entry: Entry) -> torch.dtype:
-        dtype = entry.tensor.dtype
-        if not dtype.is_floating_point or dtype == torch.float64:
-            return dtype
-        moves = entry.is_param or (entry.persistent and self.buffers == "average")
-        return self.dtype if moves else torch.float32
-
-    def _match(self, model: nn.Module, *, tied: bool = True) -> list[Entry]:
-        """Pairs every tensor of the model with its shadow by name; checks names, shapes and, if `tied`, tying."""
-        if tied:  # not for a module of the teacher's, which is whole
-            self._reshard(model)
-        entries = entries_of(model)
-        names = {slot.name for entry in entries for slot in entry.slots if entry.persistent}
-        check_names({n for n, key in self._key_of.items() if key in self._persistent}, names, type(model).__name__)
-        seen: set[str] = set()
-        matched = []
-        for entry in entries:
-            keys = {self._key_of[slot.name] for slot in entry.slots if slot.name in self._key_of}
-            if not keys:  # a non-persistent buffer the student registered later
-                continue
-            key = keys.pop()
-            if keys or (tied and key in seen):
-                raise ValueError(f"Tied weights changed since the average was built: {entry.key!r}.")
-            seen.add(key)
-            if entry.persistent:
-                _check_shape(key, self._shadow[key], entry.tensor)
-                if tied:
-                    check_placement(key, self._shadow[key], entry.tensor)
-            matched.append(Entry(key, entry.slots))
-        return matched
-
-    def _bind(self, model: nn.Module) -> _Binding:
+    def _bind(self, model: nn.Module) -> Binding:
         self._reshard(model)
         if self._binding is not None and self._binding.holds_for(model):
             return self._binding
         for entry in entries_of(model):
-            if not entry.persistent and not any(slot.name in self._key_of for slot in entry.slots):
-                self._add(entry)
+            if not entry.persistent and not self._shadow.knows(entry):
+                self._shadow.add(entry)
                 self.storage_version += 1
         entries = self._match(model)
         kept_as_they_are = unit_vectors(model)
-        groups: dict[tuple[str, torch.device, torch.dtype, torch.dtype], list[Entry]] = {}
+        groups: dict[tuple[Kind, torch.device, torch.dtype, torch.dtype], list[Entry]] = {}
         for entry in entries:
             source, shadow = entry.tensor, self._shadow[entry.key]
             if shadow is source and not source.requires_grad:
                 continue
             if frozen.refers(shadow):  # unfrozen, or another model's: from here on the average has a copy
-                self._shadow[entry.key] = shadow = frozen.owned_copy(shadow, self._shadow_dtype(entry))
+                self._shadow[entry.key] = shadow = frozen.owned_copy(shadow, self._shadow.dtype_of(entry))
                 self.storage_version += 1
             if shadow.device != source.device or shadow.shape != source.shape:
                 # Only non-persistent buffers may change shape (`_match`), e.g. position tables grown on demand.
@@ -513,23 +417,12 @@ class WeightAverage:
                 self.storage_version += 1
             if source.requires_grad and not source.is_floating_point():
                 raise TypeError(f"Cannot average {entry.key!r}: a trainable parameter of dtype {source.dtype}.")
-            moves = source.requires_grad if entry.is_param else entry.persistent and self.buffers == "average"
+            moves = source.requires_grad if entry.is_param else self._shadow.may_move(entry)
             moves = moves and id(source) not in kept_as_they_are
-            kind = "parameters" if entry.is_param else "buffers"
+            kind: Kind = "parameters" if entry.is_param else "buffers"
             kind = kind if moves and source.is_floating_point() else "copies"
             groups.setdefault((kind, source.device, shadow.dtype, source.dtype), []).append(entry)
-        modules = list(model.modules())
-        binding = _Binding(
-            modules=modules,
-            held=_held(modules),
-            sources=[entry.tensor for entry in entries],
-            traits=[_traits(entry.tensor) for entry in entries],
-            addresses=_shard_addresses([entry.tensor for entry in entries]),
-        )
-        for (kind, *_), group in groups.items():
-            shadows = [local_shard(self._shadow[entry.key]) for entry in group]
-            sources = [local_shard(entry.tensor) for entry in group]
-            getattr(binding, kind).append(kernels.Pairs(shadows, sources, self._scratch))
+        binding = Binding(model, entries, groups, self._shadow, self._scratch)
         self._binding = binding
         return binding
 
@@ -537,18 +430,3 @@ class WeightAverage:
     def _write(self, entries: list[Entry]) -> None:
         models, shadows = [local_shard(e.tensor) for e in entries], [local_shard(self._shadow[e.key]) for e in entries]
         kernels.Pairs(models, shadows).copy_()
-
-
-def _shard_addresses(sources: list[Tensor]) -> list[int]:
-    # FSDP2 moves a shard that it pads to other storage at the first forward pass; the parameter stays the same object.
-    return [local_shard(tensor).data_ptr() for tensor in sources if isinstance(tensor, DTensor)]
-
-
-def _refuse_swapped(model: nn.Module, action: str) -> None:
-    if unwrap(model) in _SWAPPED:
-        raise RuntimeError(f"Cannot {action} this model now: it holds swapped-in weights; leave `swapped` first.")
-
-
-def _check_shape(key: str, wanted: Tensor, found: Tensor) -> None:
-    if wanted.shape != found.shape:
-        raise ValueError(f"{key!r} has shape {tuple(found.shape)}, the average has {tuple(wanted.shape)}.")

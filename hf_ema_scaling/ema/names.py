@@ -27,11 +27,12 @@ def canonical_name(name: str) -> str:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Returns the model inside DDP, DataParallel, FSDP or `torch.compile` wrappers, however deeply they nest."""
-    while True:
-        children = list(model.named_children())
-        if len(children) != 1 or children[0][0] not in _WRAPPERS:
-            return model
-        model = children[0][1]
+    while len(model._modules) == 1:
+        ((name, child),) = model._modules.items()
+        if name not in _WRAPPERS or child is None:
+            break
+        model = child
+    return model
 
 
 def local_shard(tensor: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_ema_scaling.ema import EMATeacher, WeightAverage
-from hf_ema_scaling.ema.average import BufferPolicy
 from hf_ema_scaling.ema.export import export_average
+from hf_ema_scaling.ema.shadow import BufferPolicy
 from hf_ema_scaling.scaling import ReferenceClock, ema_weight, momentum_from_half_life, scale_momentum
 from hf_ema_scaling.training.callback_checkpoints import CheckpointedAverage, OnMissing
 from hf_ema_scaling.training.checks import LivenessWatch

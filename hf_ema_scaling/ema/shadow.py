@@ -1,0 +1,114 @@
+"""The tensors of an average by name: which there are, in which dtype, and which tensor of a model each belongs to."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_ema_scaling.ema import frozen
+from hf_ema_scaling.ema.names import Entry, canonical_name, check_names, entries_of
+from hf_ema_scaling.ema.sharding import check_placement
+
+BufferPolicy = Literal["average", "copy"]
+
+
+class Shadow(dict[str, Tensor]):
+    """Tensors by the canonical name under which a model first registers them; a tied weight is there once.
+
+    Args:
+        dtype: Of what moves; float64 tensors stay float64, and what is neither floating nor moves keeps its own.
+        buffers: Whether persistent floating buffers move.
+        share_frozen: Whether frozen parameters are the model's own tensors.
+        adapters: Whether the model has PEFT adapters, whose base weights are never copied.
+
+    Attributes:
+        parameters: Names of floating-point parameters.
+        persistent: Names of what a state_dict has.
+    """
+
+    def __init__(self, *, dtype: torch.dtype, buffers: BufferPolicy, share_frozen: bool, adapters: bool) -> None:
+        super().__init__()
+        self._dtype = dtype
+        self._buffers = buffers
+        self._share_frozen = share_frozen or adapters
+        self._adapters = adapters
+        self._key_of: dict[str, str] = {}
+        self.parameters: set[str] = set()
+        self.persistent: set[str] = set()
+
+    def add(self, entry: Entry) -> None:
+        """Take in a tensor of the model: a copy, or the model's own if it is frozen."""
+        source = entry.tensor
+        shared = self._share_frozen and frozen.may_refer(source, adapters=self._adapters)
+        self[entry.key] = source if shared else frozen.owned_copy(source, self.dtype_of(entry))
+        for slot in entry.slots:
+            self._key_of[slot.name] = entry.key
+        if entry.is_param and source.is_floating_point():
+            self.parameters.add(entry.key)
+        if entry.persistent:
+            self.persistent.add(entry.key)
+
+    def dtype_of(self, entry: Entry) -> torch.dtype:
+        """The dtype in which a tensor of the model is kept."""
+        dtype = entry.tensor.dtype
+        if not dtype.is_floating_point or dtype == torch.float64:
+            return dtype
+        return self._dtype if self.may_move(entry) else torch.float32
+
+    def may_move(self, entry: Entry) -> bool:
+        """Whether a floating-point tensor is averaged as long as nothing freezes it."""
+        return entry.is_param or (entry.persistent and self._buffers == "average")
+
+    def resolve(self, name: str) -> str | None:
+        """The key for any name of a tensor (wrapped, tied), or None if it is unknown."""
+        return self._key_of.get(canonical_name(name))
+
+    def knows(self, entry: Entry) -> bool:
+        """Whether any of the places of a tensor is known."""
+        return any(slot.name in self._key_of for slot in entry.slots)
+
+    @property
+    def references(self) -> frozenset[str]:
+        """Names of frozen parameters that are the model's own."""
+        return frozenset(key for key, tensor in self.items() if frozen.refers(tensor))
+
+    def match(self, model: nn.Module, *, whole: bool = False) -> list[Entry]:
+        """Pair every tensor of a model with the one of the same name.
+
+        Args:
+            model: The student; or another module of its names and shapes.
+            whole: The module is not tied yet and is not sharded as the student is.
+
+        Returns:
+            The model's tensors with the keys they have here, without non-persistent buffers that are unknown.
+
+        Raises:
+            ValueError: Names, shapes, tying or placement do not match.
+        """
+        entries = entries_of(model)
+        names = {slot.name for entry in entries for slot in entry.slots if entry.persistent}
+        check_names({n for n, key in self._key_of.items() if key in self.persistent}, names, type(model).__name__)
+        seen: set[str] = set()
+        matched = []
+        for entry in entries:
+            keys = {self._key_of[slot.name] for slot in entry.slots if slot.name in self._key_of}
+            if not keys:  # a non-persistent buffer the student registered later
+                continue
+            key = keys.pop()
+            if keys or (not whole and key in seen):
+                raise ValueError(f"Tied weights changed since the average was built: {entry.key!r}.")
+            seen.add(key)
+            if entry.persistent:
+                check_shape(key, self[key], entry.tensor)
+                if not whole:
+                    check_placement(key, self[key], entry.tensor)
+            matched.append(Entry(key, entry.slots))
+        return matched
+
+
+def check_shape(key: str, wanted: Tensor, found: Tensor) -> None:
+    """Raises `ValueError` where a tensor has another shape than the average's."""
+    if wanted.shape != found.shape:
+        raise ValueError(f"{key!r} has shape {tuple(found.shape)}, the average has {tuple(wanted.shape)}.")
