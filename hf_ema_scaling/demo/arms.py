@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 
 from hf_ema_scaling.data.collator import MicroBatch
 from hf_ema_scaling.data.speech import SpecAugment, build_character_processor, longest_first, prepare_ctc
@@ -29,6 +29,7 @@ from hf_ema_scaling.data.synthetic import SyntheticCorpusConfig, build_corpus
 from hf_ema_scaling.labels import PseudoLabel
 from hf_ema_scaling.metrics import CTCMetrics
 from hf_ema_scaling.training import EMATrainer, EMATrainingArguments, PseudoLabelArguments, PseudoLabelTrainer
+from hf_ema_scaling.training.checkpoints import newest_complete_checkpoint
 from hf_ema_scaling.training.checks import drop_unfitting, fitting_rows
 from hf_ema_scaling.training.flow import StopAt
 from hf_ema_scaling.training.mixin import EMATrainerMixin
@@ -118,9 +119,7 @@ def run_labelled_phase(job: ArmJob) -> tuple[str, float]:
     trainer = build_trainer(job, data, [stop])
     stop.trainer = trainer
     trainer.train()
-    branch = get_last_checkpoint(str(job.folder))
-    assert branch is not None
-    return branch, time.time() - begun
+    return str(newest_complete_checkpoint(job.folder)), time.time() - begun
 
 
 def run_arm(job: ArmJob) -> ArmResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import chain
-from operator import attrgetter, is_, not_
+from operator import attrgetter, is_
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class Binding:
         return (
             len(now) == len(self._held)
             and all(map(is_, now, self._held))
-            and all(map(not_, self._empty))
+            and not any(self._empty)
             and list(map(_traits, self.sources)) == self._traits
             and (not self._addresses or shard_addresses(self.sources) == self._addresses)
         )

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_ema_scaling.ema.average import WeightAverage
+from hf_ema_scaling.ema.durable import flush, rename
 from hf_ema_scaling.ema.names import unwrap
 from hf_ema_scaling.ema.storage import save_average
 
@@ -59,9 +60,10 @@ def export_average(
             inner.save_pretrained(str(partial))
             if processing_class is not None:
                 processing_class.save_pretrained(partial)
+            flush(partial)
             if folder.exists():
-                folder.replace(old)
-            partial.replace(folder)
+                rename(folder, old)
+            rename(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

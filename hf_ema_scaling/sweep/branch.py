@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from hf_ema_scaling.ema.storage import STATE_NAME
 from hf_ema_scaling.sweep.jobs import SweepJob
+from hf_ema_scaling.training.checkpoints import newest_complete_checkpoint
 
 
 @contextmanager
@@ -22,19 +21,20 @@ def branch_of(job: SweepJob) -> Iterator[str | None]:
     A run that forks gets a copy that is removed afterwards.
 
     Raises:
-        FileNotFoundError: when the phase left no checkpoint.
+        FileNotFoundError: when the phase left no complete checkpoint.
     """
     if job.branch is None:
         yield None
         return
-    checkpoint = get_last_checkpoint(str(job.branch.folder))
-    if checkpoint is None:
-        raise FileNotFoundError(f"there is no checkpoint in {job.branch.folder}: remove the folder to run it again")
+    try:
+        checkpoint = newest_complete_checkpoint(job.branch.folder)
+    except ValueError as error:
+        raise FileNotFoundError(f"{error}: remove {job.branch.folder} to run it again") from error
     if not job.forks:
-        yield checkpoint
+        yield str(checkpoint)
         return
     with tempfile.TemporaryDirectory(dir=job.folder, prefix="fork-") as folder:
-        yield str(fork(Path(checkpoint), Path(folder), seed=int(job.settings["data_seed"])))
+        yield str(fork(checkpoint, Path(folder), seed=int(job.settings["data_seed"])))
 
 
 def fork(checkpoint: Path, folder: Path, *, seed: int) -> Path:
