@@ -6,6 +6,7 @@ import logging
 import resource
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 import transformers
@@ -23,6 +24,13 @@ def prepare_process() -> None:
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    # Linux counts kilobytes, macOS bytes.
+    """Largest resident size of this program so far, in bytes.
+
+    On Linux not `ru_maxrss`, which a program takes over from the one that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    # macOS counts bytes, others kilobytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
