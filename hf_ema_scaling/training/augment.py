@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_ema_scaling.data.views import Augmentation
+from hf_ema_scaling.data.views import Augmentation, changes_length
+from hf_ema_scaling.training.losses import is_token_classifier
 
 # Seeds of one run do not meet those of another as long as a run draws fewer items than this.
 SEEDS_PER_RUN = 2**40
@@ -43,6 +44,19 @@ def augment(
                 "it may change inputs, but neither add any nor change their rows' number"
             )
     return {**inputs, **{name: _merged(inputs[name], value, late) for name, value in changed.items()}}
+
+
+def refuse_augmentation(augmentation: Augmentation | None, model: nn.Module) -> None:
+    """Refuses a view that moves tokens, where labels are by token.
+
+    Raises:
+        ValueError: see above.
+    """
+    if augmentation is not None and changes_length(augmentation) and is_token_classifier(model):
+        raise ValueError(
+            f"{type(augmentation).__name__} drops or moves tokens, and the labels of {type(model).__name__} are by "
+            "token: use a view that keeps every token in its place, such as TokenMasking"
+        )
 
 
 def _merged(before: Tensor, changed: Tensor, rows: list[int]) -> Tensor:
