@@ -41,12 +41,21 @@ class MicroBatch(TypedDict):
 class TwoSourceDataset(Dataset[tuple[Draw, Example]]):
     """Labelled and unlabelled data behind one `Draw`-indexed data set.
 
-    Columns in `keep` reach the collator; all others are left behind. `labels` of unlabelled rows never leave here.
+    Columns in `keep` reach the collator, of unlabelled rows also those in `for_labeler`; all others are left behind.
+    `labels` of unlabelled rows never leave here.
     """
 
-    def __init__(self, labelled: Any, unlabelled: Any | None, *, keep: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        labelled: Any,
+        unlabelled: Any | None,
+        *,
+        keep: Collection[str] | None = None,
+        for_labeler: Collection[str] = (),
+    ) -> None:
         self.sources: tuple[Any, Any] = (labelled, unlabelled)
         self.keep = None if keep is None else frozenset(keep)
+        self.for_labeler = frozenset(for_labeler)
 
     def __len__(self) -> int:
         return sum(len(source) for source in self.sources if source is not None)
@@ -66,11 +75,14 @@ class TwoSourceDataset(Dataset[tuple[Draw, Example]]):
         return rows
 
     def _visible(self, kind: int, row: Example) -> Example:
-        hidden = LABEL_COLUMNS if kind == UNLABELLED else ()
+        hidden: Collection[str] = self.for_labeler
+        also: Collection[str] = ()
+        if kind == UNLABELLED:
+            hidden, also = LABEL_COLUMNS, self.for_labeler
         return {
             name: value
             for name, value in row.items()
-            if name not in hidden and (self.keep is None or name in self.keep)
+            if name not in hidden and (self.keep is None or name in self.keep or name in also)
         }
 
 

@@ -1,6 +1,6 @@
 """One labeler per model family: teacher output in, training target out."""
 
-from hf_ema_scaling.labels.base import Labeler, MakesTargets, PseudoLabel
+from hf_ema_scaling.labels.base import Labeler, MakesTargets, PseudoLabel, columns_of
 from hf_ema_scaling.labels.ctc import (
     CTCLabeler,
     blank_id,
@@ -9,15 +9,24 @@ from hf_ema_scaling.labels.ctc import (
     min_ctc_frames,
     non_target_ids,
 )
+from hf_ema_scaling.labels.registry import labeler_for
+from hf_ema_scaling.labels.sequence import ClassLabeler, MultiLabelLabeler, RegressionLabeler
+from hf_ema_scaling.labels.tokens import TokenLabeler
 
 __all__ = [
     "CTCLabeler",
+    "ClassLabeler",
     "Labeler",
     "MakesTargets",
+    "MultiLabelLabeler",
     "PseudoLabel",
+    "RegressionLabeler",
+    "TokenLabeler",
     "blank_id",
+    "columns_of",
     "ctc_frame_lengths",
     "greedy_ctc",
+    "labeler_for",
     "min_ctc_frames",
     "non_target_ids",
 ]

@@ -50,3 +50,11 @@ class MakesTargets(Protocol):
             labels: one per row.
         """
         ...
+
+
+def columns_of(labeler: Labeler) -> tuple[str, ...]:
+    """Columns of the unlabelled data that a labeler needs beside the model's inputs: its `needs_columns`.
+
+    They reach the labeler in its batches, and never the model.
+    """
+    return tuple(getattr(labeler, "needs_columns", ()))

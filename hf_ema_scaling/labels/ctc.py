@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_ema_scaling.labels.base import PseudoLabel
+from hf_ema_scaling.labels.forward import teacher_logits
 
 MODEL_INPUTS = ("input_values", "input_features", "attention_mask")
 LENGTH_METHODS = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
@@ -177,10 +178,7 @@ class CTCLabeler:
             RuntimeError: when the teacher is in train mode.
             ValueError: when valid logits are NaN.
         """
-        if getattr(teacher, "training", False):
-            raise RuntimeError("the teacher is in train mode, so its labels are random: call teacher.eval() first")
-        with torch.no_grad():
-            logits = teacher(**{name: batch[name] for name in MODEL_INPUTS if name in batch}).logits
+        logits = teacher_logits(teacher, {name: batch[name] for name in MODEL_INPUTS if name in batch})
         return self.from_logits(logits, ctc_frame_lengths(teacher, batch))
 
     def from_logits(

@@ -60,10 +60,21 @@ def classification_losses(logits: Tensor, labels: Tensor, problem_type: str) -> 
 
     Args:
         logits: `(rows, classes)`.
-        labels: int64 `(rows,)` for `single_label_classification`, float `(rows, classes)` otherwise.
+        labels: int64 `(rows,)` for `single_label_classification`, float `(rows, classes)` otherwise. There, floats of
+            that shape are probabilities of the classes (soft labels).
         problem_type: as in a transformers config.
+
+    Raises:
+        ValueError: for probabilities of another shape.
     """
     scores = logits.float()
+    if problem_type == "single_label_classification" and labels.is_floating_point():
+        if labels.shape != scores.shape:
+            raise ValueError(
+                f"labels in floats are probabilities by class, {tuple(scores.shape)}, got {tuple(labels.shape)}: for "
+                "one class per row give int64, for several problem_type='multi_label_classification'"
+            )
+        return F.cross_entropy(scores, labels.float(), reduction="none")
     if problem_type == "single_label_classification":
         return F.cross_entropy(scores, labels.view(-1), reduction="none")
     targets = labels.to(scores.dtype).view_as(scores)
@@ -113,6 +124,11 @@ def is_ctc(model: nn.Module) -> bool:
     return class_of(base_of(model)).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values()
 
 
+def is_token_classifier(model: nn.Module) -> bool:
+    """Whether the model is one of transformers' heads that classify tokens."""
+    return class_of(base_of(model)).__name__ in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values()
+
+
 def loss_for(model: nn.Module) -> ExampleLoss:
     """The per-example loss of a transformers model, by the kind of its head.
 
@@ -134,7 +150,7 @@ def loss_for(model: nn.Module) -> ExampleLoss:
             return classification_losses(logits, labels, config.problem_type or _problem_type(config, labels))
 
         return classification
-    if name in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values():
+    if is_token_classifier(model):
 
         def tokens(model: nn.Module, inputs: Mapping[str, Tensor], logits: Tensor, labels: Tensor) -> Tensor:
             return token_losses(logits, labels)

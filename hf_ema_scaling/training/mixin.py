@@ -19,11 +19,12 @@ from transformers.utils import logging
 
 from hf_ema_scaling.data.collator import CTCCollator, MicroBatch, MicroBatchCollator, TwoSourceDataset
 from hf_ema_scaling.data.sampler import SampledStep, ScheduledBatchSampler
+from hf_ema_scaling.data.views import Augmentation
 from hf_ema_scaling.ema import WeightAverage, gathered, load_average, save_average, unwrap
 from hf_ema_scaling.ema.adapter_storage import load_added_adapter
 from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
-from hf_ema_scaling.training.augment import Augmentation, augment
+from hf_ema_scaling.training.augment import augment, refuse_augmentation
 from hf_ema_scaling.training.average_update import AverageMover, new_average
 from hf_ema_scaling.training.checkpoints import checkpoint_to_resume, committed, restored_average
 from hf_ema_scaling.training.checks import (
@@ -57,7 +58,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
 
     Args:
         example_loss: loss per example, for heads that the library does not know.
-        augmentation: changes the student's `input_features`; each row by a seed of its own.
+        augmentation: changes the student's inputs, of labelled and unlabelled rows; each row by a seed of its own.
         **kwargs: as for `Trainer`.
 
     Raises:
@@ -86,6 +87,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
             # The loss needs them, whether or not the model's forward names them.
             self.label_names = [*self.label_names, "labels"]
         self.example_loss = example_loss or loss_for(self.model)
+        refuse_augmentation(augmentation, self.model)
         self.augmentation = augmentation
         self.average: WeightAverage | None = None
         self.ctc = is_ctc(self.model)
@@ -177,12 +179,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
             if changed:
                 listed = ", ".join(f"{key} {then} then, {now} now" for key, (then, now) in changed.items())
                 logger.warning(f"The recipe is another from here on than before the checkpoint: {listed}.")
-        unlabelled, _ = self.unlabelled_data()
-        keep = None
-        if self.args.remove_unused_columns:
-            self._set_signature_columns_if_needed()
-            keep = self._signature_columns
-        dataset: Dataset[Any] = TwoSourceDataset(self.train_dataset, unlabelled, keep=keep)
+        dataset: Dataset[Any] = self.run_dataset()
         workers = self.args.dataloader_num_workers
         loader = DataLoader(
             dataset,
@@ -195,6 +192,19 @@ class EMATrainerMixin(BothWeightsEvaluation):
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
+
+    def run_dataset(self) -> TwoSourceDataset:
+        """The rows of the run by `Draw`, without the columns that nobody takes."""
+        unlabelled, _ = self.unlabelled_data()
+        keep = None
+        if self.args.remove_unused_columns:
+            self._set_signature_columns_if_needed()
+            keep = self._signature_columns
+        return TwoSourceDataset(self.train_dataset, unlabelled, keep=keep, for_labeler=self.columns_for_labeler())
+
+    def columns_for_labeler(self) -> tuple[str, ...]:
+        """Columns of unlabelled data that its labeler takes beside the model's inputs; none here."""
+        return ()
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
         """Trainer's counts, with the number of optimizer steps in the place of the recipe's reference steps."""

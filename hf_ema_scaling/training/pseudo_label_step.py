@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_ema_scaling.data.collator import MicroBatch, pad_labels
 from hf_ema_scaling.ema import EMATeacher
-from hf_ema_scaling.labels.base import Labeler, MakesTargets, PseudoLabel
+from hf_ema_scaling.labels.base import Labeler, MakesTargets, PseudoLabel, columns_of
 from hf_ema_scaling.labels.ctc import min_ctc_frames
 
 
@@ -48,7 +48,9 @@ def drop_too_long(labels: list[PseudoLabel], frames: Tensor) -> list[PseudoLabel
 def with_targets(
     micro_batch: MicroBatch, labeler: Labeler, labels: list[PseudoLabel], weight: float | Tensor
 ) -> MicroBatch:
-    """The micro-batch with `labels` as targets; dropped rows stay, so that batch statistics do not depend on labels.
+    """The micro-batch with `labels` as targets, and without what only the labeler needs (`columns_of`).
+
+    Dropped rows stay, so that batch statistics do not depend on labels.
 
     Args:
         micro_batch: unlabelled rows.
@@ -62,8 +64,14 @@ def with_targets(
         result["inputs"] = labeler.with_targets(inputs, labels)
     else:
         result["inputs"] = {**inputs, "labels": pad_labels([label.ids if label.kept else () for label in labels])}
+    result["inputs"] = inputs_of_model(result["inputs"], labeler)
     result["example_weights"] = torch.tensor([label.kept for label in labels]).float() * weight
     return result
+
+
+def inputs_of_model(inputs: Mapping[str, Tensor], labeler: Labeler) -> dict[str, Tensor]:
+    """The inputs without what only the labeler needs."""
+    return {name: value for name, value in inputs.items() if name not in columns_of(labeler)}
 
 
 def without_targets(micro_batch: MicroBatch, labeler: Labeler) -> MicroBatch:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_ema_scaling.data.collator import MicroBatch, MicroBatchCollator, TwoSourceDataset
+from hf_ema_scaling.data.collator import MicroBatch, MicroBatchCollator
 from hf_ema_scaling.data.sampler import Draw
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
 from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_liveness
@@ -135,7 +135,7 @@ def check_split(trainer: EMATrainerMixin) -> tuple[str, str]:
 def _gradients(trainer: EMATrainerMixin, draws: list[Draw], part: int, same_width: bool = False) -> dict[str, Tensor]:
     """Gradient of the sum of the example losses of `draws`, taken in micro-batches of `part` rows."""
     model = trainer.model
-    dataset = _run_dataset(trainer)
+    dataset = trainer.run_dataset()
     collate = MicroBatchCollator(trainer.data_collator)
     together: MicroBatch = collate([dataset[draw._replace(micro_batch=0)] for draw in draws])["micro_batches"][0]
     micro_batches = collate([dataset[draw._replace(micro_batch=i // part)] for i, draw in enumerate(draws)])
@@ -154,22 +154,16 @@ def _gradients(trainer: EMATrainerMixin, draws: list[Draw], part: int, same_widt
         model.train(was_training)
 
 
-def _run_dataset(trainer: EMATrainerMixin) -> TwoSourceDataset:
-    """The data of the run, without the columns that the model does not take."""
-    unlabelled, _ = trainer.unlabelled_data()
-    trainer._set_signature_columns_if_needed()
-    return TwoSourceDataset(trainer.train_dataset, unlabelled, keep=trainer._signature_columns)
-
-
 def check_teacher(trainer: EMATrainerMixin) -> tuple[str, str]:
     """The average follows the student, and a teacher over it changes what it says."""
     average = WeightAverage(trainer.model, buffers=trainer.args.ema_buffers)  # type: ignore[arg-type]
     teacher = EMATeacher(trainer.model, average, factory=getattr(trainer, "teacher_factory", None))
     unlabelled, _ = trainer.unlabelled_data()
     source = LABELLED if unlabelled is None else UNLABELLED
-    _, row = _run_dataset(trainer)[Draw(source, 0, 0, 0, 1.0)]
+    _, row = trainer.run_dataset()[Draw(source, 0, 0, 0, 1.0)]
     inputs = trainer._prepare_inputs(trainer.data_collator([dict(row)]))
-    inputs.pop("labels", None)
+    hidden = ("labels", *trainer.columns_for_labeler())
+    inputs = {name: value for name, value in inputs.items() if name not in hidden}
     check_liveness(trainer.model, average, teacher, inputs)
     return PASSED, "its output changes when the student does"
 

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_liveness, check_parity
 from hf_ema_scaling.ema.teacher import HALF_PRECISION
 from hf_ema_scaling.labels import Labeler
+from hf_ema_scaling.training.pseudo_label_step import inputs_of_model
 
 logger = logging.get_logger(__name__)
 
@@ -41,10 +42,11 @@ def start_teacher(
         DeadTeacherError: see `check_liveness` and `check_parity`.
     """
     teacher = EMATeacher(model, average, factory=factory, dtype=getattr(torch, dtype))
-    check_liveness(model, average, teacher, inputs)
+    of_model = inputs_of_model(inputs, labeler)
+    check_liveness(model, average, teacher, of_model)
     if teacher.dtype in HALF_PRECISION:
         full = EMATeacher(model, average, factory=factory)
-        difference = check_parity(teacher, full, inputs)
+        difference = check_parity(teacher, full, of_model)
         labels = [[label.ids for label in labeler.label(one, inputs)] for one in (full, teacher)]
         same = sum(a == b for a, b in zip(*labels, strict=True))
         # Rounding may tip a label: worth a word, not an error.

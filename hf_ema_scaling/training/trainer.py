@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_ema_scaling.data.collator import MicroBatch, TwoSourceDataset
+from hf_ema_scaling.data.collator import MicroBatch
 from hf_ema_scaling.data.passes import CLOCK_DUST
 from hf_ema_scaling.data.sampler import Draw
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
 from hf_ema_scaling.ema import EMATeacher
-from hf_ema_scaling.labels import CTCLabeler, Labeler, PseudoLabel, blank_id, ctc_frame_lengths, non_target_ids
+from hf_ema_scaling.labels import Labeler, PseudoLabel, columns_of, ctc_frame_lengths, labeler_for
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.cached_labels import CachedLabels
 from hf_ema_scaling.training.diagnostics import LabelStatistics
@@ -43,12 +43,13 @@ class PseudoLabelTrainer(EMATrainerMixin):
         args: the recipe at the reference batch, and the batch of this run.
         unlabeled_dataset: map-style data without labels; a `labels` column in it is never read.
         pseudo_label_args: when, how much and which pseudo-labels enter the loss.
-        labeler: turns teacher output into labels; for CTC models it is known.
+        labeler: turns teacher output into labels; None for `labeler_for(model)`.
         teacher_factory: builds the teacher's module where a transformers config does not suffice.
         **kwargs: as for `EMATrainer`; `train_dataset` is the labelled set.
 
     Raises:
-        ValueError: without unlabelled data, or for a head whose labeler must be given.
+        ValueError: without unlabelled data, or where the config does not say what labels mean.
+        NotImplementedError: for a head whose labeler must be given.
     """
 
     def __init__(
@@ -71,24 +72,20 @@ class PseudoLabelTrainer(EMATrainerMixin):
         self.label_statistics = LabelStatistics()
         self.cached_labels: CachedLabels | None = None
         super().__init__(model, args, **kwargs)
-        if labeler is None and not self.ctc:
-            raise ValueError(f"no labeler is known for {type(self.model).__name__}: pass labeler=")
+        self.labeler: Labeler = labeler or labeler_for(self.model, self.processing_class)
         if getattr(self.model.config, "feat_extract_norm", None) == "group":
             logger.warning(
                 "This model's group norm sees the padding of a batch (feat_extract_norm='group'): labels depend on "
                 "their neighbours. Set bucket_window, or use a model with feat_extract_norm='layer'."
             )
-        self.labeler: Labeler = labeler or self._ctc_labeler()
-
-    def _ctc_labeler(self) -> CTCLabeler:
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        blank = blank_id(self.model.config)
-        special = set() if tokenizer is None else set(non_target_ids(tokenizer)) - {blank}
-        return CTCLabeler(blank, special_ids=sorted(special))
 
     def unlabelled_data(self) -> tuple[Any, PseudoLabelArguments]:
         """The unlabelled data set and its arguments."""
         return self.unlabeled_dataset, self.pseudo_label_args
+
+    def columns_for_labeler(self) -> tuple[str, ...]:
+        """What the labeler says that it needs (`needs_columns`)."""
+        return columns_of(self.labeler)
 
     def begin_training(self) -> None:
         """Also builds the teacher over the average's storage and tests that it follows the student."""
@@ -101,7 +98,7 @@ class PseudoLabelTrainer(EMATrainerMixin):
             self.cached_labels = CachedLabels(self.sampler, self.accelerator, checkpoint)
         super().begin_training()
         assert self.average is not None
-        dataset = TwoSourceDataset(self.train_dataset, self.unlabeled_dataset, keep=self._signature_columns)
+        dataset = self.run_dataset()
         count = min(
             1 if self.pseudo_label_args.teacher_dtype == "float32" else PARITY_ROWS,
             len(self.unlabeled_dataset),
