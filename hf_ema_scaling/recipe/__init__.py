@@ -11,17 +11,15 @@ from hf_ema_scaling.recipe.byol import BYOL, build_byol
 from hf_ema_scaling.recipe.config import parse
 from hf_ema_scaling.recipe.runner import results_table, run
 from hf_ema_scaling.recipe.sources import load_speech, load_text
-from hf_ema_scaling.recipe.supervised import (
-    SUPERVISED,
-    ClassifierArguments,
-    TextDataArguments,
-    build_supervised,
-)
+from hf_ema_scaling.recipe.supervised import SUPERVISED, build_supervised
+from hf_ema_scaling.recipe.text_classification import TEXT_CLASSIFICATION, build_text_classification
+from hf_ema_scaling.recipe.texts import ClassifierArguments, TextDataArguments
 
 __all__ = [
     "ASR_CTC",
     "BYOL",
     "SUPERVISED",
+    "TEXT_CLASSIFICATION",
     "AugmentationArguments",
     "ClassifierArguments",
     "ModelArguments",
@@ -30,6 +28,7 @@ __all__ = [
     "build_asr_ctc",
     "build_byol",
     "build_supervised",
+    "build_text_classification",
     "load_speech",
     "load_text",
     "parse",
