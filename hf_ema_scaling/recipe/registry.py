@@ -12,6 +12,7 @@ from hf_ema_scaling.recipe.byol import BYOL, build_byol
 from hf_ema_scaling.recipe.config import KIND_KEY, close_names, read_mapping
 from hf_ema_scaling.recipe.supervised import SUPERVISED, build_supervised
 from hf_ema_scaling.recipe.text_classification import TEXT_CLASSIFICATION, build_text_classification
+from hf_ema_scaling.recipe.token_classification import TOKEN_CLASSIFICATION, build_token_classification
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 
 DEFAULT_KIND = "asr_ctc"
@@ -35,6 +36,7 @@ RECIPES: dict[str, RecipeKind] = {
     "byol": RecipeKind(BYOL, build_byol),
     "supervised": RecipeKind(SUPERVISED, build_supervised),
     "text_classification": RecipeKind(TEXT_CLASSIFICATION, build_text_classification),
+    "token_classification": RecipeKind(TOKEN_CLASSIFICATION, build_token_classification),
 }
 
 

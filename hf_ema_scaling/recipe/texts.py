@@ -186,9 +186,9 @@ def prepare_texts(
             raise ValueError(f"{data.labelled}: all {len(labelled)} rows have the same label: nothing to tell apart")
         free = None if unlabelled is None else load(unlabelled, max_unlabelled, labels=False)
         texts = labelled[data.text_column][:]
-        tokenizer = _tokenizer(model, texts if free is None else texts + free[data.text_column][:])
+        tokenizer = build_tokenizer(model, texts if free is None else texts + free[data.text_column][:])
         set_seed(args.seed if model.init_seed is None else model.init_seed)
-        network = _network(model, config, tokenizer, names)
+        network = build_network(AutoModelForSequenceClassification, model, config, tokenizer, names)
         label_ids = {network.config.id2label[index]: index for index in sorted(network.config.id2label)}
         check_length(data.max_length, network.config, tokenizer)
         train = prepare(data.labelled, labelled)
@@ -213,7 +213,12 @@ def _replace_texts(dataset: Dataset, text_column: str, noise: WordNoise) -> Data
     return dataset.remove_columns(text_column).add_column(text_column, texts)
 
 
-def _tokenizer(model: ClassifierArguments, texts: Sequence[str]) -> Any:
+def build_tokenizer(model: ClassifierArguments, texts: Sequence[str]) -> Any:
+    """The tokenizer that is named, or one of the words of `texts`.
+
+    Raises:
+        ValueError: for one without a padding token.
+    """
     name = model.tokenizer_name_or_path or model.model_name_or_path
     if name is None:
         return build_word_tokenizer(texts, vocabulary_size=model.vocabulary_size, lower_case=model.lower_case)
@@ -226,25 +231,36 @@ def _tokenizer(model: ClassifierArguments, texts: Sequence[str]) -> Any:
     return tokenizer
 
 
-def _network(model: ClassifierArguments, config: Any | None, tokenizer: Any, names: list[str]) -> Any:
-    labels = {
+def build_network(kind: Any, model: ClassifierArguments, config: Any | None, tokenizer: Any, names: list[str]) -> Any:
+    """The classifier in float32, of texts or of tokens.
+
+    Args:
+        kind: the auto class of its head.
+        model: where it comes from.
+        config: of a model from scratch; None for a checkpoint.
+        tokenizer: of its texts.
+        names: of the classes, in the order of their ids.
+
+    Raises:
+        ValueError: for a checkpoint that has other classes, or fewer tokens than the tokenizer.
+    """
+    labels: dict[str, Any] = {
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
-        "problem_type": "single_label_classification",
     }
+    if kind is AutoModelForSequenceClassification:
+        labels["problem_type"] = "single_label_classification"
     if config is not None:
         for name, value in {**labels, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}.items():
             setattr(config, name, value)
-        return AutoModelForSequenceClassification.from_config(config)
+        return kind.from_config(config)
     changed = {**labels, "ignore_mismatched_sizes": True} if model.new_labels else {}
     # The checkpoint's own dtype would have the optimizer work in bfloat16 too.
-    network = AutoModelForSequenceClassification.from_pretrained(
-        str(model.model_name_or_path), dtype=torch.float32, **changed
-    )
-    network.config.problem_type = labels["problem_type"]
+    network = kind.from_pretrained(str(model.model_name_or_path), dtype=torch.float32, **changed)
+    network.config.problem_type = labels.get("problem_type")
     if model.new_labels:
         # An output layer of the same size would have come from the checkpoint.
-        fresh = AutoModelForSequenceClassification.from_config(network.config)
+        fresh = kind.from_config(network.config)
         for name, part in network.named_children():
             if name != network.base_model_prefix:
                 part.load_state_dict(fresh.get_submodule(name).state_dict())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_ema_scaling.labels.spans import continuation_ids, is_bio, repaired, spans
+from hf_ema_scaling.spans import continuation_ids, is_bio, repaired, spans
 
 
 @pytest.mark.parametrize(
