@@ -1,4 +1,4 @@
-"""Word and character error rate as `evaluate` metrics that need no download, and the accuracy of a classifier."""
+"""Error rates of texts as `evaluate` metrics that need no download, the accuracy of a classifier, and F1 of spans."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import evaluate
 import jiwer
 import numpy as np
 from transformers import EvalPrediction
+
+from hf_ema_scaling.spans import is_bio, spans
 
 
 def _checked(references: Sequence[str], predictions: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -151,3 +153,61 @@ class ClassificationMetrics:
             )
         right = int((logits.argmax(-1) == labels).sum())
         return {"accuracy": right / len(labels), "error_rate": 1 - right / len(labels)}
+
+
+class TokenMetrics:
+    """Precision, recall and F1 of spans, for `Trainer(compute_metrics=TokenMetrics(names).compute)`.
+
+    A span is right where type, first and last word are those of the reference; counts are those of the whole set
+    (micro-averages), as in CoNLL-2003 and `seqeval`. Tags that do not follow the BIO scheme are read as
+    `hf_ema_scaling.spans.repaired` makes them. Words are the tokens that have a label.
+
+    Args:
+        names: of the classes, in the order of their ids.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self.bio = is_bio(self.names)
+
+    def compute(self, eval_prediction: EvalPrediction) -> dict[str, float]:
+        """`accuracy` of the words, and where the classes are BIO tags `precision`, `recall` and `f1` of spans.
+
+        Without spans on a side its rate is 0.
+
+        Args:
+            eval_prediction: `predictions`, float logits (rows, tokens, classes), and `label_ids`, int (rows, tokens),
+                -100 where a token has no label.
+
+        Raises:
+            ValueError: for other shapes, no labels, logits of a word that are NaN, or a label that is no class.
+        """
+        logits, labels = np.asarray(eval_prediction.predictions), np.asarray(eval_prediction.label_ids)
+        if labels.ndim != 2 or logits.shape != (*labels.shape, len(self.names)):
+            raise ValueError(
+                f"predictions must be logits (rows, tokens, {len(self.names)}) and label_ids (rows, tokens), got "
+                f"shapes {logits.shape} and {labels.shape}"
+            )
+        words = labels != -100
+        if not words.any():
+            raise ValueError("no token has a label: give an evaluation set with tags")
+        unknown = labels[words & ((labels < 0) | (labels >= len(self.names)))]
+        if len(unknown):
+            raise ValueError(f"label_ids must lie in [0, {len(self.names)}) or be -100, got {unknown[0]}")
+        nans = np.isnan(logits).any(-1) & words
+        if nans.any():
+            raise ValueError(f"the logits of {nans.sum()} words are NaN (rows {np.flatnonzero(nans.any(-1))[:10]})")
+        best = logits.argmax(-1)
+        metrics = {"accuracy": float((best == labels)[words].mean())}
+        if not self.bio:
+            return metrics
+        right = predicted = actual = 0
+        for row, kept in enumerate(words):
+            found, wanted = (set(spans([self.names[i] for i in ids[row][kept]])) for ids in (best, labels))
+            right, predicted, actual = right + len(found & wanted), predicted + len(found), actual + len(wanted)
+        return {
+            **metrics,
+            "precision": right / max(predicted, 1),
+            "recall": right / max(actual, 1),
+            "f1": 2 * right / max(predicted + actual, 1),
+        }

@@ -5,7 +5,8 @@
 Fetches the source package of vaderSentiment 3.3.2 with pip and writes a folder of `datasets` with the splits `train`
 and `test` (sentences from film reviews) and `shifted` (Amazon product reviews), columns `text` and `label` (negative
 or positive: scores from -4 to 4, of which those in [-0.5, 0.5] are left out). All copies of one sentence are in one
-split.
+split. For pseudo-labels there are also `products`, half of the sentences in `shifted`, and `unlabelled`, the texts of
+`train` and of the other half, without their labels.
 
 C.J. Hutto and E.E. Gilbert: VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text.
 ICWSM-14, Ann Arbor, 2014.
@@ -15,16 +16,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-import subprocess
-import sys
 import tarfile
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
+from hf_ema_scaling.data.packages import PackageError, fetch_package
 from hf_ema_scaling.data.speech import quiet_unless_terminal
 
 PACKAGE = "vaderSentiment==3.3.2"
@@ -37,26 +36,6 @@ NEUTRAL = 0.5
 
 Row = tuple[str, str]
 """Text and class."""
-
-
-def fail(message: str) -> typer.Exit:
-    """Print why, and the exception that ends the program."""
-    typer.secho(message, fg=typer.colors.RED, err=True)
-    return typer.Exit(1)
-
-
-def download(folder: Path) -> Path:
-    """Fetch the source package with pip, which compares its hash before anything in it runs."""
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--require-hashes"]
-    done = subprocess.run(
-        [*command, "--requirement", str(requirements), "--dest", str(folder)], capture_output=True, text=True
-    )
-    found = sorted(folder.glob("*.tar.gz"))
-    if done.returncode != 0 or len(found) != 1:
-        raise fail(f"{done.stderr.strip()}\npip cannot fetch {PACKAGE}: fetch its source package and give --sdist")
-    return found[0]
 
 
 def read_member(archive: bytes, name: str) -> bytes:
@@ -127,22 +106,27 @@ def main(
     seed: Annotated[int, typer.Option(help="Which sentences land in which split.")] = 0,
 ) -> None:
     """Turn the VADER corpus into a data set of negative and positive sentences."""
-    with tempfile.TemporaryDirectory() as folder:
-        package = (sdist or download(Path(folder))).read_bytes()
-    if hashlib.sha256(package).hexdigest() != SHA256:
-        raise fail(f"{sdist or PACKAGE} is not the package with sha256 {SHA256}: nothing of it was used")
+    try:
+        package = fetch_package(PACKAGE, SHA256, sdist, option="--sdist", source=True)
+    except PackageError as error:
+        typer.secho(str(error), fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from error
     corpus = read_member(package, CORPUS)
     films, neutral_films = read_scores(read_member(corpus, FILMS))
     products, neutral_products = read_scores(read_member(corpus, PRODUCTS))
     train, test = split_by_text(films, test_share, seed)
     seen = {text.casefold() for text, _ in films}
     shifted = [row for row in products if row[0].casefold() not in seen]
-    splits = {"train": train, "test": test, "shifted": shifted}
+    adapting, held_out = split_by_text(shifted, 0.5, seed)
+    splits = {"train": train, "test": test, "shifted": shifted, "products": held_out}
+    unlabelled = Dataset.from_dict({"text": [text for text, _ in [*train, *adapting]]})
+    sets = {name: to_dataset(rows) for name, rows in splits.items()} | {"unlabelled": unlabelled}
     with quiet_unless_terminal():
-        DatasetDict({name: to_dataset(rows) for name, rows in splits.items()}).save_to_disk(str(output))
+        DatasetDict(sets).save_to_disk(str(output))
     for name, rows in splits.items():
         positive = sum(label == "positive" for _, label in rows)
-        typer.echo(f"{name:8} {len(rows):5} sentences, {positive} positive")
+        typer.echo(f"{name:10} {len(rows):5} sentences, {positive} positive")
+    typer.echo(f"unlabelled {len(unlabelled):5} sentences: train, and {len(adapting)} of shifted not in products")
     typer.echo(f"left out: {neutral_films + neutral_products} neutral, {len(products) - len(shifted)} in both corpora")
 
 

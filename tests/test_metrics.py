@@ -12,6 +12,7 @@ from hf_ema_scaling.metrics import (
     CharacterErrorRate,
     ClassificationMetrics,
     CTCMetrics,
+    TokenMetrics,
     WordErrorRate,
     character_error_rate,
     word_error_rate,
@@ -87,3 +88,62 @@ def test_a_classifier_is_right_where_its_largest_logit_is() -> None:
 def test_what_has_no_accuracy_is_refused(logits: np.ndarray, labels: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClassificationMetrics(3).compute(EvalPrediction(predictions=logits, label_ids=labels))
+
+
+TAGS = ["O", "B-a", "I-a", "B-b", "I-b"]
+
+
+def tagged(references: list[str], predictions: list[str]) -> EvalPrediction:
+    """Rows of tags as logits and labels; `-` in a reference is a token without a label."""
+    width = max(len(row.split()) for row in references)
+    labels = np.full((len(references), width), -100)
+    logits = np.zeros((len(references), width, len(TAGS)))
+    for row, (wanted, found) in enumerate(zip(references, predictions, strict=True)):
+        for place, (true, said) in enumerate(zip(wanted.split(), found.split(), strict=True)):
+            labels[row, place] = -100 if true == "-" else TAGS.index(true)
+            logits[row, place, TAGS.index(said)] = 1.0
+    return EvalPrediction(predictions=logits, label_ids=labels)
+
+
+def test_spans_are_right_as_a_whole_or_not_at_all() -> None:
+    references = ["- B-a I-a O B-b -", "B-a O", "O O"]
+    # The first span is cut short, the second right; one is of the wrong type; one is made up.
+    predictions = ["B-b B-a O O B-b I-b", "B-b O", "I-a O"]
+    found = TokenMetrics(TAGS).compute(tagged(references, predictions))
+    # Right 1, predicted 2 + 1 + 1, actual 2 + 1; words: 3 of 4, 1 of 2, 1 of 2.
+    assert found == pytest.approx({"precision": 1 / 4, "recall": 1 / 3, "f1": 2 / 7, "accuracy": 5 / 8})
+
+
+@pytest.mark.parametrize(
+    ("reference", "prediction", "f1"),
+    [
+        ("B-a I-a B-a", "B-a I-a B-a", 1.0),
+        ("B-a I-a B-a", "B-a I-a I-a", 0.0),  # one long span instead of two
+        ("B-a I-a O", "I-a I-a O", 1.0),  # an inside without a begin begins
+        ("B-a I-a O", "B-a I-b O", 0.0),
+        ("B-a - I-a", "B-a O I-a", 1.0),  # what has no label does not cut
+        ("O O", "O O", 0.0),
+        ("B-b O", "O O", 0.0),
+    ],
+)
+def test_f1_of_one_row(reference: str, prediction: str, f1: float) -> None:
+    assert TokenMetrics(TAGS).compute(tagged([reference], [prediction]))["f1"] == f1
+
+
+def test_classes_that_are_no_bio_tags_have_an_accuracy_only() -> None:
+    evaluated = tagged(["O B-a - I-a"], ["O O O I-a"])
+    assert TokenMetrics(["x", "y", "z", "u", "v"]).compute(evaluated) == {"accuracy": pytest.approx(2 / 3)}
+
+
+def test_what_has_no_f1_is_refused() -> None:
+    metrics, good = TokenMetrics(TAGS), tagged(["O B-a"], ["O B-a"])
+    logits, labels = np.asarray(good.predictions), np.asarray(good.label_ids)
+    for broken, tags, message in (
+        (logits[:, :, :4], labels, r"predictions must be logits \(rows, tokens, 5\)"),
+        (logits, labels[:, :1], "got shapes"),
+        (logits, np.full((1, 2), -100), "no token has a label"),
+        (logits, np.array([[0, 5]]), r"label_ids must lie in \[0, 5\) or be -100, got 5"),
+        (logits * np.nan, labels, "the logits of 2 words are NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metrics.compute(EvalPrediction(predictions=broken, label_ids=tags))

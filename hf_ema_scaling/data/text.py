@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,7 @@ def prepare_classification(
     label_ids: Mapping[str, int],
     *,
     text_column: str,
-    label_column: str,
+    label_column: str | None,
     max_length: int,
     length_column: str = "length",
 ) -> Dataset:
@@ -106,29 +106,33 @@ def prepare_classification(
         tokenizer: of the model.
         label_ids: id of each class by its name.
         text_column: column of the texts.
-        label_column: column of the labels.
+        label_column: column of the labels; None for unlabelled texts.
         max_length: tokens, special ones included, at which texts are cut.
         length_column: name of the column for the number of tokens, by which a run puts similar lengths together.
 
     Returns:
-        The inputs that the tokenizer makes, `labels` (int64) and the lengths.
+        The inputs that the tokenizer makes, `labels` (int64) where there are labels, and the lengths.
 
     Raises:
         ValueError: for a label that is not in `label_ids`, naming its row (from 1).
     """
-    feature = dataset.features[label_column]
+    feature = None if label_column is None else dataset.features[label_column]
 
-    def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        names = [label_name(value, feature) for value in rows[label_column]]
+    def labels_of(rows: dict[str, list[Any]], indices: list[int]) -> list[int]:
+        names = [label_name(value, feature) for value in rows[str(label_column)]]
         for index, name in zip(indices, names, strict=True):
             if name not in label_ids:
                 raise ValueError(f"row {index + 1}: the label {name!r} is none of {', '.join(label_ids)}")
+        return [label_ids[name] for name in names]
+
+    def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        labels = {} if label_column is None else {"labels": labels_of(rows, indices)}
         encoded = dict(tokenizer(rows[text_column], truncation=True, max_length=max_length))
-        lengths = [len(ids) for ids in encoded["input_ids"]]
-        return {**encoded, "labels": [label_ids[name] for name in names], length_column: lengths}
+        return {**encoded, **labels, length_column: [len(ids) for ids in encoded["input_ids"]]}
 
     made = tokenizer("a").keys()
-    features = {name: List(Value("int32")) for name in made} | dict.fromkeys(("labels", length_column), Value("int64"))
+    numbers = [*([] if label_column is None else ["labels"]), length_column]
+    features = {name: List(Value("int32")) for name in made} | dict.fromkeys(numbers, Value("int64"))
     with quiet_unless_terminal():
         return dataset.map(
             encode,
@@ -138,6 +142,31 @@ def prepare_classification(
             features=Features(features),
             desc="tokenising",
         )
+
+
+def drawn_by_class(labels: Sequence[Any], count: int, seed: int) -> list[int]:
+    """Rows of a labelled set with so many of each class, drawn at random, in the order of the set.
+
+    Args:
+        labels: of all rows.
+        count: rows of each class.
+        seed: of the draw.
+
+    Raises:
+        ValueError: when a class has fewer rows.
+    """
+    rows: dict[Any, list[int]] = {}
+    for row, label in enumerate(labels):
+        rows.setdefault(label, []).append(row)
+    few = {label: len(members) for label, members in rows.items() if len(members) < count}
+    if few:
+        raise ValueError(f"{count} rows of each class are asked for, but there are only {few}")
+    # By class in a fixed order, each with a generator of its own: the draw of one does not depend on the others.
+    drawn = [
+        np.random.default_rng([seed, place]).choice(rows[label], count, replace=False)
+        for place, label in enumerate(sorted(rows))
+    ]
+    return sorted(np.concatenate(drawn).tolist())
 
 
 class WordNoise:

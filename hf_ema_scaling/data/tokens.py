@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import DataCollatorForTokenClassification
 
 from hf_ema_scaling.data.speech import quiet_unless_terminal
-from hf_ema_scaling.labels.spans import continuation_ids, is_bio
 from hf_ema_scaling.labels.tokens import IGNORED, WORD_IDS
+from hf_ema_scaling.spans import continuation_ids, is_bio
 
 Example = Mapping[str, Any]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_ema_scaling.labels.base import PseudoLabel
 from hf_ema_scaling.labels.forward import refuse_rows, teacher_logits
-from hf_ema_scaling.labels.spans import continuation_ids, is_bio, repaired
+from hf_ema_scaling.spans import continuation_ids, is_bio, repaired
 
 WORD_IDS = "word_ids"
 """Column, and input of the labeler: the number of the word that each token belongs to, -1 for special tokens and

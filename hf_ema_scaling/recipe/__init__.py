@@ -10,18 +10,18 @@ from hf_ema_scaling.recipe.asr_ctc import (
 from hf_ema_scaling.recipe.byol import BYOL, build_byol
 from hf_ema_scaling.recipe.config import parse
 from hf_ema_scaling.recipe.runner import results_table, run
-from hf_ema_scaling.recipe.sources import load_speech, load_text
-from hf_ema_scaling.recipe.supervised import (
-    SUPERVISED,
-    ClassifierArguments,
-    TextDataArguments,
-    build_supervised,
-)
+from hf_ema_scaling.recipe.sources import load_speech, load_text, load_words
+from hf_ema_scaling.recipe.supervised import SUPERVISED, build_supervised
+from hf_ema_scaling.recipe.text_classification import TEXT_CLASSIFICATION, build_text_classification
+from hf_ema_scaling.recipe.texts import ClassifierArguments, TextDataArguments
+from hf_ema_scaling.recipe.token_classification import TOKEN_CLASSIFICATION, build_token_classification
 
 __all__ = [
     "ASR_CTC",
     "BYOL",
     "SUPERVISED",
+    "TEXT_CLASSIFICATION",
+    "TOKEN_CLASSIFICATION",
     "AugmentationArguments",
     "ClassifierArguments",
     "ModelArguments",
@@ -30,8 +30,11 @@ __all__ = [
     "build_asr_ctc",
     "build_byol",
     "build_supervised",
+    "build_text_classification",
+    "build_token_classification",
     "load_speech",
     "load_text",
+    "load_words",
     "parse",
     "results_table",
     "run",

@@ -39,13 +39,14 @@ def load_speech(source: str, *, audio_column: str = "audio", text_column: str | 
     return dataset.select_columns(wanted)
 
 
-def load_text(source: str, *, text_column: str = "text", label_column: str = "label") -> Dataset:
+def load_text(source: str, *, text_column: str = "text", label_column: str | None = "label") -> Dataset:
     """Texts and their labels, in the order they have in a source.
 
     Args:
         source: as in `TextDataArguments`; local where the path, or what stands before its last colon, exists.
         text_column: column of the texts.
-        label_column: column of the labels: strings, integers or a `ClassLabel`.
+        label_column: column of the labels: strings, integers or a `ClassLabel`; None where there are none or they must
+            not be read.
 
     Returns:
         A map-style data set with these columns only. Labels of a manifest are strings.
@@ -56,19 +57,59 @@ def load_text(source: str, *, text_column: str = "text", label_column: str = "la
             empty or whose label names no class.
         NotImplementedError: for a URL: streaming is not supported yet.
     """
-    wanted = [text_column, label_column]
+    wanted = [text_column] if label_column is None else [text_column, label_column]
     dataset = _found(source, wanted, "text_column and label_column", _text_rows).select_columns(wanted)
-    feature, number = dataset.features[label_column], 0
+    feature, number = None if label_column is None else dataset.features[label_column], 0
     for rows in dataset.iter(batch_size=1000):
-        for text, label in zip(rows[text_column], rows[label_column], strict=True):
+        labels = rows[text_column] if label_column is None else rows[label_column]
+        for text, label in zip(rows[text_column], labels, strict=True):
             number += 1
             if not isinstance(text, str) or not text.strip():
                 shown = "empty" if isinstance(text, str) else "null" if text is None else f"{text!r}, not a string"
                 raise ValueError(f"{source}, row {number}: {text_column} is {shown}: leave such rows out")
+            if label_column is None:
+                continue
             try:
                 label_name(label, feature)
             except ValueError as error:
                 raise ValueError(f"{source}, row {number}: {error}") from error
+    return dataset
+
+
+def load_words(source: str, *, word_column: str = "tokens", tag_column: str | None = "ner_tags") -> Dataset:
+    """Rows of words and their tags, in the order they have in a source.
+
+    Args:
+        source: as in `TextDataArguments`, without tables.
+        word_column: column of the words, a list of strings in each row.
+        tag_column: column of the tags, a list of as many strings or `ClassLabel` ids; None where there are none or
+            they must not be read.
+
+    Returns:
+        A map-style data set with these columns only.
+
+    Raises:
+        FileNotFoundError: for a local source that is not there.
+        ValueError: for a source that cannot be loaded, has no rows, or lacks a column, and for a row without words,
+            with a word that is empty or no string, or with another number of tags than of words.
+        NotImplementedError: for a URL: streaming is not supported yet.
+    """
+    wanted = [word_column] if tag_column is None else [word_column, tag_column]
+    dataset = _found(source, wanted, "word_column and tag_column", _word_rows).select_columns(wanted)
+    number = 0
+    for rows in dataset.iter(batch_size=1000):
+        for row in range(len(rows[word_column])):
+            number += 1
+            words = rows[word_column][row]
+            if not isinstance(words, list) or not words:
+                raise ValueError(f"{source}, row {number}: {word_column} is {words!r}, not a list of words")
+            bad = [word for word in words if not isinstance(word, str) or not word.strip()]
+            if bad:
+                raise ValueError(f"{source}, row {number}: the word {bad[0]!r} is empty or no string")
+            tags = words if tag_column is None else rows[tag_column][row]
+            if not isinstance(tags, list) or len(tags) != len(words):
+                found = len(tags) if isinstance(tags, list) else repr(tags)
+                raise ValueError(f"{source}, row {number}: {len(words)} words, but {found} tags")
     return dataset
 
 
@@ -147,7 +188,7 @@ def _text_rows(path: Path, split: str | None, wanted: list[str]) -> Dataset:
         rows = _json_lines(path)
     if not rows:
         raise ValueError(f"{path}: no rows")
-    text_column, label_column = wanted
+    text_column, *labels = wanted
     columns: dict[str, list[Any]] = {column: [] for column in wanted}
     for number, row in enumerate(rows, start=1):
         missing = [column for column in wanted if column not in row]
@@ -159,12 +200,28 @@ def _text_rows(path: Path, split: str | None, wanted: list[str]) -> Dataset:
         text = row[text_column]
         if text is not None and not isinstance(text, str):
             raise ValueError(f"{path}, row {number}: {text_column} is {text!r}, not a string")
-        try:
-            columns[label_column].append(label_name(row[label_column]))
-        except ValueError as error:
-            raise ValueError(f"{path}, row {number}: {error}") from error
+        for label_column in labels:
+            try:
+                columns[label_column].append(label_name(row[label_column]))
+            except ValueError as error:
+                raise ValueError(f"{path}, row {number}: {error}") from error
         columns[text_column].append(text)
     return Dataset.from_dict(columns)
+
+
+def _word_rows(path: Path, split: str | None, wanted: list[str]) -> Dataset:
+    path = path if split is None else path / split
+    if not path.is_file() or path.suffix.lower() == ".csv":
+        raise ValueError(f"{path} is neither a file .jsonl nor a folder that save_to_disk of `datasets` has written")
+    rows = _json_lines(path)
+    for number, row in enumerate(rows, start=1):
+        missing = [column for column in wanted if column not in row]
+        if missing:
+            raise ValueError(f"{path}, row {number}: no {', '.join(missing)}; it has {', '.join(row)}")
+    try:
+        return Dataset.from_list([{column: row[column] for column in wanted} for row in rows])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: the rows hold values of different kinds ({error})") from error
 
 
 def _speech_files(path: Path, split: str | None, wanted: list[str]) -> Dataset:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from hf_ema_scaling.labels import Labeler
+from hf_ema_scaling.labels import Labeler, MakesTargets
 from hf_ema_scaling.training.callback import EMACallback
 
 Example = Mapping[str, Any]
@@ -67,6 +67,7 @@ class PseudoLabelCollator:
 
     Raises:
         ValueError: `pl_start` is negative or not finite.
+        NotImplementedError: for a labeler whose targets are not rows of ids (`MakesTargets`).
     """
 
     def __init__(
@@ -82,6 +83,11 @@ class PseudoLabelCollator:
     ) -> None:
         if not (math.isfinite(pl_start) and pl_start >= 0):
             raise ValueError(f"pl_start must be a number of reference steps of at least 0, got {pl_start!r}")
+        if isinstance(labeler, MakesTargets):
+            raise NotImplementedError(
+                f"{type(labeler).__name__} makes targets of a kind of its own, and PseudoLabelCollator takes labels "
+                "that are rows of ids, as CTC has them: use PseudoLabelTrainer"
+            )
         self.callback = callback
         self.labeler = labeler
         self.collate = collate

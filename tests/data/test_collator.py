@@ -245,3 +245,12 @@ def test_a_wav2vec2_batch_is_the_one_its_extractor_pads() -> None:
     assert batch.keys() == expected.keys()
     for name, value in batch.items():
         assert torch.equal(value, expected[name].to(value.dtype))
+
+
+def test_columns_for_the_labeler_reach_it_from_unlabelled_rows_alone() -> None:
+    rows = [{"input_ids": [1], "word_ids": [0], "labels": 2, "other": 3}]
+    for keep in (["input_ids", "labels"], None):
+        dataset = TwoSourceDataset(rows, rows, keep=keep, for_labeler=("word_ids",))
+        kept = {"other"} if keep is None else set()
+        assert set(dataset[Draw(LABELLED, 0, 0, 0, 1.0)][1]) == {"input_ids", "labels"} | kept
+        assert set(dataset[Draw(UNLABELLED, 0, 0, 0, 1.0)][1]) == {"input_ids", "word_ids"} | kept

@@ -9,6 +9,7 @@ from hf_ema_scaling.data.text import (
     WordNoise,
     build_word_tokenizer,
     class_names,
+    drawn_by_class,
     label_name,
     prepare_classification,
 )
@@ -71,6 +72,9 @@ def test_rows_are_cut_measured_and_not_padded() -> None:
     assert made.features["labels"] == Value("int64")
     short = prepare_classification(rows, tokenizer, {"n": 0, "p": 1}, **(options | {"max_length": 9}))
     assert short["tokens"][:] == [7, 5, 5] == [len(ids) for ids in short["input_ids"]]
+    unlabelled = prepare_classification(rows, tokenizer, {}, **(options | {"label_column": None}))
+    assert unlabelled.column_names == ["input_ids", "attention_mask", "tokens"]
+    assert unlabelled["input_ids"][:] == made["input_ids"][:]
     with pytest.raises(ValueError, match="row 2: the label 'n' is none of p, q"):
         prepare_classification(rows, tokenizer, {"p": 0, "q": 1}, **options)
 
@@ -91,3 +95,19 @@ def test_noise_is_the_same_in_every_run_and_another_in_every_row() -> None:
     assert all(len(line.split()) == 40 for line in noisy)
     assert WordNoise([text], share=0.0)(text, 0).split() == text.split()
     assert set(WordNoise(["z"], share=1.0)(text, 0).split()) == {"z"}
+
+
+def test_as_many_rows_of_each_class_are_drawn() -> None:
+    labels = ["b", "a", "a", "c", "b", "a", "c", "b", "a", "c"] * 5
+    drawn = drawn_by_class(labels, 4, seed=3)
+    assert drawn == sorted(set(drawn)) == drawn_by_class(labels, 4, seed=3)
+    assert Counter(labels[row] for row in drawn) == {"a": 4, "b": 4, "c": 4}
+    assert drawn != drawn_by_class(labels, 4, seed=4)
+    # The draw of one class does not depend on how many rows others have.
+    more = [*labels, *["b"] * 9]
+    of_a = [row for row in drawn if labels[row] == "a"]
+    assert [row for row in drawn_by_class(more, 4, seed=3) if more[row] == "a"] == of_a
+    counts = Counter(row for seed in range(400) for row in drawn_by_class([0, 0, 0, 0, 1], 1, seed))
+    assert counts[4] == 400 and all(counts[row] == pytest.approx(100, abs=35) for row in range(4))
+    with pytest.raises(ValueError, match=r"16 rows of each class .* there are only \{'b': 15, 'c': 15\}"):
+        drawn_by_class(labels, 16, seed=0)

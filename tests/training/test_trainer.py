@@ -257,9 +257,7 @@ def test_what_is_needed_is_asked_for(tmp_path: Path) -> None:
     args = tiny.arguments(tmp_path)
     with pytest.raises(ValueError, match="needs an unlabeled_dataset; without one use EMATrainer"):
         PseudoLabelTrainer(tiny.wav2vec2(), args, train_dataset=tiny.speech(4))
-    with pytest.raises(
-        ValueError, match=r"BertConfig\.problem_type is None, so what 3 outputs mean is only known from labels"
-    ):
+    with pytest.raises(ValueError, match="problem_type is None, so what 3 outputs mean is only known from labels"):
         PseudoLabelTrainer(tiny.bert(), args, train_dataset=tiny.sentences(4), unlabeled_dataset=tiny.sentences(4))
     empty = datasets.Dataset.from_dict({"input_values": []})
     with pytest.raises(ValueError, match="unlabeled_dataset is empty"):
