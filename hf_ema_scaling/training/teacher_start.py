@@ -11,6 +11,7 @@ from transformers.utils import logging
 from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_liveness, check_parity
 from hf_ema_scaling.ema.teacher import HALF_PRECISION
 from hf_ema_scaling.labels import Labeler
+from hf_ema_scaling.labels.decoder import with_decoder_start
 
 logger = logging.get_logger(__name__)
 
@@ -41,10 +42,11 @@ def start_teacher(
         DeadTeacherError: see `check_liveness` and `check_parity`.
     """
     teacher = EMATeacher(model, average, factory=factory, dtype=getattr(torch, dtype))
-    check_liveness(model, average, teacher, inputs)
+    forward = with_decoder_start(model, inputs)
+    check_liveness(model, average, teacher, forward)
     if teacher.dtype in HALF_PRECISION:
         full = EMATeacher(model, average, factory=factory)
-        difference = check_parity(teacher, full, inputs)
+        difference = check_parity(teacher, full, forward)
         labels = [[label.ids for label in labeler.label(one, inputs)] for one in (full, teacher)]
         same = sum(a == b for a, b in zip(*labels, strict=True))
         # Rounding may tip a label: worth a word, not an error.
