@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from hf_ema_scaling.data.collator import CTCCollator
 from hf_ema_scaling.labels import Labeler, generative_labeler_for
@@ -77,6 +78,16 @@ class EMASeq2SeqTrainer(EMATrainerMixin, Seq2SeqTrainer):
         finally:
             bare_model.generation_config = before
         return loss, predictions, None if labels is None else self._prepare_input(labels)
+
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As of `EMATrainer`; the last, smaller batch counts its rows once.
+
+        Seq2SeqTrainer gathers it as if it were full, so that its loss weighs too much, and over several processes
+        some rows twice.
+        """
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*args, **kwargs)
 
 
 class PseudoLabelSeq2SeqTrainer(PseudoLabelTrainer, EMASeq2SeqTrainer):
