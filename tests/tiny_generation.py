@@ -315,12 +315,8 @@ HEADS: dict[str, Head] = {
     "whisper-english": Head(whisper_english, 3, "whisper", prompt=[3, 9], before=[9], suppressed=(3, 8, 9)),
     "moonshine": Head(moonshine, 12, "values", prompt=[1]),
     "speech2text": Head(speech2text, 58, "features", prompt=[2]),
-    "seamless": Head(
-        seamless, 110, "features", prompt=[3, 6], before=[6], eos=(3,), options={"language": "fra"}
-    ),
-    "seamless-v2": Head(
-        seamless_v2, 53, "features", prompt=[3, 6], before=[6], eos=(3,), options={"language": "fra"}
-    ),
+    "seamless": Head(seamless, 110, "features", prompt=[3, 6], before=[6], eos=(3,), options={"language": "fra"}),
+    "seamless-v2": Head(seamless_v2, 53, "features", prompt=[3, 6], before=[6], eos=(3,), options={"language": "fra"}),
     "t5": Head(t5, 95, "text", prompt=[0], eos=(1,)),
     "bart": Head(bart, 31, "text", prompt=[2, 0], before=[0]),
     "mbart-50": Head(mbart, 34, "text", prompt=[2, 5], before=[5]),
@@ -369,7 +365,7 @@ def batch_of(rows: list[Tensors], *, side: str = "right", filler: float = 0) -> 
 
 @torch.no_grad()
 def greedy(head: Head, model: Any, row: Tensors, *, max_new: int = MAX_NEW) -> tuple[list[int], bool, float]:
-    """The tokens that a plain loop without cache chooses, whether it came to an end, and their mean log-probability."""
+    """The tokens that a plain loop without cache chooses, whether it came to an end, their mean log-probability."""
     causal = head.kind == "causal"
     tokens = row["input_ids"][0].tolist() if causal else list(head.prompt)
     chosen: list[int] = []

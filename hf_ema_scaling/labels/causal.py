@@ -32,20 +32,22 @@ class CausalLMLabeler:
     suppressed tokens) of the tokens of the continuation, the end included.
 
     Reasons: "no_eos" when the teacher did not come to an end, "empty" when there is no text, "too_long" when prompt
-    and label together are longer than `max_tokens`; a prompt that leaves no room for `max_new_tokens` is not
-    continued at all.
+    and label together are longer than `max_target_tokens`, or the prompt leaves no room for `max_new_tokens` in the
+    teacher's positions and so is not continued at all.
 
     Args:
         eos_ids: ids that end a label.
         decoding: how to decode.
-        max_tokens: room of the models for prompt and label; None for no limit.
+        max_positions: tokens that the teacher can read; None for no limit.
+        max_target_tokens: room of the student for prompt and label together; None for no limit of its own.
         special_ids: ids that are no text.
         positions: what the draws of each row are seeded by; the row's number in the batch where there are none.
     """
 
     eos_ids: tuple[int, ...]
     decoding: Decoding
-    max_tokens: int | None = None
+    max_positions: int | None = None
+    max_target_tokens: int | None = None
     special_ids: frozenset[int] = frozenset()
     positions: tuple[int, ...] | None = None
 
@@ -68,7 +70,7 @@ class CausalLMLabeler:
         positions = range(len(prompts)) if self.positions is None else self.positions
         if len(positions) != len(prompts):
             raise ValueError(f"there are {len(positions)} positions for {len(prompts)} rows")
-        room = math.inf if self.max_tokens is None else self.max_tokens - self.decoding.max_new_tokens
+        room = math.inf if self.max_positions is None else self.max_positions - self.decoding.max_new_tokens
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) <= room]
         labels = [PseudoLabel((), 0.0, "too_long") for _ in prompts]
         if rows:
@@ -112,7 +114,7 @@ class CausalLMLabeler:
                 tokens,
                 text=[token for token in tokens if token not in self.special_ids and token not in self.eos_ids],
                 ended=ended,
-                room=None if self.max_tokens is None else self.max_tokens - len(prompt),
+                room=None if self.max_target_tokens is None else self.max_target_tokens - len(prompt),
                 log_probability=likelihood,
                 scores={},
             )
@@ -136,8 +138,8 @@ class CausalLMLabeler:
         strange = sorted(set(inputs) - {"input_ids", "attention_mask"})
         if strange:
             raise ValueError(
-                f"the rows to label hold {', '.join(strange)} beside input_ids and attention_mask, and nobody knows how "
-                "that goes on behind the prompt: leave it out of the data collator's output"
+                f"the rows to label hold {', '.join(strange)} beside input_ids and attention_mask, and nobody knows "
+                "how that goes on behind the prompt: leave it out of the data collator's output"
             )
         prompts, device = prompts_of(inputs), inputs["input_ids"].device
         tokens = [label.ids if label.kept else () for label in labels]

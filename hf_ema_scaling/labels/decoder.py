@@ -32,9 +32,10 @@ def decoder_start(model: nn.Module) -> int:
         ValueError: when it has none, or the two differ.
     """
     model = bare(model)
-    training = getattr(model.config, "decoder_start_token_id", None)
-    generation = getattr(getattr(model, "generation_config", None), "decoder_start_token_id", None)
-    if training is None and generation is None:
+    training: int | None = getattr(model.config, "decoder_start_token_id", None)
+    generation: int | None = getattr(getattr(model, "generation_config", None), "decoder_start_token_id", None)
+    chosen = training if generation is None else generation
+    if chosen is None:
         raise ValueError(
             f"{type(model.config).__name__}.decoder_start_token_id is None, so nobody knows how its decoder begins: "
             "set it in model.config and in model.generation_config"
@@ -45,7 +46,7 @@ def decoder_start(model: nn.Module) -> int:
             f"{generation} in generation (model.generation_config): labels would be learned from another start than "
             "they were made from. Set both to one id"
         )
-    return int(training if generation is None else generation)
+    return chosen
 
 
 def wraps_last_token(model: nn.Module) -> bool:
@@ -68,7 +69,7 @@ def decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
     Raises:
         TypeError: when no rule is known for the model's class.
     """
-    model = bare(model)
+    model: Any = bare(model)
     filler = getattr(model.config, "eos_token_id", None)
     filler = filler[0] if isinstance(filler, list) else filler
     # The rules look for a row's last token, so every row has one.
@@ -85,7 +86,8 @@ def decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
         )
     if wraps_last_token(model):
         return shift(labels, model.config.pad_token_id)
-    start = decoder_start(model)
+    start = getattr(model.config, "decoder_start_token_id", None)
+    start = decoder_start(model) if start is None else start
     padding = getattr(model.config, "pad_token_id", None)
     # Padding lies behind the label and is read by no position that enters the loss, so any id will do (Moonshine).
     return shift(labels, start if padding is None else padding, start)

@@ -1,4 +1,4 @@
-"""What all generating labelers share: decoding by the teacher, the end of a label, and how likely the teacher finds it.
+"""What generating labelers share: decoding by the teacher, the end of a label, how likely the teacher finds it.
 
 Labels are decoded by `GenerationMixin.generate` itself, not by what a family has put around it (Whisper's segments and
 temperature fallbacks): one pass over each row, with the KV cache, whatever the model's configuration says of it.
@@ -215,7 +215,9 @@ def mean_log_probabilities(logits: Tensor, targets: Tensor) -> list[float]:
     """Mean of log p over the target tokens of each row, in float64; -inf for a row without any."""
     totals = token_log_probabilities(logits, targets).double().sum(-1)
     counts = (targets >= 0).sum(-1)
-    return [total / count if count else -math.inf for total, count in zip(totals.tolist(), counts.tolist(), strict=True)]
+    return [
+        total / count if count else -math.inf for total, count in zip(totals.tolist(), counts.tolist(), strict=True)
+    ]
 
 
 def generated_label(

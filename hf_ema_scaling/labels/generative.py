@@ -1,4 +1,4 @@
-"""The labeler of a generating model of transformers: what its decoder begins with, how a label ends, how long it may be.
+"""The labeler of a generating model: what its decoder begins with, how a label ends, how long it may be.
 
 What each family's decoder is to be started with, and what its own loss expects as labels, is in the functions below.
 """
@@ -65,14 +65,20 @@ def generative_labeler_for(
     eos_ids = _ids(model, "eos_token_id")
     if not eos_ids:
         raise ValueError(
-            f"{type(model).__name__} has no eos_token_id in generation_config or config, so nobody knows where a label "
-            "ends: set model.generation_config.eos_token_id"
+            f"{type(model).__name__} has no eos_token_id in generation_config or config, so nobody knows where a "
+            "label ends: set model.generation_config.eos_token_id"
         )
     config = model.generation_config
     positions = _positions(model)
     special = {*eos_ids, *_ids(model, "bos_token_id"), *_ids(model, "pad_token_id")}
     special |= set(getattr(tokenizer, "all_special_ids", ()))
-    style = {"num_beams": num_beams, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    style: dict[str, Any] = {
+        "num_beams": num_beams,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
     if max_new_tokens is None:
         max_new_tokens = getattr(config, "max_new_tokens", None)
     kind = str(model.config.model_type)
@@ -81,11 +87,14 @@ def generative_labeler_for(
         if language is not None or task is not None:
             raise ValueError(f"language and task are for encoder-decoders, and {type(model).__name__} is none")
         if max_new_tokens is None:
-            raise ValueError("max_new_tokens is required: the tokens after which a continuation without end is given up")
+            raise ValueError(
+                "max_new_tokens is required: the tokens after which a continuation without end is given up"
+            )
         return CausalLMLabeler(
             eos_ids=eos_ids,
             decoding=Decoding(max_new_tokens, **style),
-            max_tokens=max_target_tokens or positions,
+            max_positions=positions,
+            max_target_tokens=max_target_tokens,
             special_ids=frozenset(special),
         )
 
@@ -102,8 +111,8 @@ def generative_labeler_for(
         limit = getattr(config, "max_length", None) or positions
         if limit is None:
             raise ValueError(
-                f"{type(model).__name__} has no limit of positions: give max_new_tokens, the tokens after which a label "
-                "without end is given up"
+                f"{type(model).__name__} has no limit of positions: give max_new_tokens, the tokens after which a "
+                "label without end is given up"
             )
         max_new_tokens = limit - len(prompt)
     return Seq2SeqLabeler(

@@ -138,7 +138,9 @@ class Seq2SeqLabeler:
         likelihoods = mean_log_probabilities(logits, targets)
         scores = self._scores(inputs, [tokens for tokens, _ in ends])
         if self.no_speech_id is not None:
-            for row, value in zip(scores, logits[:, 0].float().softmax(-1)[:, self.no_speech_id].tolist(), strict=True):
+            for row, value in zip(
+                scores, logits[:, 0].float().softmax(-1)[:, self.no_speech_id].tolist(), strict=True
+            ):
                 row["no_speech"] = value
         for row, value in zip(scores, languages, strict=False):
             row["language"] = value

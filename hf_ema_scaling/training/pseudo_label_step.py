@@ -20,7 +20,7 @@ def label_rows(
     inputs: Mapping[str, Tensor],
     *,
     min_confidence: float,
-    positions: Sequence[int],
+    positions: Sequence[int] | None = None,
 ) -> list[PseudoLabel]:
     """Labels the rows of a micro-batch; kept labels below `min_confidence` are dropped with reason `confidence`.
 
@@ -31,7 +31,7 @@ def label_rows(
         min_confidence: in [0, 1].
         positions: place of each row in the reference stream, to which a labeler's random draws belong.
     """
-    if isinstance(labeler, LabelsByPosition):
+    if positions is not None and isinstance(labeler, LabelsByPosition):
         labeler = labeler.at(positions)
     labels = labeler.label(teacher, inputs)
     return [

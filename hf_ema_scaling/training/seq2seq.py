@@ -58,14 +58,12 @@ class EMASeq2SeqTrainer(EMATrainerMixin, Seq2SeqTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[Any, Tensor | None, Tensor | None]:
         """Loss as in training; with `predict_with_generate`, generated ids in the place of logits."""
         generates = self.args.predict_with_generate and not prediction_loss_only
-        loss, predictions, labels = super().prediction_step(
-            model, inputs, prediction_loss_only or generates, ignore_keys
-        )
+        step = super().prediction_step(model, inputs, prediction_loss_only or generates, ignore_keys)
         if not generates:
-            return loss, predictions, labels
+            return step
         labels = inputs.get("labels")
         given = {name: value for name, value in inputs.items() if name != "labels" and "decoder_" not in name}
         settings = {"use_cache": True, **(gen_kwargs or getattr(self, "_gen_kwargs", {}))}
@@ -77,8 +75,7 @@ class EMASeq2SeqTrainer(EMATrainerMixin, Seq2SeqTrainer):
             _, predictions, _ = Seq2SeqTrainer.prediction_step(self, model, given, False, ignore_keys, **settings)
         finally:
             bare_model.generation_config = before
-        return loss, predictions, None if labels is None else self._prepare_input(labels)
-
+        return step[0], predictions, None if labels is None else self._prepare_input(labels)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As of `EMATrainer`; the last, smaller batch counts its rows once.

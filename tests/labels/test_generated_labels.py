@@ -109,7 +109,7 @@ def test_losses_and_gradients_do_not_depend_on_how_rows_are_split(name: str) -> 
     rows = [{key: value[:, : shortest(head)] for key, value in row.items()} for row in tiny.rows_for(head.kind)]
     labeler = labeler_for(head, model)
     end = head.eos[0]
-    labels = [PseudoLabel(tuple(range(10, 11 + row)) + (end,), 1.0, "empty" if row == 3 else None) for row in range(6)]
+    labels = [PseudoLabel((*range(10, 11 + row), end), 1.0, "empty" if row == 3 else None) for row in range(6)]
 
     def losses(chosen: list[int]) -> torch.Tensor:
         batch = tiny.batch_of([rows[row] for row in chosen])

@@ -1,4 +1,4 @@
-"""Trainers of generating models: whose metrics they report, what labels they learn, and that a resumed run is the run."""
+"""Trainers of generating models: whose metrics they report, what labels they learn, and resuming."""
 
 from __future__ import annotations
 
@@ -140,7 +140,9 @@ def test_the_generation_config_of_the_arguments_is_used(tmp_path: Path) -> None:
         found.append(prediction.predictions)
         return {}
 
-    config = GenerationConfig(max_new_tokens=5, min_new_tokens=5, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+    config = GenerationConfig(
+        max_new_tokens=5, min_new_tokens=5, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0
+    )
     made = EMASeq2SeqTrainer(
         model_of("t5"),
         arguments(tmp_path, predict_with_generate=True, generation_config=config),
@@ -230,7 +232,9 @@ def test_sampled_labels_belong_to_the_item_not_to_batches_or_kappa(family: str, 
 
 def test_labels_that_begin_with_the_decoders_start_are_refused(tmp_path: Path) -> None:
     rows = rows_of("whisper", 12)
-    rows = rows.map(lambda row, number: {"labels": [3, *row["labels"]] if number == 5 else row["labels"]}, with_indices=True)
+    rows = rows.map(
+        lambda row, number: {"labels": [3, *row["labels"]] if number == 5 else row["labels"]}, with_indices=True
+    )
     made = EMASeq2SeqTrainer(
         model_of("whisper"), arguments(tmp_path, max_steps=3), train_dataset=rows, data_collator=collate
     )
