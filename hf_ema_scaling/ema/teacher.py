@@ -140,6 +140,19 @@ class EMATeacher:
         Raises:
             DeadTeacherError: The module or one of its parts was put in training mode.
         """
+        return self.apply(_forward, *args, **inputs)
+
+    def apply(self, function: Callable[..., Any], *args: Any, **inputs: Any) -> Any:
+        """Returns `function(module, *args, **inputs)`, computed as a call of the teacher is: for `generate` and parts.
+
+        Args:
+            function: Takes the teacher's module first; it must leave the module as it is.
+            *args: Its other arguments; floating-point tensors are cast to the teacher's `dtype`.
+            **inputs: Likewise.
+
+        Raises:
+            DeadTeacherError: The module or one of its parts was put in training mode.
+        """
         module = self.module
         training = next((name for name, part in module.named_modules() if part.training), None)
         if training is not None:
@@ -149,11 +162,11 @@ class EMATeacher:
             )
         if self.dtype not in HALF_PRECISION:
             with torch.no_grad():
-                return module(*args, **inputs)
+                return function(module, *args, **inputs)
         args, inputs = tuple(map(self._cast, args)), {name: self._cast(value) for name, value in inputs.items()}
         # An autocast region around the call may be of another dtype, and would cast the weights at every use.
         with torch.no_grad(), torch.autocast(self.device.type, dtype=self.dtype):
-            return module(*args, **inputs)
+            return function(module, *args, **inputs)
 
     def _cast(self, value: Any) -> Any:
         return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -291,6 +304,10 @@ def check_moved(model: nn.Module, average: WeightAverage, initial_fingerprint: t
             f"The average equals the student after {average.num_updates} updates: the momentum is 0, or the two "
             "share their tensors."
         )
+
+
+def _forward(module: nn.Module, *args: Any, **inputs: Any) -> Any:
+    return module(*args, **inputs)
 
 
 def _share(

@@ -1,6 +1,7 @@
 """One labeler per model family: teacher output in, training target out."""
 
-from hf_ema_scaling.labels.base import Labeler, MakesTargets, PseudoLabel, columns_of
+from hf_ema_scaling.labels.base import Labeler, LabelsByPosition, MakesTargets, PseudoLabel, columns_of
+from hf_ema_scaling.labels.causal import CausalLMLabeler
 from hf_ema_scaling.labels.ctc import (
     CTCLabeler,
     blank_id,
@@ -9,22 +10,30 @@ from hf_ema_scaling.labels.ctc import (
     min_ctc_frames,
     non_target_ids,
 )
+from hf_ema_scaling.labels.generation import Decoding
+from hf_ema_scaling.labels.generative import generative_labeler_for
 from hf_ema_scaling.labels.registry import labeler_for
+from hf_ema_scaling.labels.seq2seq import Seq2SeqLabeler
 from hf_ema_scaling.labels.sequence import ClassLabeler, MultiLabelLabeler, RegressionLabeler
 from hf_ema_scaling.labels.tokens import TokenLabeler
 
 __all__ = [
     "CTCLabeler",
+    "CausalLMLabeler",
     "ClassLabeler",
+    "Decoding",
     "Labeler",
+    "LabelsByPosition",
     "MakesTargets",
     "MultiLabelLabeler",
     "PseudoLabel",
     "RegressionLabeler",
+    "Seq2SeqLabeler",
     "TokenLabeler",
     "blank_id",
     "columns_of",
     "ctc_frame_lengths",
+    "generative_labeler_for",
     "greedy_ctc",
     "labeler_for",
     "min_ctc_frames",

@@ -14,7 +14,8 @@ class PseudoLabel:
     """The label a teacher gave one row, or the reason why it gave none that can be trained on."""
 
     ids: tuple[int, ...]
-    """Label ids of the student's vocabulary, without padding, blanks or special ids."""
+    """Target ids of the student's vocabulary, without padding or blanks; of generated text with what was forced before
+    it (a language) and its end, but not the token that starts the decoder."""
     confidence: float
     """In [0, 1]; how it is computed is the labeler's to say."""
     reason: str | None = None
@@ -49,6 +50,15 @@ class MakesTargets(Protocol):
             inputs: collated, padded inputs of the student, without `labels`.
             labels: one per row.
         """
+        ...
+
+
+@runtime_checkable
+class LabelsByPosition(Protocol):
+    """A labeler that draws random numbers: they belong to an item's place in the stream, not to a batch."""
+
+    def at(self, positions: Sequence[int]) -> Labeler:
+        """The labeler for a batch whose rows have these positions in the stream."""
         ...
 
 

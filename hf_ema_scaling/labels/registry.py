@@ -7,8 +7,11 @@ from typing import Any
 
 from torch import nn
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_CTC_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
@@ -16,6 +19,7 @@ from hf_ema_scaling.ema.adapters import base_of
 from hf_ema_scaling.ema.sharding import class_of
 from hf_ema_scaling.labels.base import Labeler
 from hf_ema_scaling.labels.ctc import CTCLabeler, blank_id, non_target_ids
+from hf_ema_scaling.labels.generative import generative_labeler_for
 from hf_ema_scaling.labels.sequence import ClassLabeler, MultiLabelLabeler, RegressionLabeler
 from hf_ema_scaling.labels.tokens import TokenLabeler
 
@@ -63,6 +67,12 @@ HEADS: list[tuple[Collection[str], LabelerFactory]] = [
     (set(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values()), token_labeler),
 ]
 """Names of model classes, and what makes their labeler."""
+GENERATING = {
+    *MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values(),
+    *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
+    *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+}
+"""Names of model classes whose labels are written token by token."""
 
 
 def labeler_for(model: nn.Module, processing_class: Any = None, **options: Any) -> Labeler:
@@ -82,4 +92,6 @@ def labeler_for(model: nn.Module, processing_class: Any = None, **options: Any) 
     for names, factory in HEADS:
         if name in names:
             return factory(model.config, processing_class, **options)
+    if name in GENERATING:
+        return generative_labeler_for(model, processing_class, **options)
     raise NotImplementedError(f"no labeler is known for {name}: pass labeler= with a `Labeler` of your own")

@@ -18,6 +18,7 @@ from hf_ema_scaling.data.stream import LABELLED
 from hf_ema_scaling.ema import WeightAverage, check_moved, unwrap
 from hf_ema_scaling.ema.adapters import has_adapters
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths, frames_of, min_ctc_frames
+from hf_ema_scaling.labels.decoder import bare, is_encoder_decoder, wraps_last_token
 from hf_ema_scaling.training.optimizer_values import check_optim_args
 from hf_ema_scaling.training.sharded import refuse_sharding
 
@@ -70,7 +71,8 @@ def ctc_target_frames(labels: Tensor) -> Tensor:
 
 
 def check_labelled(model: nn.Module, micro_batches: Iterable[MicroBatch], ctc: bool) -> None:
-    """Refuses labelled micro-batches without labels; with `ctc` also what `check_ctc_targets` refuses.
+    """Refuses labelled micro-batches without labels, with `ctc` also what `check_ctc_targets` refuses, and for
+    encoder-decoders what `check_decoder_targets` does.
 
     Raises:
         ValueError: naming the columns there are, or the row.
@@ -85,6 +87,8 @@ def check_labelled(model: nn.Module, micro_batches: Iterable[MicroBatch], ctc: b
             )
         if ctc:
             check_ctc_targets(model, micro_batch["inputs"], micro_batch["indices"])
+        elif is_encoder_decoder(model):
+            check_decoder_targets(model, micro_batch["inputs"], micro_batch["indices"])
 
 
 def check_ctc_setup(model: nn.Module, processing_class: Any, data_collator: Any) -> None:
@@ -147,6 +151,31 @@ def check_ctc_targets(model: nn.Module, inputs: Mapping[str, Tensor], indices: l
         raise ValueError(
             f"labelled row {indices[row]} {problem}: drop such rows before training, or use a model with less "
             "subsampling"
+        )
+
+
+def check_decoder_targets(model: nn.Module, inputs: Mapping[str, Tensor], indices: list[int]) -> None:
+    """Refuses labelled rows that begin with the token that starts the decoder: it would read that token twice.
+
+    Tokenizers of Whisper, Moonshine and SeamlessM4T write it, and generation, like the labelers, begins behind one.
+
+    Args:
+        model: an encoder-decoder, wrapped or not.
+        inputs: collated rows with `labels`.
+        indices: their row numbers in the labelled data set, for the message.
+
+    Raises:
+        ValueError: naming the first such row.
+    """
+    start = getattr(bare(model).config, "decoder_start_token_id", None)
+    if start is None or wraps_last_token(model) or "decoder_input_ids" in inputs:
+        return
+    bad = (inputs["labels"][:, 0] == start).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"the labels of labelled row {indices[bad[0]]} begin with id {start}, with which the decoder starts by "
+            "itself: it would see that token twice in training and once in generation. Leave out the first id of the "
+            "labels"
         )
 
 

@@ -11,7 +11,7 @@ from hf_ema_scaling.ema import DeadTeacherError
 from hf_ema_scaling.labels.base import PseudoLabel
 
 LABELLESS_ROWS = 1000
-REASONS = ("empty", "too_long", "confidence")
+REASONS = ("empty", "too_long", "no_eos", "confidence")
 
 
 class LabelStatistics:

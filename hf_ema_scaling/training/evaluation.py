@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_ema_scaling.data.collator import pad_labels
 from hf_ema_scaling.ema import WeightAverage
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths, greedy_ctc
+from hf_ema_scaling.labels.decoder import with_decoder_inputs, with_decoder_start
 from hf_ema_scaling.training.arguments import EMATrainingArguments
 from hf_ema_scaling.training.losses import ExampleLoss, cap_losses
 
@@ -43,6 +44,10 @@ class BothWeightsEvaluation(Trainer):
         """
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels", None)
+        if labels is None:
+            inputs = with_decoder_start(self.model, inputs)
+        else:
+            inputs = with_decoder_inputs(self.model, inputs, labels)
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**inputs).logits
             loss = None

@@ -14,14 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_CTC_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from hf_ema_scaling.ema.adapters import base_of
 from hf_ema_scaling.ema.sharding import class_of
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths
+from hf_ema_scaling.labels.decoder import is_encoder_decoder
 
 ExampleLoss = Callable[[nn.Module, Mapping[str, Tensor], Tensor, Tensor], Tensor]
 """`(model, inputs, logits, labels) -> losses (rows,)`."""
@@ -87,11 +91,21 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy, averaged over the tokens of each row that have a label (others are -100).
 
     Args:
-        logits: `(rows, tokens, classes)`.
+        logits: `(rows, tokens, classes)`; of a decoder, `(rows, tokens, vocabulary)`.
         labels: int64 `(rows, tokens)`.
     """
     losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
     return losses.sum(-1) / (labels != -100).sum(-1).clamp(min=1)
+
+
+def causal_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the next token, averaged over the tokens of each row that have a label (others are -100).
+
+    Args:
+        logits: `(rows, tokens, vocabulary)`; those at one token are about the next.
+        labels: int64 `(rows, tokens)`, in the places of the inputs; the first has nothing before it and is left out.
+    """
+    return token_losses(logits[:, :-1], labels[:, 1:])
 
 
 def byol_losses(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -150,12 +164,20 @@ def loss_for(model: nn.Module) -> ExampleLoss:
             return classification_losses(logits, labels, config.problem_type or _problem_type(config, labels))
 
         return classification
-    if is_token_classifier(model):
+    written = (MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+    sequences = is_encoder_decoder(model) and any(name in names.values() for names in written)
+    if sequences or is_token_classifier(model):
 
         def tokens(model: nn.Module, inputs: Mapping[str, Tensor], logits: Tensor, labels: Tensor) -> Tensor:
             return token_losses(logits, labels)
 
         return tokens
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not is_encoder_decoder(model):
+
+        def causal(model: nn.Module, inputs: Mapping[str, Tensor], logits: Tensor, labels: Tensor) -> Tensor:
+            return causal_losses(logits, labels)
+
+        return causal
     raise NotImplementedError(
         f"no per-example loss is known for {name}: pass example_loss=(model, inputs, logits, labels) -> (rows,) to "
         "the trainer"

@@ -22,6 +22,7 @@ from hf_ema_scaling.data.sampler import SampledStep, ScheduledBatchSampler
 from hf_ema_scaling.data.views import Augmentation
 from hf_ema_scaling.ema import WeightAverage, gathered, load_average, save_average, unwrap
 from hf_ema_scaling.ema.adapter_storage import load_added_adapter
+from hf_ema_scaling.labels.decoder import with_decoder_inputs
 from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.augment import augment, refuse_augmentation
@@ -304,6 +305,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
         if self.augmentation is not None:
             begun = self.sampler.stream.position(self.args.augment_start)
             inputs = augment(self.augmentation, inputs, micro_batch["positions"], int(begun), self.args.seed)
+        inputs = with_decoder_inputs(self.model, inputs, labels)
         frozen = frozen_statistics(model) if padding and self.batch_statistics else contextlib.nullcontext()
         with self.compute_loss_context_manager(), frozen:
             logits = model(**inputs).logits

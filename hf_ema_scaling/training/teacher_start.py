@@ -11,6 +11,7 @@ from transformers.utils import logging
 from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_liveness, check_parity
 from hf_ema_scaling.ema.teacher import HALF_PRECISION
 from hf_ema_scaling.labels import Labeler
+from hf_ema_scaling.labels.decoder import with_decoder_start
 from hf_ema_scaling.training.pseudo_label_step import inputs_of_model
 
 logger = logging.get_logger(__name__)
@@ -42,11 +43,11 @@ def start_teacher(
         DeadTeacherError: see `check_liveness` and `check_parity`.
     """
     teacher = EMATeacher(model, average, factory=factory, dtype=getattr(torch, dtype))
-    of_model = inputs_of_model(inputs, labeler)
-    check_liveness(model, average, teacher, of_model)
+    forward = with_decoder_start(model, inputs_of_model(inputs, labeler))
+    check_liveness(model, average, teacher, forward)
     if teacher.dtype in HALF_PRECISION:
         full = EMATeacher(model, average, factory=factory)
-        difference = check_parity(teacher, full, of_model)
+        difference = check_parity(teacher, full, forward)
         labels = [[label.ids for label in labeler.label(one, inputs)] for one in (full, teacher)]
         same = sum(a == b for a, b in zip(*labels, strict=True))
         # Rounding may tip a label: worth a word, not an error.

@@ -156,7 +156,13 @@ class PseudoLabelTrainer(EMATrainerMixin):
         assert self.teacher is not None
         inputs: dict[str, Tensor] = self._prepare_inputs(dict(batch["inputs"]))
         with self.accelerator.autocast():
-            return label_rows(self.labeler, self.teacher, inputs, min_confidence=self.pseudo_label_args.min_confidence)
+            return label_rows(
+                self.labeler,
+                self.teacher,
+                inputs,
+                min_confidence=self.pseudo_label_args.min_confidence,
+                positions=batch["positions"],
+            )
 
     def training_logs(self) -> dict[str, float]:
         """Also the shares of pseudo-labels kept and dropped since the last log, their weight, and the cache."""

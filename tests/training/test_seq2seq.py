@@ -1,0 +1,251 @@
+"""Trainers of generating models: whose metrics they report, what labels they learn, and resuming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import tiny
+import tiny_generation
+import torch
+from transformers import GenerationConfig
+
+from hf_ema_scaling.data import CTCCollator
+from hf_ema_scaling.data.collator import pad_labels
+from hf_ema_scaling.labels import Seq2SeqLabeler, generative_labeler_for
+from hf_ema_scaling.training.arguments import PseudoLabelArguments
+from hf_ema_scaling.training.seq2seq import EMASeq2SeqTrainer, PseudoLabelSeq2SeqTrainer
+from hf_ema_scaling.training.seq2seq_arguments import EMASeq2SeqTrainingArguments
+
+FAMILIES = ("whisper", "t5")
+PADDING = {"whisper": 2, "t5": 0}
+END = {"whisper": 2, "t5": 1}
+
+
+def model_of(family: str, seed: int = 0, *, dropout: float = 0.0) -> Any:
+    model = {"whisper": tiny_generation.whisper, "t5": tiny_generation.t5}[family](seed)
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = dropout
+        elif hasattr(part, "dropout") and isinstance(part.dropout, float):
+            part.dropout = dropout
+    return model
+
+
+def rows_of(family: str, count: int, seed: int = 0, *, labels: bool = True) -> datasets.Dataset:
+    rng = np.random.default_rng(seed)
+    columns: dict[str, Any] = {}
+    if family == "whisper":
+        columns["input_features"] = rng.standard_normal((count, 4, 16)).astype(np.float32).tolist()
+    else:
+        columns["input_ids"] = [rng.integers(10, 24, int(rng.integers(3, 9))).tolist() for _ in range(count)]
+    if labels:
+        before, end = ([5, 6, 9], [2]) if family == "whisper" else ([], [1])
+        columns["labels"] = [before + rng.integers(10, 24, 4).tolist() + end for _ in range(count)]
+    return datasets.Dataset.from_dict(columns)
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    if "input_features" in rows[0]:
+        return CTCCollator(attention_mask=False)(rows)
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    batch = {
+        "input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
+        "attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+    }
+    if "labels" in rows[0]:
+        batch["labels"] = pad_labels([row["labels"] for row in rows])
+    return batch
+
+
+def arguments(folder: Path, **changes: Any) -> EMASeq2SeqTrainingArguments:
+    values: dict[str, Any] = {
+        "max_steps": 4,
+        "reference_batch_size": 4,
+        "ema_momentum": 0.9,
+        "learning_rate": 3e-2,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 3,
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return EMASeq2SeqTrainingArguments(str(folder), **(values | changes))
+
+
+def text_of(family: str, ids: Any) -> list[list[int]]:
+    """Generated ids up to their end, without padding and the token that the decoder starts with."""
+    rows = [[int(i) for i in row if i not in (-100, PADDING[family])] for row in ids]
+    # Beam search fills up with the end where padding is 0.
+    return [row[: row.index(END[family])] if END[family] in row else row for row in rows]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_metrics_of_both_weight_sets_are_of_what_each_generates(family: str, tmp_path: Path) -> None:
+    seen: list[list[list[int]]] = []
+    counted: list[list[list[int]]] = []
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        seen.append(text_of(family, prediction.predictions))
+        counted.append(text_of(family, prediction.label_ids))
+        return {"total": float(sum(map(sum, seen[-1])))}
+
+    held_out = rows_of(family, 7, 3)
+    made = EMASeq2SeqTrainer(
+        model_of(family),
+        arguments(tmp_path, predict_with_generate=True, generation_max_length=9, generation_num_beams=2),
+        train_dataset=rows_of(family, 12),
+        eval_dataset=held_out,
+        data_collator=collate,
+        compute_metrics=metrics,
+    )
+    made.train()
+    config = made.model.generation_config.to_dict()
+    results = made.evaluate()
+    assert made.model.generation_config.to_dict() == config
+
+    student, average = model_of(family), model_of(family)
+    student.load_state_dict(made.model.state_dict())
+    with made.average.swapped(made.model):
+        average.load_state_dict(made.model.state_dict())
+    expected = []
+    for model in (student, average):
+        batch = collate(list(held_out))
+        batch.pop("labels")
+        with torch.no_grad():
+            expected.append(text_of(family, model.generate(**batch, max_length=9, num_beams=2).tolist()))
+    assert expected[0] != expected[1]
+    assert seen == expected
+    assert counted == [text_of(family, held_out["labels"])] * 2
+    assert results["eval_total"] == sum(map(sum, expected[0]))
+    assert results["eval_ema_total"] == sum(map(sum, expected[1]))
+    # The losses are the models' own, row by row.
+    for key, model in (("eval_loss", student), ("eval_ema_loss", average)):
+        losses = [float(model(**collate([row])).loss.detach()) for row in held_out]
+        assert results[key] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_the_generation_config_of_the_arguments_is_used(tmp_path: Path) -> None:
+    found: list[Any] = []
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        found.append(prediction.predictions)
+        return {}
+
+    config = GenerationConfig(
+        max_new_tokens=5, min_new_tokens=5, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0
+    )
+    made = EMASeq2SeqTrainer(
+        model_of("t5"),
+        arguments(tmp_path, predict_with_generate=True, generation_config=config),
+        eval_dataset=rows_of("t5", 4),
+        data_collator=collate,
+        compute_metrics=metrics,
+    )
+    made.evaluate()
+    (ids,) = found  # the average is made when training begins
+    assert (ids[:, 1:6] != 1).all() and (ids[:, 6:] == 0).all()
+
+
+def pseudo_labelling(family: str, folder: Path, labeler: Any = None, **changes: Any) -> Any:
+    model = model_of(family, dropout=0.1)
+    options = {"language": "fr"} if family == "whisper" else {}
+    made = PseudoLabelSeq2SeqTrainer(
+        model,
+        arguments(folder, **({"max_steps": 6} | changes)),
+        train_dataset=rows_of(family, 12),
+        unlabeled_dataset=rows_of(family, 14, 1, labels=False),
+        pseudo_label_args=PseudoLabelArguments(pl_start=2.0),
+        labeler=labeler or generative_labeler_for(model, max_new_tokens=8, temperature=1.0, **options),
+        data_collator=collate,
+    )
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_resumed_run_of_sampled_labels_is_the_run_bit_for_bit(family: str, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 3, "logging_strategy": "steps", "logging_steps": 1}
+    whole = pseudo_labelling(family, tmp_path, **saving)
+    whole.train()
+    logged = [log["pseudo/kept"] for log in whole.state.log_history if "pseudo/kept" in log]
+    assert len(logged) == 4 and max(logged) > 0
+
+    resumed = pseudo_labelling(family, tmp_path, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert tiny.same_bits(tiny.parameters(resumed.model), tiny.parameters(whole.model))
+    assert tiny.same_bits(tiny.average(resumed), tiny.average(whole))
+
+    def told(made: Any) -> list[Any]:
+        return [
+            {key: value for key, value in log.items() if key in ("loss", "step") or key.startswith("pseudo/")}
+            for log in made.state.log_history
+            if "loss" in log
+        ]
+
+    assert told(resumed) == told(whole)
+
+
+class Watching(Seq2SeqLabeler):
+    """What was labelled at which position; shared by the labelers of all batches."""
+
+    seen: dict[int, tuple[int, ...]]
+
+    def label(self, teacher: Any, batch: Any) -> Any:
+        labels = super().label(teacher, batch)
+        assert self.positions is not None
+        Watching.seen.update(zip(self.positions, [label.ids for label in labels], strict=True))
+        return labels
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_labels_belong_to_the_item_not_to_batches_or_kappa(family: str, tmp_path: Path) -> None:
+    found = []
+    options = {"language": "fr"} if family == "whisper" else {}
+    for number, (size, kappa) in enumerate(((4, 1.0), (3, 1.0), (16, 2.0))):
+        Watching.seen = {}
+        plain = generative_labeler_for(model_of(family), max_new_tokens=8, temperature=1.0, **options)
+        labeler = Watching(**{name: getattr(plain, name) for name in plain.__dataclass_fields__})
+        made = pseudo_labelling(
+            family,
+            tmp_path / str(number),
+            labeler,
+            per_device_train_batch_size=size,
+            kappa=kappa,
+            learning_rate=0.0,
+        )
+        unwatched = tiny.Unwatched()
+        unwatched.trainer = made
+        made.add_callback(unwatched)
+        made.train()
+        found.append(Watching.seen)
+    assert len(found[0]) == 8 and len(set(found[0].values())) > 3
+    assert found[1] == found[0] and found[2] == found[0]
+
+
+def test_labels_that_begin_with_the_decoders_start_are_refused(tmp_path: Path) -> None:
+    rows = rows_of("whisper", 12)
+    rows = rows.map(
+        lambda row, number: {"labels": [3, *row["labels"]] if number == 5 else row["labels"]}, with_indices=True
+    )
+    made = EMASeq2SeqTrainer(
+        model_of("whisper"), arguments(tmp_path, max_steps=3), train_dataset=rows, data_collator=collate
+    )
+    with pytest.raises(ValueError, match="labelled row 5 begin with id 3"):
+        made.train()
+
+
+def test_what_the_arguments_refuse(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sortish_sampler"):
+        arguments(tmp_path, sortish_sampler=True)
+    with pytest.raises(TypeError, match="EMASeq2SeqTrainingArguments, got EMATrainingArguments"):
+        EMASeq2SeqTrainer(model_of("t5"), tiny.arguments(tmp_path), train_dataset=rows_of("t5", 4))
+    made = arguments(tmp_path, generation_config=GenerationConfig(max_new_tokens=3))
+    assert made.to_dict()["generation_config"]["max_new_tokens"] == 3
