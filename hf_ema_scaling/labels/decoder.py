@@ -69,26 +69,26 @@ def decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
     Raises:
         TypeError: when no rule is known for the model's class.
     """
-    model: Any = bare(model)
-    filler = getattr(model.config, "eos_token_id", None)
+    plain = bare(model)
+    filler = getattr(plain.config, "eos_token_id", None)
     filler = filler[0] if isinstance(filler, list) else filler
     # The rules look for a row's last token, so every row has one.
     first = torch.where((labels < 0).all(-1), 0 if filler is None else filler, labels[:, 0])
     labels = torch.cat([first[:, None], labels[:, 1:]], dim=1)
-    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    own = getattr(plain, "prepare_decoder_input_ids_from_labels", None)
     if own is not None:
         return own(labels=labels)
-    shift = _module_shift(model)
+    shift = _module_shift(plain)
     if shift is None:
         raise TypeError(
-            f"no rule is known by which {type(model).__name__} shifts labels into decoder inputs: let the data "
+            f"no rule is known by which {type(plain).__name__} shifts labels into decoder inputs: let the data "
             "collator add decoder_input_ids, or give the model a method prepare_decoder_input_ids_from_labels(labels)"
         )
     if wraps_last_token(model):
-        return shift(labels, model.config.pad_token_id)
-    start = getattr(model.config, "decoder_start_token_id", None)
+        return shift(labels, plain.config.pad_token_id)
+    start = getattr(plain.config, "decoder_start_token_id", None)
     start = decoder_start(model) if start is None else start
-    padding = getattr(model.config, "pad_token_id", None)
+    padding = getattr(plain.config, "pad_token_id", None)
     # Padding lies behind the label and is read by no position that enters the loss, so any id will do (Moonshine).
     return shift(labels, start if padding is None else padding, start)
 

@@ -81,6 +81,7 @@ def test_statistics_are_shares_of_all_rows_and_start_anew_at_a_log() -> None:
         "pseudo/tokens": 4.0,
         "pseudo/dropped_empty": 0.2,
         "pseudo/dropped_too_long": 0.2,
+        "pseudo/dropped_no_eos": 0.0,
         "pseudo/dropped_confidence": 0.0,
     }
     assert statistics.logs(lambda values: values) == {}
