@@ -42,6 +42,14 @@ def test_masks_depend_on_seed_and_content_only_and_spare_the_rest() -> None:
     assert not torch.equal(view(inputs, [1, 2, 3])["input_ids"], ids)
 
 
+def test_padding_is_known_by_the_attention_mask_too() -> None:
+    inputs = {"input_ids": torch.full((50, 8), 9), "attention_mask": torch.tensor([[1] * 3 + [0] * 5] * 50)}
+    assert (TokenMasking(0.5, MASK)(inputs, range(50))["input_ids"][:, 3:] == 9).all()
+    kept = WordDropout(0.5, PAD)(inputs, range(50))
+    assert kept["attention_mask"].sum(1).unique().tolist() == [1, 2, 3]
+    assert torch.equal(kept["input_ids"] == 9, kept["attention_mask"] == 1)
+
+
 def test_as_many_tokens_are_masked_as_asked_for() -> None:
     inputs = {"input_ids": torch.full((400, 50), 9), "attention_mask": torch.ones(400, 50).long()}
     masked = TokenMasking(0.3, MASK)(inputs, range(400))["input_ids"] == MASK
