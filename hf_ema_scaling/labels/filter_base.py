@@ -116,14 +116,14 @@ class Row:
 class Filter(Protocol):
     """Says which labels are not trained on. It sees no reference, and judges a row by itself.
 
-    Attributes:
-        reason: code of the ledger for what it drops.
-
     A filter may also have `needs`, a set of `TEXT`, `SECONDS` and `SOURCE`: what it asks of a row, so that a run that
     cannot give it is refused when it is set up.
     """
 
-    reason: str
+    @property
+    def reason(self) -> str:
+        """Code of the ledger for what it drops; a class attribute will do."""
+        ...
 
     def drops(self, row: Row) -> bool:
         """Whether the label is dropped."""
@@ -138,7 +138,10 @@ class AdaptiveFilter(Protocol):
     their split into micro-batches and processes changes a bit of it.
     """
 
-    reason: str
+    @property
+    def reason(self) -> str:
+        """Code of the ledger for what it drops; a class attribute will do."""
+        ...
 
     def drops(self, row: Row) -> bool:
         """Whether the label is dropped, by the statistics of the steps before."""
