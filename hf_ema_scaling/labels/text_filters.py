@@ -36,6 +36,12 @@ def _check_bounds(low_name: str, low: float, high_name: str, high: float) -> Non
         raise ValueError(f"{low_name}={low:g} is above {high_name}={high:g}: nothing would be kept")
 
 
+def _within(count: float, size: float, low: float, high: float) -> bool:
+    """Whether `count / size` lies in [low, high]; a size of 0 has room for nothing, where there is a limit."""
+    # Infinity times zero would be NaN.
+    return low * size <= count and (high == math.inf or count <= high * size)
+
+
 @dataclass(frozen=True)
 class Empty:
     """`empty`: no text, white space aside; labels without ids are dropped before any filter."""
@@ -97,11 +103,9 @@ class Rate:
 
     def drops(self, row: Row) -> bool:
         """Whether nobody speaks like this."""
-        seconds = row.seconds
-        # Products, for a row may last 0 seconds.
         return not (
-            self.min_characters * seconds <= len(row.text) <= self.max_characters * seconds
-            and self.min_words * seconds <= len(row.words) <= self.max_words * seconds
+            _within(len(row.text), row.seconds, self.min_characters, self.max_characters)
+            and _within(len(row.words), row.seconds, self.min_words, self.max_words)
         )
 
 
@@ -229,8 +233,7 @@ class LengthRatio:
 
     def drops(self, row: Row) -> bool:
         """Whether the label is too short or too long for its input."""
-        source = len(row.source_ids)
-        return not self.minimum * source <= len(row.label.ids) <= self.maximum * source
+        return not _within(len(row.label.ids), len(row.source_ids), self.minimum, self.maximum)
 
 
 @dataclass(frozen=True)

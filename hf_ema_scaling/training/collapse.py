@@ -107,8 +107,12 @@ class CollapseGuard:
 
     def __init__(self, pl_start: float) -> None:
         self.pl_start = pl_start
+        self.healthy: dict[str, float] | None = None
+        self.healthy_until = pl_start
+        self.checkpoints: list[list[Any]] = []
+        self.pauses: list[list[float]] = []
+        self.alarms: list[list[Any]] = []
         self._decided: dict[str, Any] = {}
-        self.load_state_dict({})
 
     def look(self, metrics: Mapping[str, float], clock: float) -> list[str]:
         """Judge the window that ends at `clock`, and note what it says; the signs of collapse in it."""
@@ -158,8 +162,8 @@ class CollapseGuard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore it; what `roll_back` decided outlives the state of the checkpoint it goes back to."""
         state, self._decided = {**state, **self._decided}, {}
-        self.healthy: dict[str, float] | None = state.get("healthy")
+        self.healthy = state.get("healthy")
         self.healthy_until = float(state.get("healthy_until", self.pl_start))
-        self.checkpoints: list[list[Any]] = [list(entry) for entry in state.get("checkpoints", [])]
-        self.pauses: list[list[float]] = [list(entry) for entry in state.get("pauses", [])]
-        self.alarms: list[list[Any]] = [list(entry) for entry in state.get("alarms", [])]
+        self.checkpoints = [list(entry) for entry in state.get("checkpoints", [])]
+        self.pauses = [list(entry) for entry in state.get("pauses", [])]
+        self.alarms = [list(entry) for entry in state.get("alarms", [])]

@@ -5,8 +5,8 @@ All of them are integers (fractions in fixed point), so sums over rows, steps an
 
 from __future__ import annotations
 
+import hashlib
 import math
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -55,7 +55,7 @@ class LabelCounts:
             if label.reason is None:
                 counts["kept"] += 1
                 counts["tokens"] += len(label.ids)
-                self.sketch |= 1 << zlib.crc32(np.asarray(label.ids, dtype="<i4").tobytes()) % SKETCH
+                self.sketch |= 1 << _hash(label.ids) % SKETCH
             else:
                 counts[f"dropped_{label.reason}"] += 1
 
@@ -169,6 +169,12 @@ class LabelCounts:
         measure = "target_ms" if self.counts["target_ms"] and gold.counts["target_ms"] else "target_rows"
         lengths = [one.counts["target_tokens"] / max(one.counts[measure], 1) for one in (self, gold)]
         return lengths[0] / lengths[1] if lengths[1] and self.counts[measure] else None
+
+
+def _hash(ids: Sequence[int]) -> int:
+    # Not a checksum: those of similar labels fall too evenly, or too unevenly, for a sketch.
+    digest = hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _padded_sum(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
