@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hf_ema_scaling.data.passes import CLOCK_DUST
 
-LEAST_ROWS = 20
+LEAST_ROWS = 50
 """Windows are joined until they hold so many unlabelled rows: fewer say nothing."""
 EMPTY_SHARE, EMPTY_RISE = 0.5, 0.25
 BLANK_APPROACH = 0.9

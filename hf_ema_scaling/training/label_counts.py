@@ -186,9 +186,10 @@ def _padded_sum(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]
 
 
 def _divergence(found: NDArray[np.int64], gold: NDArray[np.int64]) -> tuple[float, float]:
-    """KL(found || gold) of unigrams, with one more of each token on both sides; and the least of all single ones."""
+    """KL(found || gold) of unigrams, with one more of each token in gold; and that of its most frequent one alone."""
     # Zeros of the longer one are tokens that the other never held.
     zeros = np.zeros(max(len(found), len(gold)), dtype=np.int64)
-    p, q = (_padded_sum(part, zeros) / MASS + 1 for part in (found, gold))
-    p, q = p / p.sum(), q / q.sum()
-    return float((p * np.log(p / q)).sum()), float(-np.log(q.max()))
+    p, q = (_padded_sum(part, zeros) / MASS for part in (found, gold))
+    p, q = p / p.sum(), (q + 1) / (q + 1).sum()
+    held = p > 0
+    return float((p[held] * np.log(p[held] / q[held])).sum()), float(-np.log(q.max()))
