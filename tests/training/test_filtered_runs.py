@@ -13,9 +13,12 @@ import pytest
 import tiny
 import torch
 from labelled_runs import Content, drawn_rows, history
+from rapidfuzz.distance import Levenshtein
 
-from hf_ema_scaling.labels import PseudoLabel
+from hf_ema_scaling.labels import CTCLabeler, PseudoLabel
 from hf_ema_scaling.labels.filter_base import Row
+from hf_ema_scaling.recipe.config import parse
+from hf_ema_scaling.training import PseudoLabelArguments
 
 
 class Short:
@@ -49,7 +52,7 @@ def test_filters_drop_from_the_loss_what_a_labeler_that_drops_it_would(tmp_path:
 
 def test_text_filters_see_text_and_seconds_of_their_row(tmp_path: Path) -> None:
     processor = labelled_runs.processor(tmp_path / "processor")
-    spec = {"rate": {"max_characters": 10}, "too_long": {"maximum": 4}}
+    spec = {"rate": {"max_characters": 0.4}, "too_long": {"maximum": 2}}
     made = labelled_runs.trainer(tmp_path, pl={"filters": spec}, more={"processing_class": processor})
     made.train()
     expected: Counter[str] = Counter()
@@ -57,11 +60,24 @@ def test_text_filters_see_text_and_seconds_of_their_row(tmp_path: Path) -> None:
     for row in drawn_rows(made).tolist():
         ids = Content().of(float(data[row]["input_values"][0])).ids
         text = processor.tokenizer.decode(list(ids), group_tokens=False).strip()
-        fast = len(text) / data[row]["duration"] > 10
-        expected["rate" if fast else "too_long" if len(ids) > 4 else "kept"] += 1
+        fast = len(text) / data[row]["duration"] > 0.4
+        expected["rate" if fast else "too_long" if len(ids) > 2 else "kept"] += 1
     assert min(expected.values()) > 2 and len(expected) == 3
     found = made.ledger.to_dict()["used"]["unlabelled"]
     assert {reason: cell["items"] for reason, cell in found.items()} == expected
+
+
+def test_recipes_write_filters_as_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("pl_start: 3\nfilters:\n  repeat:\n  rate: fit\n  compression: {maximum: 2.4}\n")
+    (found,) = parse((PseudoLabelArguments,), ["--config", str(path), "--on_collapse", "stop"])
+    assert json.loads(found.filters) == {"repeat": None, "rate": "fit", "compression": {"maximum": 2.4}}
+    assert found.on_collapse == "stop" and found.calibration_rows == 0
+    (found,) = parse((PseudoLabelArguments,), ["--filters", '{"long_word": {}}'])
+    assert found == PseudoLabelArguments(filters={"long_word": {}})  # type: ignore[arg-type]
+    path.write_text("filters: {repeats: {}}\n")
+    with pytest.raises(ValueError, match="no filter is called 'repeats'; did you mean repeat"):
+        parse((PseudoLabelArguments,), ["--config", str(path)])
 
 
 ADAPTIVE = {"filters": {"confidence_quantile": {"share": 0.3, "momentum": 0.8}}}
@@ -102,7 +118,7 @@ CACHED = {**ADAPTIVE, "cache_steps": 3.0, "cache_refresh": 0.4, "hidden_referenc
 def test_a_resumed_run_has_the_same_thresholds_ledger_and_logs(tmp_path: Path, pl: dict[str, Any]) -> None:
     whole = labelled_runs.trainer(tmp_path / "whole", pl=pl, save_strategy="steps", save_steps=1)
     whole.train()
-    for stop in (1, 4, 8):
+    for stop in (1, 8):
         made = labelled_runs.trainer(tmp_path / str(stop), pl=pl, save_strategy="steps", save_steps=1)
         made.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
         assert history(made) == history(whole)
@@ -279,11 +295,10 @@ class Absurd:
 
 
 def student() -> Any:
-    """Sure that nobody says 8, and that there are hardly any blanks."""
+    """Sure that nobody says 8."""
     model = tiny.wav2vec2()
     with torch.no_grad():
         model.lm_head.bias[8] = -30.0
-        model.lm_head.bias[0] = -30.0
     return model
 
 
@@ -301,7 +316,16 @@ def fixed(folder: Path, labeler: Any, cap: float | None, **changes: Any) -> Any:
 
 
 def test_one_empty_or_absurd_label_cannot_dominate_a_batch(tmp_path: Path) -> None:
-    """labels.md, 3.4: in transformers' heads an empty label has 160 times the gradient of a usual one."""
+    """In transformers' own loss an empty label weighs far more than all others: it is not divided by its length."""
+    model, sizes = student(), []
+    batch = tiny.CTCCollator()([tiny.speech(1, 1, labels=False)[0]])
+    ((greedy,),) = [[label.ids for label in CTCLabeler(0).label(model.eval(), batch)]]
+    model.config.ctc_loss_reduction = "mean"
+    for ids in (greedy, (-100,)):
+        model.zero_grad()
+        model(**batch, labels=torch.tensor([ids])).loss.backward()
+        sizes.append(float(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None)) ** 0.5)
+    assert sizes[1] > 60 * sizes[0]
     dropped = fixed(tmp_path, Absurd((), "empty"), None).recorder.gradients[1]
     # A labeler that takes an empty label for one: it is dropped all the same.
     rogue = fixed(tmp_path, Absurd(()), None)
@@ -320,11 +344,11 @@ def test_one_empty_or_absurd_label_cannot_dominate_a_batch(tmp_path: Path) -> No
     # Its part is scaled down to that of the cap, in every parameter.
     scaled = {name: value * (cap / loss) for name, value in part(free).items()}
     assert tiny.difference(scaled, part(capped)) < 1e-4
-    usual = fixed(tmp_path, Absurd((3, 4, 5)), None)
+    usual = fixed(tmp_path, Absurd(greedy), None)
     sizes = [float(sum(v.square().sum() for v in part(made).values())) ** 0.5 for made in (usual, free, capped)]
-    assert sizes[1] > 5 * sizes[0] and sizes[2] < 2 * sizes[0]
+    assert sizes[1] > 15 * sizes[0] and sizes[2] < sizes[0]
     # What is below the cap, and labelled rows, are not touched.
-    within = fixed(tmp_path, Absurd((3, 4, 5)), 29.0)
+    within = fixed(tmp_path, Absurd(greedy), cap)
     assert tiny.same_bits(within.recorder.gradients[1], usual.recorder.gradients[1])
     assert tiny.same_bits(capped.recorder.gradients[0], free.recorder.gradients[0])
 
@@ -407,24 +431,20 @@ def test_impossible_values_are_refused(values: dict[str, Any], message: str) -> 
 def test_the_age_of_cached_labels_in_half_lives(tmp_path: Path) -> None:
     # Half-life at 0.9: 6.58 reference steps.
     half_life = np.log(2) / -np.log(0.9)
-    made = labelled_runs.trainer(tmp_path, pl={"cache_half_lives": 3.0, "cache_refresh": 0.2}, max_steps=400)
+    made = labelled_runs.trainer(tmp_path, pl={"cache_half_lives": 3.0, "cache_refresh": 0.2}, max_steps=250)
     assert made.plan.recipe.cache_steps == pytest.approx(3 * half_life * 0.2)
     assert made.sampler.stream.pool.size == round(3 * made.plan.recipe.cache_steps + 0.49)
     made.train()
     ages = [entry["cache/age"] for entry in made.state.log_history if "cache/age" in entry]
-    assert np.mean(ages[20:]) / half_life == pytest.approx(3.0, rel=0.15)
+    assert np.mean(ages[20:]) / half_life == pytest.approx(3.0, rel=0.2)
     with pytest.raises(ValueError, match=r"cache_half_lives=0\.5 makes a cache of 0\.658 reference steps"):
         labelled_runs.trainer(tmp_path, pl={"cache_half_lives": 0.5, "cache_refresh": 0.2})
 
 
 def test_calibration_on_labelled_rows_by_hand(tmp_path: Path) -> None:
-    made = labelled_runs.trainer(
-        tmp_path,
-        pl={"calibration_rows": 6},
-        eval_strategy="steps",
-        eval_steps=6,
-        more={"eval_dataset": {"a": tiny.speech(4, 5), "b": tiny.speech(3, 6)}},
-    )
+    sets = {"a": tiny.speech(4, 5), "b": tiny.speech(3, 6)}
+    evaluating = {"eval_strategy": "steps", "eval_steps": 6, "more": {"eval_dataset": sets}}
+    made = labelled_runs.trainer(tmp_path, pl={"calibration_rows": 6}, **evaluating)
     made.train()
     logged = [entry for entry in made.state.log_history if "calibration/ece" in entry]
     # Once for both evaluation sets.
@@ -432,8 +452,6 @@ def test_calibration_on_labelled_rows_by_hand(tmp_path: Path) -> None:
     gold = tiny.speech(20)
     edits = length = 0
     bins = np.zeros((10, 3))
-    from rapidfuzz.distance import Levenshtein
-
     for row in (0, 4, 8, 11, 15, 19):
         label, wanted = Content().of(float(gold[row]["input_values"][0])), gold[row]["labels"].tolist()
         wrong = Levenshtein.distance(label.ids, wanted)
@@ -441,8 +459,6 @@ def test_calibration_on_labelled_rows_by_hand(tmp_path: Path) -> None:
         bins[int(label.confidence * 10)] += (1, label.confidence, max(0, 1 - wrong / len(wanted)))
     assert logged[0]["calibration/error"] == pytest.approx(edits / length)
     assert logged[0]["calibration/ece"] == pytest.approx(np.abs(bins[:, 1] - bins[:, 2]).sum() / 6)
-    without = labelled_runs.trainer(
-        tmp_path, eval_strategy="steps", eval_steps=6, more={"eval_dataset": tiny.speech(4, 5)}
-    )
+    without = labelled_runs.trainer(tmp_path, **evaluating)
     without.train()
     assert tiny.same_bits(tiny.parameters(made.model), tiny.parameters(without.model))
