@@ -152,6 +152,7 @@ class ReferenceStream:
         if isinstance(second, PooledPasses):
             self.pool = self._pool(second)
         self._lengths = (labelled.lengths, None if unlabelled is None else unlabelled.lengths)
+        self._unlabelled_units = None if unlabelled is None else unlabelled.units
 
     def _pool(self, passes: PooledPasses) -> LabelPool:
         places = np.flatnonzero(self.source == UNLABELLED)
@@ -199,6 +200,16 @@ class ReferenceStream:
         """Lengths of rows of the unlabelled set; None where they are unknown."""
         lengths = self._lengths[UNLABELLED]
         return None if lengths is None else lengths[rows]
+
+    def units_of(self, rows: NDArray[np.int32]) -> NDArray[np.float64]:
+        """Units of rows of the unlabelled set.
+
+        Raises:
+            ValueError: where there is none.
+        """
+        if self._unlabelled_units is None:
+            raise ValueError("the stream has no unlabelled source")
+        return self._unlabelled_units[rows]
 
     def lengths_differ(self, positions: NDArray[np.int64]) -> bool:
         """Whether lengths of these `positions` of one source are known and not all equal, so that sorting matters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from hf_ema_scaling.labels.base import PseudoLabel
 from hf_ema_scaling.labels.forward import teacher_logits
+from hf_ema_scaling.labels.score_filters import LOG_PROBABILITY
 
 MODEL_INPUTS = ("input_values", "input_features", "attention_mask")
 LENGTH_METHODS = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
@@ -144,12 +146,41 @@ def greedy_ctc(logits: Tensor, frame_lengths: Tensor, blank: int) -> list[list[i
     return _collapse(logits.argmax(-1).cpu(), frame_lengths.cpu(), torch.tensor([blank]))
 
 
+def labels_differ(logits: Tensor, frame_lengths: Tensor, labels: Tensor, dropped: Tensor) -> Tensor:
+    """Whether the best path of each row says something else than its label, without leaving the device.
+
+    Args:
+        logits: (rows, frames, vocabulary).
+        frame_lengths: (rows,), valid frames of each row.
+        labels: int64 (rows, tokens), padded with -100.
+        dropped: ids that are no part of a label, the blank among them.
+
+    Returns:
+        bool (rows,).
+    """
+    best = logits.argmax(-1)
+    rows, frames = best.shape
+    keep = torch.arange(frames, device=best.device)[None] < frame_lengths.to(best.device)[:, None]
+    keep[:, 1:] &= best[:, 1:] != best[:, :-1]
+    keep &= ~torch.isin(best, dropped.to(best.device))
+    # What is kept moves to the left; all else goes to a column that nobody looks at.
+    width = max(frames, labels.shape[1])
+    places = torch.where(keep, keep.cumsum(1) - 1, width)
+    found = torch.full((rows, width + 1), -100, device=best.device, dtype=best.dtype).scatter(1, places, best)
+    wanted = torch.full_like(found, -100)
+    wanted[:, : labels.shape[1]] = labels.clamp(min=-100)
+    return (found != wanted)[:, :width].any(1)
+
+
 class CTCLabeler:
     """Greedy CTC labels with a confidence.
 
     The confidence of a row is the geometric mean over its valid frames of the highest class probability, blank
     included: `exp(mean_t log max_c p(c | t))`. It is the probability of the best path, per frame, so it does not
     shrink with length. A row without frames has confidence 0.
+
+    Scores: `blank`, the share of frames whose best class is the blank, and `log_probability`, the logarithm of the
+    confidence.
 
     Reasons: "empty" when no token is left, "too_long" when CTC needs more frames than the target has.
 
@@ -163,6 +194,11 @@ class CTCLabeler:
         self.blank_id = blank_id
         self.special_ids = frozenset(special_ids) - {blank_id}
         self._dropped = torch.tensor([blank_id, *sorted(self.special_ids)])
+
+    @property
+    def no_targets(self) -> Tensor:
+        """Ids that are no part of a label: the blank and `special_ids`, int64."""
+        return self._dropped
 
     def label(self, teacher: Callable[..., Any], batch: Mapping[str, Tensor]) -> list[PseudoLabel]:
         """Run the teacher on the inputs of `batch`, and on nothing else in it, and label each row.
@@ -208,11 +244,20 @@ class CTCLabeler:
         if broken:
             raise ValueError(f"the teacher's logits are NaN in rows {broken} of the batch: it has diverged")
         confidence = (log_best.double().sum(1) / lengths.clamp(min=1)).exp().masked_fill(lengths == 0, 0.0)
-        rows = _collapse(best.indices.cpu(), lengths, self._dropped)
+        indices = best.indices.cpu()
+        blanks = ((indices == self.blank_id) & valid).sum(1) / lengths.clamp(min=1)
+        rows = _collapse(indices, lengths, self._dropped)
         available = lengths if target_frames is None else target_frames.cpu()
         return [
-            PseudoLabel(tuple(ids), min(score, 1.0), self._reason(ids, room))
-            for ids, score, room in zip(rows, confidence.tolist(), available.tolist(), strict=True)
+            PseudoLabel(
+                tuple(ids),
+                min(score, 1.0),
+                self._reason(ids, room),
+                scores={"blank": blank, LOG_PROBABILITY: math.log(score) if score > 0 else -math.inf},
+            )
+            for ids, score, room, blank in zip(
+                rows, confidence.tolist(), available.tolist(), blanks.tolist(), strict=True
+            )
         ]
 
     @staticmethod

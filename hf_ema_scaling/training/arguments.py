@@ -19,6 +19,10 @@ from hf_ema_scaling.scaling import (
 from hf_ema_scaling.scaling.momentum_schedule import MomentumScheduleKind
 from hf_ema_scaling.scaling.plan import Correction
 from hf_ema_scaling.scaling.recipe import Unit
+from hf_ema_scaling.training.argument_checks import at_most_one, one_of
+from hf_ema_scaling.training.pseudo_label_arguments import PseudoLabelArguments
+
+__all__ = ["EMATrainingArguments", "PseudoLabelArguments"]
 
 BATCH_UNITS = get_args(Unit)
 WEIGHT_SETS = ("both", "ema", "student")
@@ -172,22 +176,22 @@ class EMATrainingArguments(TrainingArguments):
                 "reference_batch_size (the batch, over all processes, at which the recipe was tuned) is required and "
                 f"must be above 0, got {self.reference_batch_size}"
             )
-        _one_of("batch_unit", self.batch_unit, BATCH_UNITS)
-        _one_of("evaluate_weights", self.evaluate_weights, WEIGHT_SETS)
-        _one_of("ema_momentum_schedule", self.ema_momentum_schedule, get_args(MomentumScheduleKind))
-        _one_of("ema_correction", self.ema_correction, get_args(Correction))
-        _one_of("ema_buffers", self.ema_buffers, ("average", "copy"))
-        _one_of("ema_dtype", self.ema_dtype, ("float32", "float64"))
-        _one_of("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
-        _one_of("on_missing_average", self.on_missing_average, ("raise", "rebuild"))
+        one_of("batch_unit", self.batch_unit, BATCH_UNITS)
+        one_of("evaluate_weights", self.evaluate_weights, WEIGHT_SETS)
+        one_of("ema_momentum_schedule", self.ema_momentum_schedule, get_args(MomentumScheduleKind))
+        one_of("ema_correction", self.ema_correction, get_args(Correction))
+        one_of("ema_buffers", self.ema_buffers, ("average", "copy"))
+        one_of("ema_dtype", self.ema_dtype, ("float32", "float64"))
+        one_of("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
+        one_of("on_missing_average", self.on_missing_average, ("raise", "rebuild"))
         if self.noise_scale_every < 0 or self.noise_scale_every != int(self.noise_scale_every):
             raise ValueError(
                 f"noise_scale_every counts optimizer steps (0 for no measurement), got {self.noise_scale_every}"
             )
         if self.batch_unit != "seconds" and self.reference_batch_size != int(self.reference_batch_size):
             raise ValueError(f"reference_batch_size counts {self.batch_unit}, got {self.reference_batch_size}")
-        _at_most_one(self, ("kappa", "batch_size", "batch_schedule"))
-        _at_most_one(self, ("ema_momentum", "ema_half_life", "ema_epoch_weight"))
+        at_most_one(self, ("kappa", "batch_size", "batch_schedule"))
+        at_most_one(self, ("ema_momentum", "ema_half_life", "ema_epoch_weight"))
         if self.small_batch_until is not None and self.kappa is None:
             raise ValueError("small_batch_until goes with kappa; use batch_schedule for other schedules")
         if self.gradient_accumulation_steps != 1:
@@ -258,95 +262,3 @@ class EMATrainingArguments(TrainingArguments):
         if values.get("batch_schedule") is not None and not isinstance(values["batch_schedule"], str):
             values["batch_schedule"] = json.dumps(values["batch_schedule"])
         return values
-
-
-@dataclass
-class PseudoLabelArguments:
-    """When, how much and which pseudo-labels enter the loss; starts and lengths in reference steps.
-
-    Args:
-        pl_start: reference step at which unlabelled items begin.
-        unlabeled_ratio: unlabelled units per labelled unit from then on, in stages of `batch_schedule` that do not
-            state labelled and unlabelled sizes.
-        unlabeled_weight: lambda, weight of a pseudo-labelled example's loss.
-        min_confidence: pseudo-labels less confident than this are dropped (reason `confidence`).
-        teacher_dtype: float32, or bfloat16 or float16 for a teacher that labels with a copy of the average in half
-            precision. At the start it is compared with a float32 teacher on up to 4 rows.
-        label_batch_size: rows per forward pass of the teacher on each process; None for the student's micro-batches.
-            It changes throughput and memory only: the rows of a step are collated once more for the teacher.
-        pl_ramp: reference steps over which the weight of pseudo-labels rises linearly from 0 at `pl_start` to
-            `unlabeled_weight`; 0 for the full weight at once.
-        cache_steps: length of the label cache (slimIPL, arXiv 2010.11524): the unlabelled items of so many reference
-            steps, with the labels they were given when they entered. 0 for labels that are made as items are drawn.
-            The first `cache_steps` reference steps after `pl_start` fill it; from then on unlabelled items are drawn
-            from it, each once per pass over it.
-        cache_refresh: probability that an item is replaced by a new one, labelled at that moment, once it has been
-            drawn. It is about items, so it does not change with kappa. A label is used 1 / `cache_refresh` times and
-            is `cache_steps / cache_refresh` reference steps old when it is used, on average.
-    """
-
-    pl_start: float = field(default=0.0, metadata={"help": "Reference step at which unlabelled items begin."})
-    unlabeled_ratio: float = field(
-        default=1.0, metadata={"help": "Unlabelled units per labelled unit from pl_start on."}
-    )
-    unlabeled_weight: float = field(
-        default=1.0, metadata={"help": "Weight (lambda) of a pseudo-labelled example's loss."}
-    )
-    min_confidence: float = field(
-        default=0.0, metadata={"help": "Drop pseudo-labels whose confidence is below this, in [0, 1]."}
-    )
-
-    teacher_dtype: str = field(
-        default="float32",
-        metadata={"help": "What the teacher labels in: float32, or a copy of it in bfloat16 or float16."},
-    )
-    label_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Rows per forward pass of the teacher, per process; None: the student's micro-batches."},
-    )
-    pl_ramp: float = field(
-        default=0.0, metadata={"help": "Reference steps over which unlabeled_weight is reached from 0 at pl_start."}
-    )
-    cache_steps: float = field(
-        default=0.0,
-        metadata={"help": "Reference steps whose unlabelled items make up the label cache; 0: labels are not kept."},
-    )
-    cache_refresh: float = field(
-        default=0.1, metadata={"help": "Probability that an item of the label cache is replaced once it is drawn."}
-    )
-
-    def __post_init__(self) -> None:
-        if not self.pl_start >= 0:
-            raise ValueError(f"pl_start must be at least 0, got {self.pl_start}")
-        _one_of("teacher_dtype", self.teacher_dtype, ("float32", "bfloat16", "float16"))
-        if not self.unlabeled_ratio > 0:
-            raise ValueError(f"unlabeled_ratio must be above 0, got {self.unlabeled_ratio}")
-        if not self.unlabeled_weight >= 0:
-            raise ValueError(f"unlabeled_weight must be at least 0, got {self.unlabeled_weight}")
-        if not 0 <= self.min_confidence <= 1:
-            raise ValueError(f"min_confidence must lie in [0, 1], got {self.min_confidence}")
-        if self.label_batch_size is not None and self.label_batch_size < 1:
-            raise ValueError(f"label_batch_size must be at least 1 or None, got {self.label_batch_size}")
-        if not 0 <= self.pl_ramp < math.inf:
-            raise ValueError(f"pl_ramp must be a number of reference steps of at least 0, got {self.pl_ramp}")
-        if self.cache_steps != 0 and not 1 <= self.cache_steps < math.inf:
-            raise ValueError(
-                f"cache_steps must be 0 (no cache) or at least 1 reference step, got {self.cache_steps}: a smaller "
-                "pool would give the same item twice within a reference step"
-            )
-        if not 0 < self.cache_refresh <= 1:
-            raise ValueError(
-                f"cache_refresh must lie in (0, 1], got {self.cache_refresh}; for labels that are made anew at every "
-                "draw set cache_steps=0"
-            )
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def _at_most_one(arguments: object, names: tuple[str, ...]) -> None:
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if len(given) > 1:
-        raise ValueError(f"give at most one of {', '.join(names)}, got {given}")

@@ -95,7 +95,7 @@ def _commit(state: TrainerState, args: EMATrainingArguments, json_path: str) -> 
         if other == path.parent or str(other) == state.best_model_checkpoint:
             continue
         # The full check reads everything: only for what Trainer may take for the newest, by its number.
-        if _step(other) > _step(path.parent) and not args.save_only_model:
+        if checkpoint_step(other) > checkpoint_step(path.parent) and not args.save_only_model:
             faults = what_is_missing(other, average=average)
         else:
             faults = _faults_of(other, [TRAINER_STATE_NAME])
@@ -336,9 +336,11 @@ def _checkpoints(folder: Path) -> list[Path]:
     """The folders `checkpoint-N`, by their number."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if _step(path) >= 0 and path.is_dir()), key=_step)
+    found = (path for path in folder.iterdir() if checkpoint_step(path) >= 0 and path.is_dir())
+    return sorted(found, key=checkpoint_step)
 
 
-def _step(path: Path) -> int:
+def checkpoint_step(path: Path) -> int:
+    """N of a folder `checkpoint-N`; -1 for others."""
     match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
     return -1 if match is None else int(match[1])

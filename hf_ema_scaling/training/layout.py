@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from hf_ema_scaling.data.lengths import holds_zeros, row_lengths
 from hf_ema_scaling.data.sampler import ScheduledBatchSampler
 from hf_ema_scaling.data.stream import DataSource, ReferenceStream
-from hf_ema_scaling.scaling import OptimizerValues, Recipe, ScalingPlan, StepBorders, known_rule
+from hf_ema_scaling.scaling import (
+    OptimizerValues,
+    Recipe,
+    ScalingPlan,
+    StepBorders,
+    half_life_from_momentum,
+    known_rule,
+)
 from hf_ema_scaling.scaling.momentum_schedule import MomentumScheduleKind
 from hf_ema_scaling.scaling.plan import Correction
 from hf_ema_scaling.scaling.recipe import Unit
@@ -92,7 +99,7 @@ def lay_out(
         steps_per_epoch=float(first.units.sum()) / batch,
         done=None if resumed is None else resumed.done,
     )
-    pl_start = plan.recipe.pl_start
+    pl_start, cache_steps = plan.recipe.pl_start, plan.recipe.cache_steps
     seed = args.seed if args.data_seed is None else args.data_seed
     identity = {
         "reference_batch_size": batch,
@@ -107,7 +114,7 @@ def lay_out(
         "unlabelled_items": 0 if second is None else len(second),
         "labelled_sizes": _checksum(first),
         "unlabelled_sizes": None if second is None else _checksum(second),
-        "cache": [pseudo.cache_steps, pseudo.cache_refresh] if pseudo is not None and pseudo.cache_steps else None,
+        "cache": None if pseudo is None or not cache_steps else [cache_steps, pseudo.cache_refresh],
     }
     if resumed is not None:
         resumed.check_identity(identity)
@@ -122,7 +129,7 @@ def lay_out(
         ratio_changes=changes,
         seed=seed,
         bucket_window=args.bucket_window,
-        cache_steps=plan.recipe.cache_steps,
+        cache_steps=cache_steps,
         cache_refresh=1.0 if pseudo is None else pseudo.cache_refresh,
     )
     sampler = ScheduledBatchSampler(
@@ -185,14 +192,15 @@ def plan_of(
         # A pass over the labelled set takes (1 + ratio) times the clock once unlabelled items share the batches.
         supervised = (steps_per_epoch or 0.0) * args.num_train_epochs
         reference_steps = int(np.ceil(supervised + ratio * max(0.0, supervised - (pl_start or 0.0))))
+    # A pass over the labelled set is longer where unlabelled data shares the batches, and there momentum matters.
+    momentum = args.momentum((steps_per_epoch or 1.0) * (1.0 + ratio))
     values = given or stated_values(args, optimizer, hyper_parameters(optimizer, args.scaling_rule))
     recipe = Recipe(
         reference_batch_size=batch,
         unit=cast(Unit, args.batch_unit),
         max_steps=reference_steps,
         learning_rate=values.learning_rate,
-        # A pass over the labelled set is longer where unlabelled data shares the batches, and there momentum matters.
-        ema_momentum=args.momentum((steps_per_epoch or 1.0) * (1.0 + ratio)),
+        ema_momentum=momentum,
         optimizer=optimizer,
         weight_decay=values.weight_decay,
         betas=values.betas or (0.0, 0.0),
@@ -207,7 +215,7 @@ def plan_of(
         unlabelled_ratio=ratio or 1.0,
         steps_per_epoch=steps_per_epoch if pseudo is None else None,
         pl_ramp=0.0 if pseudo is None else pseudo.pl_ramp,
-        cache_steps=0.0 if pseudo is None else pseudo.cache_steps,
+        cache_steps=0.0 if pseudo is None else pseudo.cache_length(half_life_from_momentum(momentum, 1.0)),
         augment_start=args.augment_start,
     )
     return ScalingPlan(

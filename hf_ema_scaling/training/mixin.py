@@ -314,8 +314,26 @@ class EMATrainerMixin(BothWeightsEvaluation):
             if rows is not None:
                 logits, labels = logits[rows], labels[rows]
                 inputs = {name: value[rows] for name, value in inputs.items()}
-            losses = cap_losses(self.example_loss(self.model, inputs, logits, labels), self.args.max_example_loss)
-            return losses.sum() if weights is None else (losses * weights.to(losses)[rows]).sum()
+            cap = self.largest_loss(micro_batch)
+            losses = cap_losses(self.example_loss(self.model, inputs, logits, labels), cap)
+            kept = None if weights is None else weights.to(losses)[rows]
+            self.observe_losses(micro_batch, inputs, logits, labels, losses, kept)
+            return losses.sum() if kept is None else (losses * kept).sum()
+
+    def largest_loss(self, micro_batch: MicroBatch) -> float | None:
+        """Cap on the loss of an example of a micro-batch; None for none."""
+        return self.args.max_example_loss
+
+    def observe_losses(
+        self,
+        micro_batch: MicroBatch,
+        inputs: dict[str, Tensor],
+        logits: Tensor,
+        labels: Tensor,
+        losses: Tensor,
+        weights: Tensor | None,
+    ) -> None:
+        """Called with the rows of a micro-batch that have a target, before the backward pass; nothing here."""
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         assert self._last_step is not None

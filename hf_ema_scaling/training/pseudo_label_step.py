@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from hf_ema_scaling.data.collator import MicroBatch, pad_labels
-from hf_ema_scaling.ema import EMATeacher
-from hf_ema_scaling.labels.base import Labeler, LabelsByPosition, MakesTargets, PseudoLabel, columns_of
+from hf_ema_scaling.labels.base import Labeler, MakesTargets, PseudoLabel, columns_of
 from hf_ema_scaling.labels.ctc import min_ctc_frames
-
-
-def label_rows(
-    labeler: Labeler,
-    teacher: EMATeacher,
-    inputs: Mapping[str, Tensor],
-    *,
-    min_confidence: float,
-    positions: Sequence[int] | None = None,
-) -> list[PseudoLabel]:
-    """Labels the rows of a micro-batch; kept labels below `min_confidence` are dropped with reason `confidence`.
-
-    Args:
-        labeler: turns teacher output into labels.
-        teacher: the EMA teacher.
-        inputs: clean, padded inputs on the teacher's device.
-        min_confidence: in [0, 1].
-        positions: place of each row in the reference stream, to which a labeler's random draws belong.
-    """
-    if positions is not None and isinstance(labeler, LabelsByPosition):
-        labeler = labeler.at(positions)
-    labels = labeler.label(teacher, inputs)
-    return [
-        dataclasses.replace(label, reason="confidence") if label.kept and label.confidence < min_confidence else label
-        for label in labels
-    ]
 
 
 def drop_too_long(labels: list[PseudoLabel], frames: Tensor) -> list[PseudoLabel]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -16,12 +18,22 @@ from hf_ema_scaling.data.passes import CLOCK_DUST
 from hf_ema_scaling.data.sampler import Draw
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
 from hf_ema_scaling.ema import EMATeacher
-from hf_ema_scaling.labels import Labeler, PseudoLabel, columns_of, ctc_frame_lengths, labeler_for
+from hf_ema_scaling.labels import Labeler, LabelsByPosition, PseudoLabel, columns_of, ctc_frame_lengths, labeler_for
+from hf_ema_scaling.labels.filter_base import Filter
+from hf_ema_scaling.labels.ledger import Ledger
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.cached_labels import CachedLabels
+from hf_ema_scaling.training.calibration import calibration, chosen_rows
+from hf_ema_scaling.training.collapse_watch import CollapseWatch, check_rollback
 from hf_ema_scaling.training.diagnostics import LabelStatistics
+from hf_ema_scaling.training.dropout import DropoutChange
+from hf_ema_scaling.training.hidden import HiddenReferences, split_off
+from hf_ema_scaling.training.label_counts import LabelCounts
+from hf_ema_scaling.training.label_judge import durations, judge_for
+from hf_ema_scaling.training.label_record import LabelRecord, SaveLedger, Sources
 from hf_ema_scaling.training.mixin import EMATrainerMixin
-from hf_ema_scaling.training.pseudo_label_step import drop_too_long, label_rows, with_targets, without_targets
+from hf_ema_scaling.training.pseudo_label_step import drop_too_long, with_targets, without_targets
+from hf_ema_scaling.training.student_watch import StudentWatch, differ_for
 from hf_ema_scaling.training.teacher_start import PARITY_ROWS, start_teacher
 
 logger = logging.get_logger(__name__)
@@ -44,11 +56,13 @@ class PseudoLabelTrainer(EMATrainerMixin):
         unlabeled_dataset: map-style data without labels; a `labels` column in it is never read.
         pseudo_label_args: when, how much and which pseudo-labels enter the loss.
         labeler: turns teacher output into labels; None for `labeler_for(model)`.
+        filters: which labels are dropped, after those that `pseudo_label_args` names.
         teacher_factory: builds the teacher's module where a transformers config does not suffice.
         **kwargs: as for `EMATrainer`; `train_dataset` is the labelled set.
 
     Raises:
-        ValueError: without unlabelled data, or where the config does not say what labels mean.
+        ValueError: without unlabelled data, where the config does not say what labels mean, or for filters that ask
+            for what is not there.
         NotImplementedError: for a head whose labeler must be given.
     """
 
@@ -60,16 +74,19 @@ class PseudoLabelTrainer(EMATrainerMixin):
         unlabeled_dataset: Any | None = None,
         pseudo_label_args: PseudoLabelArguments | None = None,
         labeler: Labeler | None = None,
+        filters: Sequence[Filter] | None = None,
         teacher_factory: Callable[[], nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:
         if unlabeled_dataset is None:
             raise ValueError("PseudoLabelTrainer needs an unlabeled_dataset; without one use EMATrainer")
+        self.pseudo_label_args = pseudo = pseudo_label_args or PseudoLabelArguments()
+        references = None
+        if pseudo.hidden_reference_column is not None:
+            unlabeled_dataset, references = split_off(unlabeled_dataset, pseudo.hidden_reference_column)
         self.unlabeled_dataset = unlabeled_dataset
-        self.pseudo_label_args = pseudo_label_args or PseudoLabelArguments()
         self.teacher_factory = teacher_factory
         self.teacher: EMATeacher | None = None
-        self.label_statistics = LabelStatistics()
         self.cached_labels: CachedLabels | None = None
         super().__init__(model, args, **kwargs)
         self.labeler: Labeler = labeler or labeler_for(self.model, self.processing_class)
@@ -78,6 +95,42 @@ class PseudoLabelTrainer(EMATrainerMixin):
                 "This model's group norm sees the padding of a batch (feat_extract_norm='group'): labels depend on "
                 "their neighbours. Set bucket_window, or use a model with feat_extract_norm='layer'."
             )
+        column = self.args.duration_column
+        self.judge = judge_for(
+            self.model,
+            pseudo,
+            filters,
+            ctc=self.ctc,
+            processing_class=self.processing_class,
+            labelled=self.train_dataset,
+            unlabelled=unlabeled_dataset,
+            duration_column=column,
+        )
+        self.student_watch = StudentWatch(differ_for(self.model, self.labeler))
+        self.record = LabelRecord(
+            self.args.batch_unit,
+            Sources(unlabeled_dataset, pseudo.source_column),
+            reasons=self.judge.chain.reasons,
+            student=self.student_watch,
+            hidden=None if references is None else HiddenReferences(references, self.judge.decode),
+            seconds=(durations(self.train_dataset, column), self.judge.seconds),
+        )
+        self.dropout = None if pseudo.pl_dropout is None else DropoutChange(self.model, pseudo.pl_dropout)
+        check_rollback(self.args, pseudo)
+        self.collapse = CollapseWatch(self, pseudo.on_collapse, pseudo.collapse_window, pseudo.pl_start)
+        self._calibrated_at = -1
+        self.add_callback(self.collapse)
+        self.add_callback(SaveLedger(self))
+
+    @property
+    def label_statistics(self) -> LabelStatistics:
+        """What is counted of labels between logs, on this process."""
+        return self.record.statistics
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was kept and dropped, over all processes, as of the last log, checkpoint or end of training."""
+        return self.record.ledger
 
     def unlabelled_data(self) -> tuple[Any, PseudoLabelArguments]:
         """The unlabelled data set and its arguments."""
@@ -87,39 +140,58 @@ class PseudoLabelTrainer(EMATrainerMixin):
         """What the labeler says that it needs (`needs_columns`)."""
         return columns_of(self.labeler)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `EMATrainer.train`; see `on_collapse`.
+
+        Raises:
+            CollapseError: pseudo-labels collapsed, and training was stopped.
+        """
+        return self.collapse.train(super().train, resume_from_checkpoint, *args, **kwargs)
+
     def begin_training(self) -> None:
         """Also builds the teacher over the average's storage and tests that it follows the student."""
         self.cached_labels = None
+        resumed = self._resumed
+        checkpoint = None
+        if resumed is not None and resumed.checkpoint is not None:
+            checkpoint = resumed.checkpoint, resumed.global_step
         if self.sampler.stream.pool is not None:
-            resumed = self._resumed
-            checkpoint = None
-            if resumed is not None and resumed.checkpoint is not None:
-                checkpoint = resumed.checkpoint, resumed.global_step
             self.cached_labels = CachedLabels(self.sampler, self.accelerator, checkpoint)
         super().begin_training()
+        self._calibrated_at = -1
+        if checkpoint is not None and resumed is not None:
+            self.collapse.resumed(checkpoint[0], resumed.clock)
         assert self.average is not None
-        dataset = self.run_dataset()
         count = min(
             1 if self.pseudo_label_args.teacher_dtype == "float32" else PARITY_ROWS,
             len(self.unlabeled_dataset),
             self.args.per_device_train_batch_size,
         )
-        rows = [dict(dataset[Draw(UNLABELLED, number, 0, 0, 1.0)][1]) for number in range(count)]
         self.teacher = start_teacher(
             self.model,
             self.average,
-            self._prepare_inputs(self.data_collator(rows)),
+            self._prepare_inputs(self._collated(UNLABELLED, range(count))),
             self.labeler,
             dtype=self.pseudo_label_args.teacher_dtype,
             factory=self.teacher_factory,
         )
 
+    def _collated(self, source: int, rows: Sequence[int]) -> dict[str, Any]:
+        dataset = self.run_dataset()
+        return dict(self.data_collator([dict(dataset[Draw(source, row, 0, 0, 1.0)][1]) for row in rows]))
+
     def label_micro_batches(self, inputs: dict[str, list[MicroBatch]]) -> list[MicroBatch]:
         """Labels the unlabelled rows by the teacher, on clean inputs; in its own batches where there are such.
 
-        All labels of a step are made by the teacher as it is when the step begins. With a cache only the rows that
-        enter it are labelled; every row drawn has the label with which it entered.
+        All labels of a step are made by the teacher as it is when the step begins, and judged by the statistics of
+        the steps before. With a cache only the rows that enter it are labelled; every row drawn has the label with
+        which it entered.
         """
+        step = self._last_step
+        assert step is not None
+        begun = step.start > self.pseudo_label_args.pl_start - CLOCK_DUST
+        if self.dropout is not None:
+            self.dropout.set(begun)
         micro_batches = super().label_micro_batches(inputs)
         drawn = [batch for batch in micro_batches if batch["source"] == UNLABELLED and batch["weight"]]
         number = self.state.global_step
@@ -131,69 +203,140 @@ class PseudoLabelTrainer(EMATrainerMixin):
             found.update(zip(batch["positions"], self.labels_of(batch), strict=True))
         if self.cached_labels is not None:
             found = self.cached_labels.labels(number, found, drawn)
-        return [batch if batch["source"] == LABELLED else self._labelled(batch, found) for batch in micro_batches]
+        targets = [self._with_labels(batch, found) for batch in micro_batches]
+        if begun:
+            self.judge.chain.end_step(self._total_counts, step.kappa)
+        self.label_statistics.end_step()
+        return targets
 
-    def _labelled(self, micro_batch: MicroBatch, found: dict[int, PseudoLabel]) -> MicroBatch:
+    def _with_labels(self, micro_batch: MicroBatch, found: dict[int, PseudoLabel]) -> MicroBatch:
+        if micro_batch["source"] == LABELLED:
+            if micro_batch["weight"]:
+                self.record.gold(micro_batch)
+            return micro_batch
         if micro_batch["weight"] == 0:
             return without_targets(micro_batch, self.labeler)
         labels = [found[position] for position in micro_batch["positions"]]
         if self.ctc:
             labels = drop_too_long(labels, ctc_frame_lengths(self.model, micro_batch["inputs"]))
-        self.label_statistics.add(labels)
-        return with_targets(micro_batch, self.labeler, labels, self._weights(micro_batch["positions"]))
+        self.record.used(labels, micro_batch["indices"], self.sampler.stream)
+        result = with_targets(micro_batch, self.labeler, labels, self._weights(micro_batch["positions"], labels))
+        self.record.targets(result, labels)
+        return result
 
-    def _weights(self, positions: list[int]) -> float | Tensor:
+    def _weights(self, positions: list[int], labels: list[PseudoLabel]) -> float | Tensor:
         """lambda; while it rises, that of each row's own reference step, so that it is the same at every kappa."""
-        full = self.pseudo_label_args.unlabeled_weight
-        if self.pseudo_label_args.pl_ramp == 0:
-            return full
-        ramp = self.plan.recipe.pseudo_label_ramp()
-        steps = np.floor(self.sampler.stream.clock(np.array(positions)) + CLOCK_DUST).astype(int).tolist()
-        return torch.tensor([full * ramp.at(step) for step in steps], dtype=torch.float32)
+        arguments, pauses = self.pseudo_label_args, self.collapse.guard.pauses
+        if arguments.pl_ramp == 0 and not pauses and not arguments.weight_by_confidence:
+            return arguments.unlabeled_weight
+        clocks = self.sampler.stream.clock(np.array(positions))
+        weights = arguments.unlabeled_weight * self.collapse.guard.weight(clocks)
+        if arguments.pl_ramp:
+            ramp = self.plan.recipe.pseudo_label_ramp()
+            weights = weights * [ramp.at(step) for step in np.floor(clocks + CLOCK_DUST).astype(int).tolist()]
+        if arguments.weight_by_confidence:
+            weights = weights * [label.confidence for label in labels]
+        return torch.tensor(weights, dtype=torch.float32)
 
     def labels_of(self, batch: MicroBatch) -> list[PseudoLabel]:
-        """The teacher's label for each row of one of its batches, an unlabelled micro-batch or one of its own."""
+        """The teacher's label for each row of one of its batches, judged by the filters."""
+        step, stream = self._last_step, self.sampler.stream
+        assert step is not None
+        end = step.end
+        labels = self.judge.judge(
+            self._teacher_labels(batch["inputs"], batch["positions"]),
+            batch,
+            lambda positions: end - stream.clock(np.array(positions)),
+        )
+        self.record.made(labels, batch["indices"], stream)
+        return labels
+
+    def _teacher_labels(self, inputs: Mapping[str, Any], positions: Sequence[int] | None = None) -> list[PseudoLabel]:
         assert self.teacher is not None
-        inputs: dict[str, Tensor] = self._prepare_inputs(dict(batch["inputs"]))
+        labeler = self.labeler
+        if positions is not None and isinstance(labeler, LabelsByPosition):
+            labeler = labeler.at(positions)
+        prepared: dict[str, Tensor] = self._prepare_inputs(dict(inputs))
         with self.accelerator.autocast():
-            return label_rows(
-                self.labeler,
-                self.teacher,
-                inputs,
-                min_confidence=self.pseudo_label_args.min_confidence,
-                positions=batch["positions"],
-            )
+            return labeler.label(self.teacher, prepared)
+
+    def largest_loss(self, micro_batch: MicroBatch) -> float | None:
+        """Cap on the loss of an example, a tighter one for pseudo-labels where there is one."""
+        caps = [super().largest_loss(micro_batch)]
+        if micro_batch["source"] == UNLABELLED:
+            caps.append(self.pseudo_label_args.max_unlabeled_loss)
+        return min((cap for cap in caps if cap is not None), default=None)
+
+    def observe_losses(self, micro_batch: MicroBatch, *rows: Any) -> None:
+        """Sums losses by source."""
+        self.student_watch.observe(micro_batch["source"] == UNLABELLED, *rows)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `EMATrainer`; then, once at each step of training, logs how right the teacher is on labelled rows."""
+        metrics = super().evaluate(*args, **kwargs)
+        asked, step = self.pseudo_label_args.calibration_rows, self.state.global_step
+        if asked and self.teacher is not None and self._calibrated_at != step:
+            self._calibrated_at = step
+            self.teacher.refresh()
+            rows = chosen_rows(self.sampler.stream.labelled_items, asked)
+            mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+            size = self.args.per_device_eval_batch_size
+            batches = (self._collated(LABELLED, mine[i : i + size]) for i in range(0, len(mine), size))
+            self.log(calibration(batches, self._teacher_labels, self.labeler, self._total_counts))
+        return metrics
 
     def training_logs(self) -> dict[str, float]:
-        """Also the shares of pseudo-labels kept and dropped since the last log, their weight, and the cache."""
-        logs = {**super().training_logs(), **self.label_statistics.logs(self._over_processes)}
+        """Also what became of pseudo-labels since the last log, their weight, and the cache."""
+        logs = {**super().training_logs(), **self.record.logs(self.gather)}
         step, start = self._last_step, self.plan.recipe.pl_start
         if step is not None and start is not None and step.end > start + CLOCK_DUST:
             rise = self.plan.recipe.pseudo_label_ramp().mean(step.start, step.end)
-            logs["pl/weight"] = self.pseudo_label_args.unlabeled_weight * rise
+            left = float(self.collapse.guard.weight(np.array([step.start]))[0])
+            logs["pl/weight"] = self.pseudo_label_args.unlabeled_weight * rise * left
+            if self.collapse.guard.alarms:
+                logs["collapse/alarms"] = float(len(self.collapse.guard.alarms))
         return logs if self.cached_labels is None else {**logs, **self.cached_labels.logs()}
+
+    def window_metrics(self) -> tuple[LabelCounts, dict[str, float]]:
+        """What the collapse guard looks at; called on every process."""
+        return self.record.window(self.gather)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `EMATrainer`; a checkpoint also gets the labels in the cache (`label_cache.safetensors`)."""
-        super().save_model(output_dir, _internal_call)
+        with contextlib.nullcontext() if self.dropout is None else self.dropout.configs_as_given():
+            super().save_model(output_dir, _internal_call)
         # Trainer names the folder in its own calls for checkpoints only.
         checkpoint = output_dir if _internal_call and self.is_in_train else None
         if self.cached_labels is not None and checkpoint is not None and self.args.should_save:
             self.cached_labels.cache.save(checkpoint)
 
-    def _over_processes(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
+    def gather(self, state: Any) -> list[Any]:
+        """JSON values of all processes, on all of them, which must all call it."""
+        return gather_object([state]) if self.accelerator.num_processes > 1 else [state]
+
+    def _total_counts(self, counts: Any) -> Any:
+        """The sum over processes of an array of integers or a tensor."""
+        if self.accelerator.num_processes == 1:
+            return counts
+        total = self.accelerator.reduce(torch.as_tensor(counts).to(self.args.device), reduction="sum").cpu()
+        return total if isinstance(counts, Tensor) else total.numpy()
 
     def counters(self) -> dict[str, Any]:
-        """Also the counts of pseudo-labels, over all processes while they train together."""
-        total = self._over_processes if self.is_in_train else None
+        """Also what is counted of labels, over all processes while they train together, and what adapts to it."""
         cache = {} if self.cached_labels is None else {"cache": self.cached_labels.state_dict()}
-        return {**super().counters(), "labels": self.label_statistics.state_dict(total), **cache}
+        return {
+            **super().counters(),
+            **self.record.state_dict(self.gather if self.is_in_train else None),
+            "thresholds": self.judge.chain.state_dict(),
+            "collapse": self.collapse.guard.state_dict(),
+            **cache,
+        }
 
     def load_counters(self, counters: dict[str, Any]) -> None:
-        """Restore `counters()`; what was counted over all processes goes to one of them."""
+        """Restore `counters()`."""
         super().load_counters(counters)
-        mine = counters.get("labels", {}) if self.is_world_process_zero() else {}
-        self.label_statistics.load_state_dict(mine)
+        self.record.load_state_dict(counters, main=self.is_world_process_zero())
+        self.judge.chain.load_state_dict(counters.get("thresholds", {}))
+        self.collapse.guard.load_state_dict(counters.get("collapse", {}))
         if self.cached_labels is not None:
             self.cached_labels.load_state_dict(counters.get("cache", {}))

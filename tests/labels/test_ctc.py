@@ -237,3 +237,14 @@ def test_the_teacher_never_sees_labels() -> None:
     batch = {"input_features": torch.zeros(1, 3, 2), "labels": torch.ones(1, 1), "hidden_reference": torch.ones(1)}
     assert CTCLabeler(0).label(Spy().eval(), batch)[0].ids == (1, 2, 3)
     assert seen == [{"input_features"}]
+
+
+def test_scores_are_the_share_of_blanks_and_the_log_of_the_confidence() -> None:
+    logits = torch.zeros(3, 4, 3)
+    logits[0, [0, 1, 2, 3], [0, 1, 0, 0]] = 2.0
+    logits[1, [0, 1], [1, 2]] = 2.0
+    first, second, third = CTCLabeler(0).from_logits(logits, torch.tensor([4, 2, 0]))
+    assert (first.scores["blank"], second.scores["blank"], third.scores["blank"]) == (0.75, 0.0, 0.0)
+    assert first.scores["log_probability"] == pytest.approx(2 - math.log(math.e**2 + 2), rel=1e-6)
+    assert first.confidence == pytest.approx(math.exp(first.scores["log_probability"]))
+    assert third.scores["log_probability"] == -math.inf and third.confidence == 0

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import pytest
 import torch
 
 from hf_ema_scaling.data.collator import MicroBatch
 from hf_ema_scaling.data.stream import UNLABELLED
 from hf_ema_scaling.labels import PseudoLabel
 from hf_ema_scaling.training.diagnostics import LabelStatistics
-from hf_ema_scaling.training.pseudo_label_step import label_rows, with_targets, without_targets
+from hf_ema_scaling.training.pseudo_label_step import with_targets, without_targets
 
 LABELS = [
     PseudoLabel((3, 1), 0.5),
@@ -29,12 +31,6 @@ class Fixed:
     def label(self, teacher: Any, batch: Any) -> list[PseudoLabel]:
         assert teacher == "teacher" and set(batch) == {"input_values"}
         return list(LABELS)
-
-
-def test_a_confidence_at_the_threshold_is_kept_and_earlier_reasons_stay() -> None:
-    labels = label_rows(Fixed(), "teacher", micro_batch()["inputs"], min_confidence=0.5)  # type: ignore[arg-type]
-    assert [label.reason for label in labels] == [None, "empty", "confidence", "too_long"]
-    assert [label.ids for label in labels] == [label.ids for label in LABELS]
 
 
 def test_targets_and_weights_of_kept_and_dropped_rows() -> None:
@@ -70,21 +66,37 @@ def test_padding_has_no_targets() -> None:
 
 
 def test_statistics_are_shares_of_all_rows_and_start_anew_at_a_log() -> None:
-    statistics = LabelStatistics()
+    statistics = LabelStatistics(["mine"])
     statistics.add(LABELS)
     statistics.add([PseudoLabel((1, 2, 3, 4, 5, 6, 7), 0.3)])
-    state = statistics.state_dict()
-    doubled = statistics.logs(lambda values: values * 2)
-    assert doubled == {
+    state = json.loads(json.dumps(statistics.state_dict()))
+    _, doubled = statistics.take_log(lambda one: [one, one])
+    shares = {name: value for name, value in doubled.items() if name.startswith("pseudo/")}
+    assert shares == {
         "pseudo/kept": 3 / 5,
-        "pseudo/confidence": (0.5 + 0.9 + 0.49 + 0.8 + 0.3) / 5,
+        "pseudo/confidence": pytest.approx((0.5 + 0.9 + 0.49 + 0.8 + 0.3) / 5, rel=1e-9),
         "pseudo/tokens": 4.0,
+        "pseudo/distinct": pytest.approx(0.5, rel=1e-3),
         "pseudo/dropped_empty": 0.2,
         "pseudo/dropped_too_long": 0.2,
-        "pseudo/dropped_no_eos": 0.0,
         "pseudo/dropped_confidence": 0.0,
+        "pseudo/dropped_mine": 0.0,
     }
-    assert statistics.logs(lambda values: values) == {}
+    assert [doubled[f"confidence/0.{place}"] for place in range(10)] == [0, 0, 0, 0.2, 0.2, 0.2, 0, 0, 0.2, 0.2]
+    assert statistics.take_log(lambda one: [one])[1] == {}
     other = LabelStatistics()
     other.load_state_dict(state)
-    assert other.logs(lambda values: values * 2) == doubled
+    assert other.take_log(lambda one: [one, one])[1] == doubled
+    # The window of the guard is one of its own.
+    assert statistics.take_window(lambda one: [one, one])[1] == doubled
+
+
+def test_a_new_reason_is_told_of_from_then_on_also_where_another_process_met_it() -> None:
+    one, other = LabelStatistics(), LabelStatistics()
+    other.add([PseudoLabel((1,), 0.5, "theirs")])
+    other.end_step()
+    theirs = [other.since_log.state_dict(), other.gold.state_dict(), list(other.reasons)]
+    one.add([PseudoLabel((1,), 0.5)])
+    assert one.take_log(lambda mine: [mine, theirs])[1]["pseudo/dropped_theirs"] == 0.5
+    one.add([PseudoLabel((1,), 0.5)])
+    assert one.take_log(lambda mine: [mine])[1]["pseudo/dropped_theirs"] == 0.0

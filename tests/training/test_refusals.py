@@ -139,12 +139,12 @@ def test_the_epoch_weight_counts_passes_that_unlabelled_data_makes_longer(tmp_pa
 
 def test_dropped_rows_in_a_row_are_one_process_own() -> None:
     mine = LabelStatistics()
-    mine.dropped_in_a_row, mine.counts["rows"] = 300, 300.0
-    state = mine.state_dict(lambda values: values * 4)
-    assert state["rows"] == 1200 and state["dropped_in_a_row"] == 300
+    mine.dropped_in_a_row, mine.since_log.counts["rows"] = 300, 300
+    state = mine.state_dict(lambda one: [one] * 4)
+    assert state["since_log"]["counts"]["rows"] == 1200 and state["dropped_in_a_row"] == 300
     resumed = LabelStatistics()
     resumed.load_state_dict(state)
-    assert resumed.dropped_in_a_row == 300
+    assert resumed.dropped_in_a_row == 300 and resumed.counts["rows"] == 1200
 
 
 class _Plugin:

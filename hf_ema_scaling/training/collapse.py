@@ -1,0 +1,169 @@
+"""Collapse of pseudo-labels: its signs, and what to do about it.
+
+A teacher that is its student's average can talk itself into an easy answer: blanks only, one class only, nothing that
+is kept. The loss on unlabelled data then *falls*. The guard looks at the labels of each window of the reference clock,
+so the alarm comes at the same data, up to one step, at every batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_ema_scaling.data.passes import CLOCK_DUST
+
+LEAST_ROWS = 50
+"""Windows are joined until they hold so many unlabelled rows: fewer say nothing."""
+EMPTY_SHARE, EMPTY_RISE = 0.5, 0.25
+BLANK_APPROACH = 0.9
+DISTINCT_SHARE, DISTINCT_NUMBER = 0.25, 0.5
+KL_SHARE = 0.8
+LENGTH_FACTOR = 3.0
+MOST_ROLLBACKS = 3
+BACKOFF = 0.5
+"""Factor on the weight of pseudo-labels after each rollback."""
+
+
+class CollapseError(RuntimeError):
+    """Pseudo-labels have collapsed, and training has been stopped; the message says where to go on from."""
+
+
+class RollBack(Exception):
+    """Ends training at an alarm, for `train` to go on from an earlier checkpoint.
+
+    Args:
+        checkpoint: its folder.
+    """
+
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__(checkpoint)
+        self.checkpoint = checkpoint
+
+
+def signs_of_collapse(now: Mapping[str, float], healthy: Mapping[str, float] | None) -> list[str]:
+    """Every sign of collapse in a window, in words; none for a window that is healthy.
+
+    - nothing kept: no label of the window was kept.
+    - classes: the divergence of labels from the labelled data (`pseudo/kl`) is above `KL_SHARE` of what it were if all
+      labels were its most frequent class or token, and has grown by half since the healthy window.
+    - empty: more than `EMPTY_SHARE` of labels are empty, `EMPTY_RISE` more than in the healthy window, while the loss
+      on unlabelled data is lower than there, or gone.
+    - blank: the share of blank frames has come nine tenths of the way from the healthy window to 1, while that loss is
+      lower.
+    - distinct: the share of distinct labels is below a quarter, and their number below half, of the healthy window's.
+    - length: labels have become `LENGTH_FACTOR` times as long or as short, against labelled data.
+
+    Args:
+        now: metrics of the window (`LabelCounts.metrics`, `student_metrics`), and `rows`.
+        healthy: those of the first healthy window; None before there is one, which leaves the first two rules.
+    """
+    found = []
+    if now.get("pseudo/kept") == 0:
+        found.append(f"none of {now['rows']:.0f} labels was kept")
+    kl, limit = now.get("pseudo/kl", 0.0), now.get("pseudo/kl_limit", math.inf)
+    before = (healthy or {}).get("pseudo/kl", 0.0)
+    if kl > max(KL_SHARE * limit, 1.5 * before):
+        found.append(
+            f"labels are {kl:.2f} nats from the labelled data, where one single class or token is {limit:.2f}"
+        )
+    if healthy is None:
+        return found
+    falls = now.get("loss/unlabelled", -math.inf) < healthy.get("loss/unlabelled", math.inf)
+    empty, empty_before = (one.get("pseudo/dropped_empty", 0.0) for one in (now, healthy))
+    if falls and empty > EMPTY_SHARE and empty - empty_before > EMPTY_RISE:
+        found.append(f"{empty:.0%} of labels are empty, {empty_before:.0%} before")
+    blank, blank_before = (one.get("score/blank", 0.0) for one in (now, healthy))
+    if falls and blank > blank_before + BLANK_APPROACH * (1 - blank_before):
+        found.append(f"{blank:.1%} of frames are blank, {blank_before:.1%} before")
+    shares = [one.get("pseudo/distinct", 0.0) for one in (now, healthy)]
+    numbers = [one.get("pseudo/distinct", 0.0) * one.get("pseudo/kept", 0.0) * one["rows"] for one in (now, healthy)]
+    fewer = shares[0] < DISTINCT_SHARE * shares[1] and numbers[0] < DISTINCT_NUMBER * numbers[1]
+    if now.get("pseudo/kept", 0.0) > 0 and fewer:
+        found.append(f"{shares[0]:.1%} of labels are distinct, {shares[1]:.1%} before")
+    lengths = [one.get("pseudo/length_ratio", 0.0) for one in (now, healthy)]
+    if min(lengths) > 0 and not 1 / LENGTH_FACTOR <= lengths[0] / lengths[1] <= LENGTH_FACTOR:
+        found.append(f"labels are {lengths[0]:.2f} times as long as labelled ones, {lengths[1]:.2f} times before")
+    return found
+
+
+class CollapseGuard:
+    """What the windows of a run looked like, which checkpoints are good, and what weight pseudo-labels have left.
+
+    A checkpoint is **good** when every window up to its clock ended without an alarm. A rollback goes to the last good
+    one; from there pseudo-labels have weight 0 up to the clock of the alarm (they are drawn, labelled and counted all
+    the same, so the data of the run stays what it was), and then `BACKOFF` times their weight, for each rollback.
+
+    Args:
+        pl_start: reference step at which pseudo-labels begin; checkpoints up to there are good.
+
+    Attributes:
+        alarms: clock and signs of every alarm.
+        pauses: clock of the checkpoint and of the alarm of every rollback.
+    """
+
+    def __init__(self, pl_start: float) -> None:
+        self.pl_start = pl_start
+        self.healthy: dict[str, float] | None = None
+        self.healthy_until = pl_start
+        self.checkpoints: list[list[Any]] = []
+        self.pauses: list[list[float]] = []
+        self.alarms: list[list[Any]] = []
+        self._decided: dict[str, Any] = {}
+
+    def look(self, metrics: Mapping[str, float], clock: float) -> list[str]:
+        """Judge the window that ends at `clock`, and note what it says; the signs of collapse in it."""
+        signs = signs_of_collapse(metrics, self.healthy)
+        if signs:
+            self.alarms.append([clock, signs])
+            return signs
+        self.healthy_until = clock
+        if self.healthy is None:
+            self.healthy = dict(metrics)
+        return []
+
+    def saved(self, checkpoint: str, clock: float) -> None:
+        """Note a checkpoint, and forget those before the last good one."""
+        good = self.good()
+        first = good[0][1] if good else 0.0
+        self.checkpoints = [entry for entry in self.checkpoints if first <= entry[1] < clock]
+        self.checkpoints.append([checkpoint, clock])
+
+    def good(self) -> list[tuple[str, float]]:
+        """Good checkpoints and their clocks, the last one first."""
+        until = self.healthy_until + CLOCK_DUST
+        return [(str(name), float(clock)) for name, clock in reversed(self.checkpoints) if clock <= until]
+
+    def roll_back(self, clock: float, alarm: float) -> None:
+        """Pause pseudo-labels from the checkpoint at `clock` to the alarm, in whatever is loaded next."""
+        self._decided = {"pauses": [*self.pauses, [clock, alarm]], "alarms": self.alarms}
+
+    def weight(self, clocks: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What is left of the weight of pseudo-labels at these places on the clock: 1 without rollbacks."""
+        weight = np.ones(len(clocks))
+        for start, end in self.pauses:
+            paused = (clocks > start - CLOCK_DUST) & (clocks < end - CLOCK_DUST)
+            weight *= np.where(paused, 0.0, np.where(clocks < end - CLOCK_DUST, 1.0, BACKOFF))
+        return weight
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as JSON values; the same on every process."""
+        return {
+            "healthy": self.healthy,
+            "healthy_until": self.healthy_until,
+            "checkpoints": self.checkpoints,
+            "pauses": self.pauses,
+            "alarms": self.alarms,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it; what `roll_back` decided outlives the state of the checkpoint it goes back to."""
+        state, self._decided = {**state, **self._decided}, {}
+        self.healthy = state.get("healthy")
+        self.healthy_until = float(state.get("healthy_until", self.pl_start))
+        self.checkpoints = [list(entry) for entry in state.get("checkpoints", [])]
+        self.pauses = [list(entry) for entry in state.get("pauses", [])]
+        self.alarms = [list(entry) for entry in state.get("alarms", [])]

@@ -1,0 +1,195 @@
+"""Looks for collapse while a trainer runs, and warns, stops or rolls back."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.utils import logging
+
+from hf_ema_scaling.data.passes import CLOCK_DUST
+from hf_ema_scaling.ema.durable import rename
+from hf_ema_scaling.scaling import ReferenceClock
+from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
+from hf_ema_scaling.training.checkpoints import checkpoint_step, what_is_missing
+from hf_ema_scaling.training.collapse import LEAST_ROWS, MOST_ROLLBACKS, CollapseError, CollapseGuard, RollBack
+from hf_ema_scaling.training.label_counts import LabelCounts
+
+if TYPE_CHECKING:
+    from hf_ema_scaling.training.trainer import PseudoLabelTrainer
+
+logger = logging.get_logger(__name__)
+
+COLLAPSED_PREFIX = "collapsed-"
+"""Put before the names of checkpoints that a rollback leaves behind, so that nothing resumes from them."""
+
+
+def check_rollback(args: EMATrainingArguments, pseudo: PseudoLabelArguments) -> None:
+    """Refuses `on_collapse="rollback"` for a run that may have no checkpoint to roll back to.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if pseudo.on_collapse != "rollback":
+        return
+    if args.save_strategy in (SaveStrategy.NO, SaveStrategy.BEST) or args.save_only_model:
+        raise ValueError(
+            "on_collapse=rollback goes back to a checkpoint: save whole ones in regular intervals (save_strategy "
+            f"steps or epoch, save_only_model false), got save_strategy={args.save_strategy}"
+        )
+    if args.save_total_limit is None:
+        return
+    by_steps = args.save_strategy == SaveStrategy.STEPS and args.save_steps >= 1
+    # A checkpoint from before the window, and all that are saved until it ends.
+    needed = 1 + math.ceil(pseudo.collapse_window / args.save_steps) if by_steps else math.inf
+    if args.save_total_limit < needed:
+        saved = f"up to {needed} checkpoints belong to" if by_steps else "nobody knows how many are saved in"
+        raise ValueError(
+            f"save_total_limit={args.save_total_limit} may delete the checkpoint that on_collapse=rollback goes back "
+            f"to: {saved} its window of {pseudo.collapse_window:g} reference steps; raise the limit, or leave it out"
+        )
+
+
+class CollapseWatch(TrainerCallback):
+    """Judges pseudo-labels at the end of each window and acts on what it finds.
+
+    Args:
+        trainer: the trainer that it is a callback of.
+        action: off, warn, stop or rollback.
+        window: in reference steps.
+        pl_start: reference step at which pseudo-labels begin.
+
+    Attributes:
+        guard: what it knows.
+        error: how a run that was stopped ends.
+    """
+
+    def __init__(self, trainer: PseudoLabelTrainer, action: str, window: float, pl_start: float) -> None:
+        self.trainer = trainer
+        self.action = action
+        self.window = window
+        self.guard = CollapseGuard(pl_start)
+        self.error: CollapseError | None = None
+        self._warned: list[str] = []
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Look at the window that ends here, if one does."""
+        trainer = self.trainer
+        if self.action == "off":
+            return control
+        step = trainer.sampler.step(state.global_step - 1)
+        due = ReferenceClock.crosses(step.start, step.end, self.window)
+        if not due or step.end <= self.guard.pl_start + CLOCK_DUST:
+            return control
+        counts, metrics = trainer.window_metrics()
+        if counts.counts["rows"] < LEAST_ROWS:
+            return control
+        trainer.label_statistics.window = LabelCounts()
+        signs = self.guard.look({**metrics, "rows": counts.counts["rows"]}, step.end)
+        return self._act(signs, step.end, control) if signs else control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note the checkpoint."""
+        clock = self.trainer.sampler.step(state.global_step - 1).end
+        self.guard.saved(f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", clock)
+
+    def resumed(self, checkpoint: Path, clock: float) -> None:
+        """Note the checkpoint that the run goes on from."""
+        self.guard.saved(os.path.relpath(checkpoint, self._folder), clock)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.trainer.args.output_dir))
+
+    def _act(self, signs: list[str], clock: float, control: TrainerControl) -> TrainerControl:
+        said = f"Pseudo-labels seem to have collapsed at reference step {clock:g}: {'; '.join(signs)}."
+        if self.action == "warn":
+            # Once for each set of signs: figures in them change from window to window.
+            kinds = ["".join(c for c in sign if not c.isdigit()) for sign in signs]
+            if kinds != self._warned:
+                logger.warning(f"{said} on_collapse can stop the run or roll it back.")
+            self._warned = kinds
+            return control
+        good = self._good_checkpoint()
+        rollbacks = len(self.guard.pauses)
+        if self.action == "rollback" and good is not None and rollbacks < MOST_ROLLBACKS:
+            logger.warning(f"{said} Going back to {good[0]}, without pseudo-labels up to this point of the clock.")
+            self.guard.roll_back(good[1], clock)
+            raise RollBack(good[0])
+        if self.action == "rollback" and good is not None:
+            said += f" {rollbacks} rollbacks have not helped."
+        # Nothing is saved any more: a checkpoint of collapsed weights could push out a good one.
+        control.should_training_stop = True
+        control.should_save = control.should_evaluate = False
+        self.error = CollapseError(
+            f"{said} Training stopped; the weights are as they were. "
+            + (
+                "There is no checkpoint from before the collapse: begin pseudo-labels later (pl_start)"
+                if good is None
+                else f"The last good checkpoint is {good[0]} (reference step {good[1]:g}): go on from it by "
+                f"train(resume_from_checkpoint={good[0]!r}) or --resume_from_checkpoint {good[0]}"
+            )
+            + ", with a higher min_confidence, more filters, a lower unlabeled_weight or a lower learning rate."
+        )
+        return control
+
+    def _good_checkpoint(self) -> tuple[str, float] | None:
+        """The last good checkpoint that is still there and complete; the main process decides for all."""
+        answer: list[Any] = [None]
+        if self.trainer.accelerator.is_main_process:
+            average = self.trainer.args.on_missing_average == "raise"
+            for name, clock in self.guard.good():
+                path = os.path.normpath(self._folder / name)
+                if not what_is_missing(path, average=average):
+                    answer = [(path, clock)]
+                    break
+        if self.trainer.accelerator.num_processes > 1:
+            broadcast_object_list(answer)
+        return answer[0]
+
+    def train(self, train: Callable[..., Any], checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
+        """Train, from earlier checkpoints again as often as there are rollbacks.
+
+        A rollback is what a crash and `train(resume_from_checkpoint=...)` would be: weights, optimizer, average,
+        label cache, counters and random states are those of the checkpoint.
+
+        Raises:
+            CollapseError: the run was stopped.
+        """
+        self.error = None
+        while True:
+            try:
+                result = train(checkpoint, *args, **kwargs)
+            except RollBack as back:
+                checkpoint = back.checkpoint
+            else:
+                break
+            self._set_aside(checkpoint_step(Path(checkpoint)))
+        if self.error is not None:
+            raise self.error
+        return result
+
+    def _set_aside(self, step: int) -> None:
+        """Rename checkpoints after `step`: nothing may resume from them, and nothing is lost."""
+        if self.trainer.args.should_save:
+            for path in sorted(self._folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+                if path.is_dir() and checkpoint_step(path) > step:
+                    rename(path, _free(path.with_name(COLLAPSED_PREFIX + path.name)))
+        self.trainer.accelerator.wait_for_everyone()
+
+
+def _free(path: Path) -> Path:
+    """The path, with a number after it where it is taken."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}.{number}")
+    return free
