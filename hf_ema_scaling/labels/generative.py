@@ -156,8 +156,7 @@ def _prompt(model: Any, kind: str, tokenizer: Any, language: str | None) -> tupl
         if wraps_last_token(model) and start not in _ids(model, "eos_token_id"):
             # Here the language itself is what the decoder starts with.
             return forced
-    needs_language = kind in MANY_LANGUAGES or (wraps_last_token(model) and start in _ids(model, "eos_token_id"))
-    if needs_language and not forced:
+    if (kind in MANY_LANGUAGES or (kind == "mbart" and start in _ids(model, "eos_token_id"))) and not forced:
         raise ValueError(
             f"{type(model).__name__} writes many languages: say which, by language=, or by "
             "model.generation_config.forced_bos_token_id"

@@ -162,6 +162,29 @@ def test_beam_search_does_not_depend_on_the_batch(name: str) -> None:
     assert [label.ids for label in greedy] != [label.ids for label in labels]
 
 
+def test_a_teacher_with_adapters_labels_as_the_model_it_averages() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    head = HEADS["t5"]
+    batch = tiny.batch_of(tiny.rows_for("text"))
+    torch.manual_seed(0)
+    student = get_peft_model(head.make(head.seed), LoraConfig(target_modules=["q", "v"], r=2)).eval()
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    labeler = labeler_for(head, student)
+    labels = labeler.label(student, batch)
+    assert labels != labelled_by_base(head, batch)
+    teacher = EMATeacher(student, WeightAverage(student))
+    assert [label.ids for label in labeler.label(teacher, batch)] == [label.ids for label in labels]
+
+
+def labelled_by_base(head: Head, batch: tiny.Tensors) -> list[PseudoLabel]:
+    model = head.make(head.seed)
+    return labeler_for(head, model).label(model, batch)
+
+
 def test_causal_prompts_may_be_padded_on_either_side() -> None:
     head = HEADS["gpt2"]
     model = head.make(head.seed)

@@ -11,7 +11,9 @@ import pytest
 import tiny
 import tiny_generation
 import torch
-from transformers import GenerationConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import GenerationConfig, PreTrainedTokenizerFast, WhisperFeatureExtractor
 
 from hf_ema_scaling.data import CTCCollator
 from hf_ema_scaling.data.collator import pad_labels
@@ -19,6 +21,7 @@ from hf_ema_scaling.labels import Seq2SeqLabeler, generative_labeler_for
 from hf_ema_scaling.training.arguments import PseudoLabelArguments
 from hf_ema_scaling.training.seq2seq import EMASeq2SeqTrainer, PseudoLabelSeq2SeqTrainer
 from hf_ema_scaling.training.seq2seq_arguments import EMASeq2SeqTrainingArguments
+from hf_ema_scaling.training.trainer import PseudoLabelTrainer
 
 FAMILIES = ("whisper", "t5")
 PADDING = {"whisper": 2, "t5": 0}
@@ -38,6 +41,12 @@ def model_of(family: str, seed: int = 0, *, dropout: float = 0.0) -> Any:
 def rows_of(family: str, count: int, seed: int = 0, *, labels: bool = True) -> datasets.Dataset:
     rng = np.random.default_rng(seed)
     columns: dict[str, Any] = {}
+    if family == "gpt2":
+        prompts = [rng.integers(10, 24, int(rng.integers(3, 9))).tolist() for _ in range(count)]
+        columns["input_ids"] = prompts
+        if labels:
+            columns["labels"] = [[-100] * 2 + row[2:] for row in prompts]
+        return datasets.Dataset.from_dict(columns)
     if family == "whisper":
         columns["input_features"] = rng.standard_normal((count, 4, 16)).astype(np.float32).tolist()
     else:
@@ -228,6 +237,51 @@ def test_sampled_labels_belong_to_the_item_not_to_batches_or_kappa(family: str, 
         found.append(Watching.seen)
     assert len(found[0]) == 8 and len(set(found[0].values())) > 3
     assert found[1] == found[0] and found[2] == found[0]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
+def test_gradients_of_a_step_do_not_depend_on_its_micro_batches(family: str, tmp_path: Path) -> None:
+    """At fixed weights, with labelled rows, pseudo-labelled rows and dropped ones in a step."""
+    options = {"language": "fr"} if family == "whisper" else {}
+    gradients, kept = [], []
+    for size in (2, 16):
+        model = tiny_generation.gpt2(5) if family == "gpt2" else model_of(family, {"whisper": 0, "t5": 95}[family])
+        kind = PseudoLabelTrainer if family == "gpt2" else PseudoLabelSeq2SeqTrainer
+        recorder, unwatched = tiny.Recorder(), tiny.Unwatched()
+        made = kind(
+            model,
+            arguments(tmp_path, max_steps=3, learning_rate=0.0, per_device_train_batch_size=size, batch_size=12),
+            train_dataset=rows_of(family, 12),
+            unlabeled_dataset=rows_of(family, 14, 1, labels=False),
+            pseudo_label_args=PseudoLabelArguments(pl_start=0.0),
+            labeler=generative_labeler_for(model, max_new_tokens=8, **options),
+            data_collator=collate,
+            callbacks=[recorder, unwatched],
+        )
+        recorder.trainer = unwatched.trainer = made
+        made.train()
+        gradients.append(recorder.gradients[0])
+        kept.append({name: made.label_statistics.counts[name] for name in ("rows", "kept", "tokens")})
+    assert kept[0] == kept[1] and 0 < kept[0]["kept"] < kept[0]["rows"]
+    assert tiny.difference(*gradients) < 1e-5
+
+
+def test_rows_are_padded_without_a_collator_of_ones_own(tmp_path: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({str(i): i for i in range(24)}, unk_token="23")), pad_token="0"
+    )
+    made = EMASeq2SeqTrainer(
+        model_of("t5"), arguments(tmp_path), train_dataset=rows_of("t5", 8), processing_class=tokenizer
+    )
+    rows = list(rows_of("t5", 3))
+    found, expected = made.data_collator([dict(row) for row in rows]), collate(rows)
+    assert tiny.same_bits(dict(found), expected)
+    extractor = WhisperFeatureExtractor(feature_size=4)
+    speech = EMASeq2SeqTrainer(
+        model_of("whisper"), arguments(tmp_path), train_dataset=rows_of("whisper", 8), processing_class=extractor
+    )
+    rows = list(rows_of("whisper", 3))
+    assert tiny.same_bits(speech.data_collator(rows), collate(rows))
 
 
 def test_labels_that_begin_with_the_decoders_start_are_refused(tmp_path: Path) -> None:
