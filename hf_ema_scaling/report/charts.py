@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from hf_ema_scaling.report.runs import CLOCK, Run
+from hf_ema_scaling.report.runs import CLOCK, Run, number
 
 POINTS = 600
 """Points of a line that are drawn; of longer ones the least and the greatest of each stretch."""
+MARKS = 6
+"""Marks that a chart has room for."""
 LOG_RATIO = 200.0
 """Positive values that differ by more than this are drawn on a logarithmic axis."""
 AXES = {CLOCK: "reference steps", "step": "optimizer steps", "units": "data seen ({unit})"}
@@ -18,13 +19,22 @@ AXES = {CLOCK: "reference steps", "step": "optimizer steps", "units": "data seen
 
 @dataclass(frozen=True)
 class Line:
-    """A curve; `run` is the number of its run, which gives its colour."""
+    """A curve; `run` is the number of its run, which gives its colour. A stepped one has each value since the last."""
 
     name: str
     run: int
     x: Sequence[float]
     y: Sequence[float]
     dashed: bool = False
+    stepped: bool = False
+
+    def corners(self) -> list[tuple[float, float]]:
+        """Points to be joined by straight lines."""
+        points = list(zip(self.x, self.y, strict=True))
+        if not self.stepped:
+            return points
+        turns = [(before, value) for before, (_, value) in zip(self.x, points[1:], strict=False)]
+        return [point for pair in zip(points, turns, strict=False) for point in pair] + points[-1:]
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,12 @@ class Chart:
 
     @property
     def logarithmic(self) -> bool:
-        """Whether the values spread over so many sizes that only their logarithms can be told apart."""
+        """Whether the values spread over so many sizes that only their logarithms can be told apart.
+
+        Not of learning rates, whose schedules have shapes that people know.
+        """
+        if self.key == "learning_rate":
+            return False
         values = [value for line in self.lines for value in line.y]
         return min(values) > 0 and max(values) / min(values) > LOG_RATIO
 
@@ -85,6 +100,7 @@ _FAMILIES = {
         "pseudo_labels",
     ),
 }
+_STEPPED = ("ema/momentum", "ema/kappa", "batch/units")
 _HISTOGRAM = "confidence/"
 # Trainer's own accounts, which are no curves.
 _NO_CURVE = ("epoch", "step", "total_flos", "train_", "clock/")
@@ -127,10 +143,12 @@ def sections(runs: Sequence[Run]) -> list[Section]:
                 for key, side, dashed in ((f"eval_{name}", "student", True), (f"eval_ema_{name}", "average", False))
                 for line in _lines(runs, key, axis, side, dashed=dashed)
             ]
+            lines.sort(key=lambda line: line.run)
             if lines:
                 marks = _marks(runs) if axis == CLOCK else ()
                 charts["metrics"].append(Chart(f"eval_{name}", name, _label(runs, axis), lines, marks))
-    for key in dict.fromkeys(key for run in runs for key in run.logged()):
+    logged = dict.fromkeys(key for run in runs for key in run.logged())
+    for key in (*(key for key in _TITLES if key in logged), *(key for key in logged if key not in _TITLES)):
         slug = _section_of(key)
         if slug is not None and (lines := _lines(runs, key, CLOCK)):
             title = _TITLES.get(key, key)
@@ -155,10 +173,12 @@ def _label(runs: Sequence[Run], axis: str) -> str:
 
 def _lines(runs: Sequence[Run], key: str, axis: str, side: str = "", *, dashed: bool = False) -> list[Line]:
     lines = []
-    for number, run in enumerate(runs):
+    for place, run in enumerate(runs):
         x, y = thinned(*run.curve(key, axis))
         if x:
-            lines.append(Line(": ".join(part for part in (run.name, side) if part), number, x, y, dashed))
+            lines.append(
+                Line(": ".join(part for part in (run.name, side) if part), place, x, y, dashed, key in _STEPPED)
+            )
     return lines
 
 
@@ -179,19 +199,20 @@ def thinned(x: Sequence[float], y: Sequence[float], points: int = POINTS) -> tup
 
 
 def _marks(runs: Sequence[Run]) -> tuple[tuple[float, str], ...]:
-    """Where pseudo-labels start and where stages begin; of several runs what all of them share."""
+    """Where pseudo-labels start and where stages begin; where that is too much, what all runs share."""
     shared: dict[tuple[float, str], int] = {}
     for run in runs:
-        marks: list[tuple[Any, str]] = [(run.recipe.get("pl_start"), "pseudo-labels start")]
+        marks = [(run.recipe.get("pl_start"), "pseudo-labels start")]
         marks += [(stage.get("start"), "new batch") for stage in run.stages[1:]]
-        for place, what in marks if run.has_clock else ():
-            if isinstance(place, (int, float)) and place > 0:
-                shared[float(place), what] = shared.get((float(place), what), 0) + 1
-    everywhere = sorted(mark for mark, count in shared.items() if count == len(runs))
+        for value, what in marks if run.has_clock else ():
+            if (place := number(value)) is not None and place > 0:
+                shared[place, what] = shared.get((place, what), 0) + 1
+    if len(shared) > MARKS:
+        shared = {mark: count for mark, count in shared.items() if count == len(runs)}
     places: dict[float, list[str]] = {}
-    for place, what in everywhere:
+    for place, what in sorted(shared, reverse=True):
         places.setdefault(place, []).append(what)
-    return tuple((place, ", ".join(reversed(what))) for place, what in places.items())
+    return tuple((place, ", ".join(places[place])) for place in sorted(places))
 
 
 def _bin(key: str) -> float | None:
@@ -213,8 +234,8 @@ def _histogram(run: Run, x_label: str) -> HeatMap | None:
         return None
     kept = sorted(columns)[:: math.ceil(len(columns) / 120)]
     title = f"Confidence of pseudo-labels: {run.name}"
-    lower = [border for border, _ in bins]
-    return HeatMap(_HISTOGRAM.rstrip("/"), title, x_label, "confidence", kept, lower, [columns[x] for x in kept])
+    borders = [border for border, _ in bins]
+    return HeatMap(_HISTOGRAM.rstrip("/"), title, x_label, "confidence", kept, borders, [columns[x] for x in kept])
 
 
 def describe(chart: Chart | HeatMap) -> str:

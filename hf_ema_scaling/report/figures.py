@@ -92,7 +92,7 @@ def _draw_chart(axis: Any, chart: Chart) -> None:
     for line in chart.lines:
         marker = "." if len(line.x) <= 40 else ""
         style = {"linestyle": "--" if line.dashed else "-", "marker": marker, "color": f"C{line.run % 10}"}
-        axis.plot(line.x, line.y, label=f"{line.name}", **style)
+        axis.plot(line.x, line.y, label=line.name, drawstyle="steps-pre" if line.stepped else "default", **style)
     if chart.logarithmic:
         axis.set_yscale("log")
     for place, _ in chart.marks:

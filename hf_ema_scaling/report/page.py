@@ -92,5 +92,5 @@ def _cell(value: Any) -> str | Markup:
         return Markup(", ").join(_cell(inner) for inner in value)
     if not isinstance(value, (int, float)):
         return str(value)
-    shown = f"{value:,}" if isinstance(value, int) else f"{value:.5g}" if math.isfinite(value) else str(value)
+    shown = f"{value:.5g}" if isinstance(value, float) and math.isfinite(value) else str(value)
     return Markup('<data value="{}">{}</data>').format(repr(value), shown)

@@ -150,7 +150,7 @@ def _read(folder: Path, name: str) -> Run:
     run = Run(
         name=name,
         folder=where,
-        history=[row for row in state.get("log_history", []) if isinstance(row, Mapping)],
+        history=_on_clock([row for row in state.get("log_history", []) if isinstance(row, Mapping)]),
         step=step,
         max_steps=int(number(state.get("max_steps")) or 0),
         plan=plan,
@@ -162,6 +162,12 @@ def _read(folder: Path, name: str) -> Run:
     if not run.has_clock:
         notes.append("the log carries no reference clock: optimizer steps are shown in its place")
     return run
+
+
+def _on_clock(history: Sequence[Log]) -> list[Log]:
+    """The log, with the clock also in entries from outside training, where another one of the same step has it."""
+    clocks = {row["step"]: row[CLOCK] for row in history if "step" in row and CLOCK in row}
+    return [{CLOCK: clocks[row["step"]], **row} if row.get("step") in clocks else row for row in history]
 
 
 def _newest_state(folder: Path, notes: list[str]) -> tuple[Mapping[str, Any], Path]:

@@ -110,7 +110,7 @@ def _curves(image: ET.Element, chart: Chart) -> None:
         if x(x.low + room) - x.start > 6.2 * len(what):
             _text(image, "text", what, x=x(place) + 3, y=TOP - 6, **{"class": "note"})
     for line in chart.lines:
-        path = " ".join(f"{x(at):.2f},{y(value):.2f}" for at, value in zip(line.x, line.y, strict=True))
+        path = " ".join(f"{x(at):.2f},{y(value):.2f}" for at, value in line.corners())
         _part(image, "polyline", _style(line), points=path)
         if len(line.x) <= MARKED:
             for at, value in zip(line.x, line.y, strict=True):

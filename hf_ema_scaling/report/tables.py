@@ -47,7 +47,11 @@ def comparison(runs: Sequence[Run]) -> Table:
         for side, prefix in (("student", "eval_"), ("average", "eval_ema_")):
             quantities[f"{name}, {side}"] = lambda run, key=prefix + name: run.final(key)  # type: ignore[misc]
     rows = [[what, *(find(run) for run in runs)] for what, find in quantities.items()]
-    return Table("Runs", ["", *(run.name for run in runs)], [row for row in rows if row[1:] != [None] * len(runs)])
+    return Table(
+        "How far they came and where they ended",
+        ["", *(run.name for run in runs)],
+        [row for row in rows if row[1:] != [None] * len(runs)],
+    )
 
 
 def _progress(run: Run) -> str:
@@ -101,17 +105,21 @@ def evaluations(run: Run) -> Table | None:
     """Every evaluation of student and average: a row each."""
     found = [side + name for name in metric_names([run]) for side in ("eval_", "eval_ema_")]
     keys = [key for key in found if run.last(key) is not None]
-    rows = [row for row in run.history if any(number(row.get(key)) is not None for key in keys)]
+    places = ("step", CLOCK, *keys)
+    # One that was made again at the same step, with the same outcome, says nothing new.
+    rows = list(
+        dict.fromkeys(
+            tuple(row.get(place) for place in places)
+            for row in run.history
+            if any(number(row.get(key)) is not None for key in keys)
+        )
+    )
     if not rows:
         return None
     every = -(-len(rows) // EVALUATIONS)
     kept = [row for place, row in enumerate(rows) if place % every == 0 or place == len(rows) - 1]
     heads = ["optimizer step", "reference step", *map(_of_side, keys)]
-    return Table(
-        f"Evaluations of {run.name}",
-        heads,
-        [[row.get("step"), row.get(CLOCK), *(row.get(key) for key in keys)] for row in kept],
-    )
+    return Table(f"Evaluations of {run.name}", heads, kept)
 
 
 def _of_side(key: str) -> str:
