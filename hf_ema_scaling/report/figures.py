@@ -98,8 +98,9 @@ def _draw_chart(axis: Any, chart: Chart) -> None:
     for place, _ in chart.marks:
         axis.axvline(place, color="grey", linewidth=0.8)
     axis.grid(alpha=0.3)
-    for text in axis.legend(fontsize="small").get_texts():
-        text.set_parse_math(False)
+    if len(chart.lines) > 1:
+        for text in axis.legend(fontsize="small").get_texts():
+            text.set_parse_math(False)
 
 
 def _draw_heat_map(axis: Any, chart: HeatMap) -> None:

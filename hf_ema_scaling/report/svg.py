@@ -140,7 +140,7 @@ def _heat_map(image: ET.Element, chart: HeatMap) -> None:
 def _axes(image: ET.Element, x: Scale, y: Scale, x_label: str) -> None:
     for value in y.ticks:
         _part(image, "line", "grid", x1=LEFT, y1=y(value), x2=WIDTH - RIGHT, y2=y(value))
-        _text(image, "text", tick_text(value, y.ticks), x=LEFT - 7, y=y(value) + 4, **{"class": "y tick"})
+        _text(image, "text", tick_text(value, y.ticks), x=LEFT - 7, y=y(value), **{"class": "y tick"})
     for value in x.ticks:
         _part(image, "line", "grid", x1=x(value), y1=TOP, x2=x(value), y2=HEIGHT - BOTTOM)
         _text(image, "text", tick_text(value, x.ticks), x=x(value), y=HEIGHT - BOTTOM + 17, **{"class": "x tick"})
