@@ -137,5 +137,28 @@ def check(
     raise typer.Exit(int(any(found.result == FAILED for found in results)))
 
 
+@main.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders (output_dir) or checkpoints; finished or not.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="HTML file; default: report.html in the run folder, or here for several."),
+    ] = None,
+    figures: Annotated[bool, typer.Option(help="Write PNG figures too, into a folder beside the page.")] = True,
+) -> None:
+    """Writes one HTML page about runs, and figures: metrics, batch, momentum, pseudo-labels, ledger, comparison."""
+    from hf_ema_scaling.report import read_runs, write_report
+
+    if output is None:
+        output = (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    try:
+        found = read_runs(runs)
+        for path in write_report(found, output, figures=figures):
+            typer.echo(path)
+    except (ValueError, OSError, ImportError) as error:
+        typer.secho(str(error), fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from error
+
+
 if __name__ == "__main__":
     main()

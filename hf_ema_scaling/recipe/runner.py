@@ -7,8 +7,10 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hf_ema_scaling.training.mixin import EMATrainerMixin
+from hf_ema_scaling.training.tracking import scalar_logs
 
 COLUMNS = {
     "wer": "WER",
@@ -35,8 +37,11 @@ def run(trainer: EMATrainerMixin) -> dict[str, float]:
         What `metrics.json` holds.
     """
     args, main = trainer.args, trainer.is_world_process_zero()
+    folder = Path(str(args.output_dir))
     if main:
         print(trainer.plan.explain(), flush=True)
+        # Now too, for reports on runs that are not at their end.
+        _write(folder / "scaling_plan.json", trainer.plan.to_dict())
     resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
     metrics: dict[str, float] = dict(trainer.train(resume).metrics)
     metrics["optimizer_steps"] = trainer.state.global_step
@@ -44,15 +49,23 @@ def run(trainer: EMATrainerMixin) -> dict[str, float]:
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
     if main:
-        folder = Path(str(args.output_dir))
         # JSON knows neither NaN nor infinity.
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        for name, content in (("metrics", finite), ("scaling_plan", trainer.plan.to_dict())):
-            (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in scalar_logs(metrics).items()
+        }
+        _write(folder / "metrics.json", finite)
+        # On resume, the steps done before are known by now.
+        _write(folder / "scaling_plan.json", trainer.plan.to_dict())
         print(results_table(metrics), flush=True)
     trainer.save_state()
     trainer.save_model()
     return metrics
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def results_table(metrics: Mapping[str, float]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .plan import ScalingPlan
 
-_LABELS = {
+VALUE_LABELS = {
     "batch_size": "batch size ({unit})",
     "labelled": "  labelled ({unit})",
     "unlabelled": "  unlabelled ({unit})",
@@ -38,7 +38,7 @@ def plan_table(plan: ScalingPlan) -> str:
     unit = plan.recipe.unit
     columns = [plan.reference_values(), *plan.stage_values()]
     rows = [["", "reference", *(f"stage {index}" for index in range(len(plan.stages)))]]
-    for key, label in _LABELS.items():
+    for key, label in VALUE_LABELS.items():
         cells = ["off" if column[key] is None else _format(column[key]) for column in columns]
         if key == "max_grad_norm" or set(cells) != {"off"}:
             rows.append([label.format(unit=unit), *cells])

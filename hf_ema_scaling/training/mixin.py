@@ -45,11 +45,13 @@ from hf_ema_scaling.training.layout import RunLayout, lay_out
 from hf_ema_scaling.training.losses import ExampleLoss, cap_losses, is_ctc, loss_for
 from hf_ema_scaling.training.noise import NoiseMeter
 from hf_ema_scaling.training.optimizer_values import hyper_parameters, reference_values
+from hf_ema_scaling.training.progress import show_scaling
 from hf_ema_scaling.training.run_state import RunState, optimizer_family, run_state_to_resume
 from hf_ema_scaling.training.scheduler import PlanScheduler
 from hf_ema_scaling.training.sharded import check_optimizer_state, refuse_resume, without_sync
 from hf_ema_scaling.training.signals import StopOnSigterm
 from hf_ema_scaling.training.stock import SkipWatch, learns
+from hf_ema_scaling.training.tracking import scalar_logs
 
 logger = logging.get_logger(__name__)
 
@@ -114,6 +116,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
         self._last_step: SampledStep | None = None
         self._sigterm = StopOnSigterm(self.accelerator)
         self.pop_callback(DefaultFlowCallback)
+        show_scaling(self)
         self.callback_handler.callbacks[:0] = [ReferenceFlow(self), AverageUpdate(self), self._sigterm]
         self.layout: RunLayout | None = self._lay_out(None) if self.train_dataset is not None else None
 
@@ -385,12 +388,15 @@ class EMATrainerMixin(BothWeightsEvaluation):
     # ---- Log
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the reference clock to every log of a run, and the state of scaling to the training logs."""
+        """Adds the reference clock to every log of a run, and the state of scaling to the training logs.
+
+        Trackers, `log_history` and `trainer_state.json` get `scalar_logs` of it.
+        """
         if self.is_in_train and self._last_step is not None:
             logs["clock/reference_step"] = self._last_step.end
             if "loss" in logs:
                 logs.update(self.training_logs())
-        super().log(logs, start_time)
+        super().log(scalar_logs(logs), start_time)
 
     def training_logs(self) -> dict[str, float]:
         """What a training log says beside loss, gradient norm and learning rate; called on every process."""
