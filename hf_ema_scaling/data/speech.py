@@ -371,7 +371,20 @@ class SpecAugment:
         self.time_width = time_width
         self.time_share = time_share
 
-    def __call__(self, features: Tensor, lengths: Tensor | Sequence[int], seeds: Sequence[int]) -> Tensor:
+    def __call__(self, inputs: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, Tensor]:
+        """The `input_features` of padded inputs, masked; `attention_mask` tells their lengths where there is one.
+
+        Raises:
+            ValueError: when the inputs have no `input_features`.
+        """
+        features = inputs.get("input_features")
+        if features is None:
+            raise ValueError(f"SpecAugment masks 'input_features', which are not among the inputs {sorted(inputs)}")
+        mask = inputs.get("attention_mask")
+        lengths = [features.shape[1]] * len(features) if mask is None else mask.sum(-1)
+        return {"input_features": self.masked(features, lengths, seeds)}
+
+    def masked(self, features: Tensor, lengths: Tensor | Sequence[int], seeds: Sequence[int]) -> Tensor:
         """A masked copy of `features` (rows, frames, bins); padding behind `lengths` is not touched.
 
         Raises:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-Augmentation = Callable[[Tensor, Tensor, list[int]], Tensor]
-"""`(features (rows, frames, bins), lengths (rows,), seed of each row) -> features`, see `SpecAugment`."""
+from hf_ema_scaling.data.views import Augmentation
 
 # Seeds of one run do not meet those of another as long as a run draws fewer items than this.
 SEEDS_PER_RUN = 2**40
@@ -18,28 +17,44 @@ SEEDS_PER_RUN = 2**40
 def augment(
     augmentation: Augmentation, inputs: dict[str, Any], positions: list[int], begun: int, seed: int
 ) -> dict[str, Any]:
-    """The inputs with `input_features` augmented, in the rows that lie at or past stream position `begun`.
+    """The inputs with the rows augmented that lie at or past stream position `begun`.
+
+    An augmentation may make rows longer or shorter: rows of both kinds in one batch are filled up with zeros.
 
     Args:
-        augmentation: what changes the features.
+        augmentation: what changes the inputs.
         inputs: padded inputs of a micro-batch; left as they are.
         positions: place of each row in the reference stream, which seeds its augmentation.
         begun: first position to be augmented.
         seed: of the run.
 
     Raises:
-        ValueError: when the inputs have no `input_features`.
+        ValueError: when the augmentation returns another number of rows, or an input that was not there.
     """
-    features = inputs.get("input_features")
-    if features is None:
-        raise ValueError("augmentation changes 'input_features', which this model's inputs do not have")
     late = [row for row, position in enumerate(positions) if position >= begun]
     if not late:
         return inputs
-    mask = inputs.get("attention_mask")
-    lengths = torch.full((len(features),), features.shape[1]) if mask is None else mask.sum(-1)
-    changed = features.clone()
-    changed[late] = augmentation(
-        features[late], lengths[late], [seed * SEEDS_PER_RUN + positions[row] for row in late]
-    )
-    return {**inputs, "input_features": changed}
+    given = {name: value[late] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    changed = augmentation(given, [seed * SEEDS_PER_RUN + positions[row] for row in late])
+    for name, value in changed.items():
+        if name not in inputs or len(value) != len(late):
+            raise ValueError(
+                f"the augmentation returned {name!r} with {len(value)} rows, got {sorted(inputs)} with {len(late)}: "
+                "it may change inputs, but neither add any nor change their rows' number"
+            )
+    return {**inputs, **{name: _merged(inputs[name], value, late) for name, value in changed.items()}}
+
+
+def _merged(before: Tensor, changed: Tensor, rows: list[int]) -> Tensor:
+    """`before` with `changed` in the place of `rows`."""
+    if before.ndim > 1:
+        width = max(before.shape[1], changed.shape[1])
+        before, changed = (_widened(tensor, width) for tensor in (before, changed))
+    merged = before.clone()
+    merged[torch.tensor(rows, device=merged.device)] = changed
+    return merged
+
+
+def _widened(tensor: Tensor, width: int) -> Tensor:
+    missing = width - tensor.shape[1]
+    return F.pad(tensor, [0, 0] * (tensor.ndim - 2) + [0, missing]) if missing else tensor

@@ -19,11 +19,12 @@ from transformers.utils import logging
 
 from hf_ema_scaling.data.collator import CTCCollator, MicroBatch, MicroBatchCollator, TwoSourceDataset
 from hf_ema_scaling.data.sampler import SampledStep, ScheduledBatchSampler
+from hf_ema_scaling.data.views import Augmentation
 from hf_ema_scaling.ema import WeightAverage, gathered, load_average, save_average, unwrap
 from hf_ema_scaling.ema.adapter_storage import load_added_adapter
 from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
-from hf_ema_scaling.training.augment import Augmentation, augment
+from hf_ema_scaling.training.augment import augment
 from hf_ema_scaling.training.average_update import AverageMover, new_average
 from hf_ema_scaling.training.checkpoints import checkpoint_to_resume, committed, restored_average
 from hf_ema_scaling.training.checks import (
@@ -57,7 +58,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
 
     Args:
         example_loss: loss per example, for heads that the library does not know.
-        augmentation: changes the student's `input_features`; each row by a seed of its own.
+        augmentation: changes the student's inputs, of labelled and unlabelled rows; each row by a seed of its own.
         **kwargs: as for `Trainer`.
 
     Raises:

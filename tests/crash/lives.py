@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,13 @@ class Points:
         return torn
 
 
-def augment(features: Tensor, lengths: Tensor, seeds: list[int]) -> Tensor:
+def augment(inputs: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, Tensor]:
+    features = inputs["input_features"]
     rows = [
-        torch.randn(row.shape, generator=torch.Generator().manual_seed(seed))
-        for row, seed in zip(features, seeds, strict=True)
+        torch.randn(row.shape, generator=torch.Generator().manual_seed(s))
+        for row, s in zip(features, seeds, strict=True)
     ]
-    return features + 0.3 * torch.stack(rows)
+    return {"input_features": features + 0.3 * torch.stack(rows)}
 
 
 class Diary(TrainerCallback):

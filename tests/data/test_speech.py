@@ -241,7 +241,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, list[int]]:
 
 def test_specaugment_depends_on_the_rows_seed_content_and_length_only() -> None:
     features, lengths, seeds = batch()
-    augment = SpecAugment(freq_width=8)
+    augment = SpecAugment(freq_width=8).masked
     before, state = features.clone(), torch.get_rng_state()
     together = augment(features, lengths, seeds)
     assert torch.equal(features, before)
@@ -257,19 +257,19 @@ def test_specaugment_depends_on_the_rows_seed_content_and_length_only() -> None:
 
 def test_masks_are_zero_and_within_their_limits() -> None:
     features = torch.ones(300, 50, 24)
-    time_only = SpecAugment(0, 0, 1, 30, time_share=0.2)(features, [50] * 300, range(300))
+    time_only = SpecAugment(0, 0, 1, 30, time_share=0.2).masked(features, [50] * 300, range(300))
     masked = (time_only == 0).all(-1)
     assert torch.equal(time_only == 0, masked[:, :, None].expand(-1, -1, 24))
     assert int(masked.sum(1).max()) == 9  # fewer than 20 % of 50 frames
     assert masked.any(1).float().mean() > 0.8
-    freq_only = SpecAugment(1, 6, 0, 0)(features, [50] * 300, range(300))
+    freq_only = SpecAugment(1, 6, 0, 0).masked(features, [50] * 300, range(300))
     assert int((freq_only == 0).all(1).sum(1).max()) == 5
-    assert torch.equal(SpecAugment(0, 15, 0, 20)(features, [50] * 300, range(300)), features)
-    assert torch.equal(SpecAugment(0, 15, 2, 20, time_share=0.0)(features, [50] * 300, range(300)), features)
+    assert torch.equal(SpecAugment(0, 15, 0, 20).masked(features, [50] * 300, range(300)), features)
+    assert torch.equal(SpecAugment(0, 15, 2, 20, time_share=0.0).masked(features, [50] * 300, range(300)), features)
 
 
 def test_specaugment_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"time_share 1\.5"):
         SpecAugment(time_share=1.5)
     with pytest.raises(ValueError, match="need 4 lengths of at most 60 and 4 seeds"):
-        SpecAugment()(torch.ones(4, 60, 24), [60] * 4, [1])
+        SpecAugment().masked(torch.ones(4, 60, 24), [60] * 4, [1])

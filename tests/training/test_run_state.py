@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ STEPS = 11
 VOLATILE = ("runtime", "per_second", "train_loss", "preparation_time")
 
 
-def augment(features: torch.Tensor, lengths: torch.Tensor, seeds: list[int]) -> torch.Tensor:
+def augment(inputs: Mapping[str, torch.Tensor], seeds: Sequence[int]) -> dict[str, torch.Tensor]:
     """Each row's own noise."""
+    features = inputs["input_features"]
     rows = [
         torch.randn(row.shape, generator=torch.Generator().manual_seed(s))
         for row, s in zip(features, seeds, strict=True)
     ]
-    return features + 0.3 * torch.stack(rows)
+    return {"input_features": features + 0.3 * torch.stack(rows)}
 
 
 def supervised(folder: Path, init: int = 0, **changes: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,11 @@ def test_the_teacher_sees_no_augmentation_and_the_student_does(tmp_path: Path) -
     data = tiny.speech(9, 1, features=8, labels=False)
     seen: list[torch.Tensor] = []
 
-    def silence(features: torch.Tensor, lengths: torch.Tensor, seeds: list[int]) -> torch.Tensor:
-        assert lengths.max() == features.shape[1] and len(seeds) == len(features)
+    def silence(inputs: Mapping[str, torch.Tensor], seeds: Sequence[int]) -> dict[str, torch.Tensor]:
+        features = inputs["input_features"]
+        assert inputs["attention_mask"].shape == features.shape[:2] and len(seeds) == len(features)
         seen.extend(torch.tensor(seed % 2**40) for seed in seeds)
-        return torch.zeros_like(features)
+        return {"input_features": torch.zeros_like(features)}
 
     made = tiny.trainer(
         tiny.parakeet(),
