@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_ema_scaling.data.bad_items import check_choice
 from hf_ema_scaling.data.speech import SpecAugment, build_character_processor, longest_first, prepare_ctc
 from hf_ema_scaling.metrics import CTCMetrics
 from hf_ema_scaling.recipe.config import close_names
@@ -57,8 +58,16 @@ class SpeechDataArguments:
     max_unlabelled: int | None = field(default=None, metadata={"help": "Use the first so many rows only."})
     max_evaluation: int | None = field(default=None, metadata={"help": "Use the first so many rows of each set only."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that compute features."})
+    on_bad_item: str = field(
+        default="raise",
+        metadata={
+            "help": "raise or skip: what to do with rows that are broken (audio that cannot be read, a text outside "
+            "the vocabulary, a line that is no row); skipped ones are counted by reason and named in the log."
+        },
+    )
 
     def __post_init__(self) -> None:
+        check_choice(self.on_bad_item)
         if self.text_case not in ("keep", "lower", "upper"):
             raise ValueError(f"text_case must be keep, lower or upper, got {self.text_case!r}")
         for name in ("max_labelled", "max_unlabelled", "max_evaluation"):
@@ -145,7 +154,12 @@ def build_asr_ctc(
     limits: dict[str, Any] = {"min_seconds": data.min_seconds, "max_seconds": data.max_seconds or math.inf}
 
     def load(source: str, limit: int | None, texts: bool = True) -> Dataset:
-        dataset = load_speech(source, audio_column=data.audio_column, text_column=data.text_column if texts else None)
+        dataset = load_speech(
+            source,
+            audio_column=data.audio_column,
+            text_column=data.text_column if texts else None,
+            on_bad_item=data.on_bad_item,
+        )
         dataset = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
         return _with_texts(dataset, data) if texts else dataset
 
@@ -157,6 +171,7 @@ def build_asr_ctc(
                 audio_column=data.audio_column,
                 text_column=data.text_column if texts else None,
                 num_proc=data.num_proc,
+                on_bad_item=data.on_bad_item,
                 **limits,
             )
         except ValueError as error:
@@ -165,7 +180,8 @@ def build_asr_ctc(
     config = None if model.model_config is None else new_config(model.model_config)
     with args.main_process_first(desc="preparing speech"):
         labelled = load(data.labelled, data.max_labelled)
-        processor = _processor(model, config, labelled[data.text_column])
+        texts = [text for text in labelled[data.text_column] if isinstance(text, str)]
+        processor = _processor(model, config, texts)
         train = prepare(data.labelled, labelled, **limits)
         sets = {
             name: longest_first(prepare(source, load(source, data.max_evaluation)))
@@ -201,7 +217,10 @@ def _with_texts(dataset: Dataset, data: SpeechDataArguments) -> Dataset:
         return dataset
     table = str.maketrans("", "", data.remove_characters)
     cases: dict[str, Callable[[str], str]] = {"keep": str, "lower": str.lower, "upper": str.upper}
-    texts = [cases[data.text_case](text.translate(table)) for text in dataset[data.text_column]]
+    texts = [
+        cases[data.text_case](text.translate(table)) if isinstance(text, str) else text
+        for text in dataset[data.text_column]
+    ]
     # A column of its own: mapping would write the audio once more.
     return dataset.remove_columns(data.text_column).add_column(data.text_column, texts)
 

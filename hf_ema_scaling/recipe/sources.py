@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import soundfile
 from datasets import Audio, Dataset, DatasetDict, load_dataset, load_from_disk
 
+from hf_ema_scaling.data.bad_items import RAISE, BadItemError, BadItems, text_of
 from hf_ema_scaling.data.speech import quiet_unless_terminal
 from hf_ema_scaling.data.text import label_name
+from hf_ema_scaling.recipe.manifests import read_manifest
+
+logger = logging.getLogger(__name__)
 
 
-def load_speech(source: str, *, audio_column: str = "audio", text_column: str | None = "text") -> Dataset:
+def load_speech(
+    source: str,
+    *,
+    audio_column: str = "audio",
+    text_column: str | None = "text",
+    keep: Sequence[str] = (),
+    on_bad_item: str = RAISE,
+) -> Dataset:
     """Audio, undecoded, and texts of a source, in the order they have there.
 
     Args:
         source: as in `SpeechDataArguments`; local where the path, or what stands before its last colon, exists.
         audio_column: column of the audio; in audio folders it is `file_name` whatever this says.
         text_column: column of the texts; None where there are none or they must not be read.
+        keep: other columns to keep, as they are.
+        on_bad_item: `raise` an error for a row of a manifest that is no row or lacks a value, or `skip` it, counted
+            by reason and named in the log; an audio file that is not there is then left for `prepare_ctc` to skip.
 
     Returns:
         A map-style data set with these columns only.
@@ -32,44 +47,77 @@ def load_speech(source: str, *, audio_column: str = "audio", text_column: str | 
         ValueError: for a source that cannot be loaded, has no rows, or lacks a column.
         NotImplementedError: for a URL: streaming is not supported yet.
     """
-    wanted = [audio_column] if text_column is None else [audio_column, text_column]
-    dataset = _found(source, wanted, "audio_column and text_column", _speech_files)
+    wanted = [audio_column, *([] if text_column is None else [text_column])]
+    wanted += [name for name in keep if name not in wanted]
+    files = partial(_speech_files, bad=BadItems(on_bad_item), texts=[] if text_column is None else [text_column])
+    dataset = _found(source, wanted, "audio_column and text_column", files)
     if isinstance(dataset.features[audio_column], Audio):
         dataset = dataset.cast_column(audio_column, Audio(decode=False))
     return dataset.select_columns(wanted)
 
 
-def load_text(source: str, *, text_column: str = "text", label_column: str = "label") -> Dataset:
+def load_text(
+    source: str,
+    *,
+    text_column: str = "text",
+    label_column: str | None = "label",
+    keep: Sequence[str] = (),
+    on_bad_item: str = RAISE,
+) -> Dataset:
     """Texts and their labels, in the order they have in a source.
 
     Args:
         source: as in `TextDataArguments`; local where the path, or what stands before its last colon, exists.
         text_column: column of the texts.
-        label_column: column of the labels: strings, integers or a `ClassLabel`.
+        label_column: column of the labels: strings, integers or a `ClassLabel`; None where there are none or they
+            must not be read.
+        keep: other columns to keep, as they are.
+        on_bad_item: `raise` an error for a row whose text is empty or null or whose label names no class, and for a
+            line of a manifest that is no row, or `skip` it, counted by reason and named in the log.
 
     Returns:
         A map-style data set with these columns only. Labels of a manifest are strings.
 
     Raises:
         FileNotFoundError: for a local source that is not there.
-        ValueError: for a source that cannot be loaded, has no rows, or lacks a column, and for a row whose text is
-            empty or whose label names no class.
+        ValueError: for a source that cannot be loaded, has no rows, or lacks a column, and for a bad row.
         NotImplementedError: for a URL: streaming is not supported yet.
     """
-    wanted = [text_column, label_column]
-    dataset = _found(source, wanted, "text_column and label_column", _text_rows).select_columns(wanted)
-    feature, number = dataset.features[label_column], 0
-    for rows in dataset.iter(batch_size=1000):
-        for text, label in zip(rows[text_column], rows[label_column], strict=True):
+    wanted = [text_column, *([] if label_column is None else [label_column])]
+    wanted += [name for name in keep if name not in wanted]
+    check = partial(_check_text, text_column=text_column, label_column=label_column)
+    rows_of = partial(_text_rows, bad=BadItems(on_bad_item), check=check)
+    arguments = "text_column" if label_column is None else "text_column and label_column"
+    dataset = _found(source, wanted, arguments, rows_of).select_columns(wanted)
+    bad, good, number = BadItems(on_bad_item), [], 0
+    feature = None if label_column is None else dataset.features[label_column]
+    judged = dataset.select_columns([name for name in (text_column, label_column) if name is not None])
+    for rows in judged.iter(batch_size=1000):
+        for values in zip(*rows.values(), strict=True):
             number += 1
-            if not isinstance(text, str) or not text.strip():
-                shown = "empty" if isinstance(text, str) else "null" if text is None else f"{text!r}, not a string"
-                raise ValueError(f"{source}, row {number}: {text_column} is {shown}: leave such rows out")
             try:
-                label_name(label, feature)
-            except ValueError as error:
-                raise ValueError(f"{source}, row {number}: {error}") from error
-    return dataset
+                check(dict(zip(rows, values, strict=True)), feature)
+                good.append(number - 1)
+            except BadItemError as error:
+                bad.add(error.of(f"{source}, row {number}"))
+    bad.log(logger, source, number)
+    return dataset if len(good) == number else dataset.select(good)
+
+
+def _check_text(
+    row: Mapping[str, Any], feature: Any = None, *, text_column: str, label_column: str | None
+) -> dict[str, Any]:
+    """The row as it is kept, with its label as a string where the column has no type.
+
+    Raises:
+        BadItemError: when the text or the label is none.
+    """
+    if not text_of(row[text_column], text_column).strip():
+        raise BadItemError(f"{text_column} is empty: leave such rows out", "empty_text")
+    if label_column is None:
+        return dict(row)
+    name = label_name(row[label_column], feature)
+    return {**row, label_column: name} if feature is None else dict(row)
 
 
 def named_sources(text: str | None) -> dict[str, str]:
@@ -133,109 +181,106 @@ def _local(
     return of_files(path, split, wanted)
 
 
-def _text_rows(path: Path, split: str | None, wanted: list[str]) -> Dataset:
+def _text_rows(
+    path: Path,
+    split: str | None,
+    wanted: list[str],
+    *,
+    bad: BadItems,
+    check: Callable[[Mapping[str, Any]], dict[str, Any]],
+) -> Dataset:
     if split is not None:
         path = path / split
     if not path.is_file():
         raise ValueError(
             f"{path} is neither a file (.jsonl, .csv) nor a folder that save_to_disk of `datasets` has written"
         )
-    if path.suffix.lower() == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows: list[dict[str, Any]] = list(csv.DictReader(file))
-    else:
-        rows = _json_lines(path)
-    if not rows:
+    rows = read_manifest(path, bad)
+    if not rows and not bad.counts:
         raise ValueError(f"{path}: no rows")
-    text_column, label_column = wanted
     columns: dict[str, list[Any]] = {column: [] for column in wanted}
     for number, row in enumerate(rows, start=1):
-        missing = [column for column in wanted if column not in row]
-        if missing:
-            raise ValueError(
-                f"{path}, row {number}: no {', '.join(missing)}; it has {', '.join(map(str, row))}. Name the columns "
-                "by text_column and label_column"
-            )
-        text = row[text_column]
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"{path}, row {number}: {text_column} is {text!r}, not a string")
         try:
-            columns[label_column].append(label_name(row[label_column]))
-        except ValueError as error:
-            raise ValueError(f"{path}, row {number}: {error}") from error
-        columns[text_column].append(text)
+            kept = check(_columns(row, wanted, "text_column and label_column"))
+        except BadItemError as error:
+            bad.add(error.of(f"{path}, row {number}"))
+            continue
+        for column in wanted:
+            columns[column].append(kept[column])
+    bad.log(logger, str(path), bad.counts.total() + len(columns[wanted[0]]))
     return Dataset.from_dict(columns)
 
 
-def _speech_files(path: Path, split: str | None, wanted: list[str]) -> Dataset:
+def _columns(row: Mapping[str, Any], wanted: list[str], arguments: str) -> dict[str, Any]:
+    missing = [column for column in wanted if column not in row]
+    if missing:
+        raise BadItemError(
+            f"no {', '.join(missing)}; it has {', '.join(map(str, row))}. Name the columns by {arguments}", "no_column"
+        )
+    return {column: row[column] for column in wanted}
+
+
+def _speech_files(path: Path, split: str | None, wanted: list[str], *, bad: BadItems, texts: list[str]) -> Dataset:
     if split is not None:
         path = path / split
-    rows: list[dict[str, Any]]
     if path.is_file():
-        rows = _json_lines(path)
-        folder, name = path.parent, wanted[0]
-    elif (path / "metadata.jsonl").is_file():
-        folder, name = path, "file_name"
-        path = path / "metadata.jsonl"
-        rows = _json_lines(path)
-    elif (path / "metadata.csv").is_file():
-        folder, name = path, "file_name"
-        path = path / "metadata.csv"
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows, folder, name = read_manifest(path, bad), path.parent, wanted[0]
+    elif found := [path / name for name in ("metadata.jsonl", "metadata.csv") if (path / name).is_file()]:
+        folder, name, path = path, "file_name", found[0]
+        rows = read_manifest(path, bad)
     else:
         suffixes = {f".{kind.lower()}" for kind in soundfile.available_formats()} | {".mp3", ".opus"}
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
         folder, name = path, "file_name"
         rows = [{name: str(file.relative_to(path))} for file in files]
-    return _of_files(path, folder, name, rows, wanted)
+    return _of_files(path, folder, name, rows, wanted, bad, texts)
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: a JSON object is expected, got {line[:60]!r}")
-        if row:
-            rows.append(row)
-    return rows
-
-
-def _of_files(path: Path, folder: Path, name: str, rows: list[dict[str, Any]], wanted: list[str]) -> Dataset:
+def _of_files(
+    path: Path,
+    folder: Path,
+    name: str,
+    rows: list[dict[str, Any]],
+    wanted: list[str],
+    bad: BadItems,
+    texts: list[str],
+) -> Dataset:
     """Rows that name audio files as a data set in the cache of `datasets`, anew whenever a row or a file changes."""
-    if not rows:
+    if not rows and not bad.counts:
         raise ValueError(f"{path}: no rows")
-    taken = {wanted[0]: name, **{column: column for column in wanted[1:]}}
+    columns, kept = [name, *wanted[1:]], []
     for number, row in enumerate(rows, start=1):
-        missing = [column for column in taken.values() if row.get(column) is None]
-        if missing:
-            null = [column for column in missing if column in row]
-            if null:
-                raise ValueError(f"{path}, row {number}: {', '.join(null)} is null: leave such rows out")
-            raise ValueError(
-                f"{path}, row {number}: no {', '.join(missing)}; it has {', '.join(row)}. Name the columns by "
-                "audio_column and text_column"
-            )
-    kept = [{column: str(row[key]) for column, key in taken.items()} for row in rows]
+        try:
+            found = _columns(row, columns, "audio_column and text_column")
+            values = {wanted[0]: text_of(found.pop(name), name), **found}
+            for column in texts:
+                text_of(values[column], column)
+            kept.append(values)
+        except BadItemError as error:
+            bad.add(error.of(f"{path}, row {number}"))
+    bad.log(logger, str(path), bad.counts.total() + len(kept))
     for row in kept:
         row[wanted[0]] = str((folder / row[wanted[0]]).absolute())
-    absent = [row[wanted[0]] for row in kept if not Path(row[wanted[0]]).is_file()]
-    if absent:
+    absent = [row[wanted[0]] for row in kept if not _is_file(row[wanted[0]])]
+    if absent and bad.on_bad_item == RAISE:
         raise FileNotFoundError(
             f"{path}: {len(absent)} of {len(kept)} audio files are not there, first {absent[0]}; paths are relative "
             f"to {folder}"
         )
     key = hashlib.sha256()
     for row in kept:
-        stat = Path(row[wanted[0]]).stat()
-        key.update(json.dumps([row, stat.st_size, stat.st_mtime_ns]).encode())
+        stat = Path(row[wanted[0]]).stat() if _is_file(row[wanted[0]]) else None
+        key.update(json.dumps([row, *((stat.st_size, stat.st_mtime_ns) if stat else ())]).encode())
     with quiet_unless_terminal():
         return Dataset.from_generator(_rows, gen_kwargs={"rows": kept}, fingerprint=key.hexdigest()[:32])
 
 
-def _rows(rows: list[dict[str, str]]) -> Iterator[dict[str, str]]:
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # a name too long, or with a null character
+        return False
+
+
+def _rows(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     yield from rows
