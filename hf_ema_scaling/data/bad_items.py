@@ -9,24 +9,33 @@ from typing import Any
 
 RAISE, SKIP = "raise", "skip"
 CHOICES = (RAISE, SKIP)
+UNWANTED = ("too_short", "too_long", "empty_text", "silent", "no_features")
+"""Reasons of rows that are in order and still of no use: dropped and counted whatever `on_bad_item` says."""
 NAMED = 5
 """How many skipped items a log names."""
 
 
 class BadItemError(ValueError):
-    """An item that cannot be used: the message names it and says why, `reason` is the code it is counted by."""
+    """An item that cannot be used: the message names it and says why.
 
-    def __init__(self, message: str, reason: str = "unusable") -> None:
+    Args:
+        message: what is wrong, and what to do.
+        reason: the code that it is counted by.
+        size: of the item, in seconds or tokens, 0 where it is not known.
+    """
+
+    def __init__(self, message: str, reason: str = "unusable", size: float = 0.0) -> None:
         super().__init__(message)
         self.reason = reason
+        self.size = size
 
     def __reduce__(self) -> tuple[Any, ...]:
         # An exception that cannot be unpickled hangs the pool of `Dataset.map(num_proc=...)`.
-        return type(self), (str(self), self.reason)
+        return type(self), (str(self), self.reason, self.size)
 
     def of(self, item: str) -> BadItemError:
         """The same error with the item's name in front, such as `row 3`."""
-        return type(self)(f"{item}: {self}", self.reason)
+        return type(self)(f"{item}: {self}", self.reason, self.size)
 
 
 def check_choice(on_bad_item: str) -> str:
@@ -77,10 +86,14 @@ class BadItems:
         """
         if not self.counts:
             return
-        told = f"{self.counts.total()} of {total} rows ({counted(self.counts)})"
         if self.counts.total() >= total:
-            raise ValueError(f"{what}: nothing is left, skipped {told}, {listed(self.named, total)}")
-        logger.warning("%s: skipped %s, %s", what, told, listed(self.named, self.counts.total()))
+            raise ValueError(f"nothing is left: {self.told(what, total)}")
+        logger.warning("%s", self.told(what, total))
+
+    def told(self, what: str, total: int) -> str:
+        """The counts and the first names in one line."""
+        counts = f"{what}: skipped {self.counts.total()} of {total} rows ({counted(self.counts)})"
+        return f"{counts}; {listed(self.named, self.counts.total())}"
 
 
 def counted(counts: Counter[str]) -> str:

@@ -23,6 +23,7 @@ from transformers import Speech2TextFeatureExtractor, Wav2Vec2BertProcessor, Wav
 from hf_ema_scaling.data.audio import Waveform, read_audio
 from hf_ema_scaling.data.bad_items import (
     RAISE,
+    UNWANTED,
     BadItemError,
     check_choice,
     counted,
@@ -36,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 PAD, DELIMITER, UNKNOWN = "<pad>", "|", "<unk>"
 FRAME_SECONDS = 0.025  # window of the log-mel extractors of transformers
-UNWANTED = ("too_short", "too_long", "empty_text", "silent", "no_features")
-"""Reasons of rows that are in order and still of no use: dropped and counted whatever `on_bad_item` says."""
 
 
 def build_character_processor(

@@ -20,6 +20,9 @@ from hf_ema_scaling.recipe.manifests import read_manifest
 
 logger = logging.getLogger(__name__)
 
+LABELLED_RECORD = "labelling.json"
+"""Marks a folder that `hf-ema-scaling label` wrote."""
+
 
 def load_speech(
     source: str,
@@ -57,21 +60,14 @@ def load_speech(
 
 
 def load_text(
-    source: str,
-    *,
-    text_column: str = "text",
-    label_column: str | None = "label",
-    keep: Sequence[str] = (),
-    on_bad_item: str = RAISE,
+    source: str, *, text_column: str = "text", label_column: str = "label", on_bad_item: str = RAISE
 ) -> Dataset:
     """Texts and their labels, in the order they have in a source.
 
     Args:
         source: as in `TextDataArguments`; local where the path, or what stands before its last colon, exists.
         text_column: column of the texts.
-        label_column: column of the labels: strings, integers or a `ClassLabel`; None where there are none or they
-            must not be read.
-        keep: other columns to keep, as they are.
+        label_column: column of the labels: strings, integers or a `ClassLabel`.
         on_bad_item: `raise` an error for a row whose text is empty or null or whose label names no class, and for a
             line of a manifest that is no row, or `skip` it, counted by reason and named in the log.
 
@@ -83,20 +79,15 @@ def load_text(
         ValueError: for a source that cannot be loaded, has no rows, or lacks a column, and for a bad row.
         NotImplementedError: for a URL: streaming is not supported yet.
     """
-    wanted = [text_column, *([] if label_column is None else [label_column])]
-    wanted += [name for name in keep if name not in wanted]
-    check = partial(_check_text, text_column=text_column, label_column=label_column)
-    rows_of = partial(_text_rows, bad=BadItems(on_bad_item), check=check)
-    arguments = "text_column" if label_column is None else "text_column and label_column"
-    dataset = _found(source, wanted, arguments, rows_of).select_columns(wanted)
-    bad, good, number = BadItems(on_bad_item), [], 0
-    feature = None if label_column is None else dataset.features[label_column]
-    judged = dataset.select_columns([name for name in (text_column, label_column) if name is not None])
-    for rows in judged.iter(batch_size=1000):
-        for values in zip(*rows.values(), strict=True):
+    wanted, check = [text_column, label_column], partial(_check_text, text_column, label_column)
+    rows_of = partial(_manifest_rows, bad=BadItems(on_bad_item), check=check)
+    dataset = _found(source, wanted, "text_column and label_column", rows_of).select_columns(wanted)
+    feature, bad, good, number = dataset.features[label_column], BadItems(on_bad_item), [], 0
+    for rows in dataset.iter(batch_size=1000):
+        for text, label in zip(rows[text_column], rows[label_column], strict=True):
             number += 1
             try:
-                check(dict(zip(rows, values, strict=True)), feature)
+                check({text_column: text, label_column: label}, feature)
                 good.append(number - 1)
             except BadItemError as error:
                 bad.add(error.of(f"{source}, row {number}"))
@@ -104,20 +95,30 @@ def load_text(
     return dataset if len(good) == number else dataset.select(good)
 
 
-def _check_text(
-    row: Mapping[str, Any], feature: Any = None, *, text_column: str, label_column: str | None
-) -> dict[str, Any]:
-    """The row as it is kept, with its label as a string where the column has no type.
+def load_rows(source: str, columns: Sequence[str], *, on_bad_item: str = RAISE) -> Dataset:
+    """Columns of a source as they are, for those who judge the rows themselves.
+
+    Args:
+        source: as for `load_text`.
+        columns: which.
+        on_bad_item: `raise` an error for a line of a manifest that is no row or lacks a column, or `skip` it.
+
+    Raises:
+        FileNotFoundError, ValueError, NotImplementedError: as `load_text`, but for what rows hold.
+    """
+    rows_of = partial(_manifest_rows, bad=BadItems(on_bad_item), check=dict)
+    return _found(source, list(columns), "column and keep_columns", rows_of).select_columns(list(columns))
+
+
+def _check_text(text_column: str, label_column: str, row: Mapping[str, Any], feature: Any = None) -> dict[str, Any]:
+    """The row with its label as a string.
 
     Raises:
         BadItemError: when the text or the label is none.
     """
     if not text_of(row[text_column], text_column).strip():
         raise BadItemError(f"{text_column} is empty: leave such rows out", "empty_text")
-    if label_column is None:
-        return dict(row)
-    name = label_name(row[label_column], feature)
-    return {**row, label_column: name} if feature is None else dict(row)
+    return {**row, label_column: label_name(row[label_column], feature)}
 
 
 def named_sources(text: str | None) -> dict[str, str]:
@@ -168,6 +169,8 @@ def _from_hub(source: str) -> Dataset:
 def _local(
     path: Path, split: str | None, wanted: list[str], of_files: Callable[[Path, str | None, list[str]], Dataset]
 ) -> Dataset:
+    if (path / LABELLED_RECORD).is_file():
+        return _labels(path, split)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = load_from_disk(str(path))
         if isinstance(saved, Dataset):
@@ -181,7 +184,22 @@ def _local(
     return of_files(path, split, wanted)
 
 
-def _text_rows(
+def _labels(path: Path, split: str | None) -> Dataset:
+    """The rows of a folder that `hf-ema-scaling label` has finished whose label was not dropped."""
+    if split is not None:
+        raise ValueError(f"{path} holds labels, which have no splits: leave ':{split}' out")
+    if not json.loads((path / LABELLED_RECORD).read_text(encoding="utf-8"))["complete"]:
+        raise ValueError(f"{path}: not all rows are labelled yet; run the command that labels them again")
+    with quiet_unless_terminal():
+        dataset = load_dataset("parquet", data_files=str(path / "data" / "*.parquet"), split="train")
+    kept = [row for row, reason in enumerate(dataset["reason"]) if reason is None]
+    if not kept:
+        raise ValueError(f"{path}: all {len(dataset)} labels were dropped")
+    logger.warning("%s: %d of %d rows have a label", path, len(kept), len(dataset))
+    return dataset.select(kept)
+
+
+def _manifest_rows(
     path: Path,
     split: str | None,
     wanted: list[str],
