@@ -93,6 +93,14 @@ def read_audio(source: AudioSource, sampling_rate: int = 16_000) -> Waveform:
         raise AudioError(f"{name}: {error}", "bad_rate") from error
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file; also for what can be no path, such as one that is too long."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _decoded(source: AudioSource) -> tuple[str, npt.NDArray[Any], int]:
     """Name for messages, mono samples, rate."""
     if isinstance(source, Mapping):
@@ -107,9 +115,7 @@ def _decoded(source: AudioSource) -> tuple[str, npt.NDArray[Any], int]:
     if isinstance(source, bytes):
         return _decoded_file(f"{len(source)} bytes", source)
     if isinstance(source, str | Path):
-        if Path(source).is_dir():
-            raise AudioError(f"{source}: a folder, not a file of audio", "missing_file")
-        if not Path(source).is_file():
+        if not is_file(source):
             raise AudioError(f"{source}: no such file", "missing_file")
         return _decoded_file(str(source))
     raise AudioError(

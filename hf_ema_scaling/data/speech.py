@@ -185,10 +185,11 @@ def _bins(extractor: Any) -> int:
 
 
 def _check_characters(texts: Iterable[Any], tokenizer: Any) -> None:
-    texts = list(texts)
-    missing = _unknown({character for text in texts if isinstance(text, str) for character in text}, tokenizer)
+    # White space becomes one space, see `_labels`.
+    texts = [" ".join(text.split()) if isinstance(text, str) else "" for text in texts]
+    missing = _unknown({character for text in texts for character in text}, tokenizer)
     if missing:
-        rows = [row for row, text in enumerate(texts, start=1) if text is not None and not missing.isdisjoint(text)]
+        rows = [row for row, text in enumerate(texts, start=1) if not missing.isdisjoint(text)]
         raise BadItemError(
             f"{_not_known(missing)} (in {len(rows)} of {len(texts)} texts, first in row {rows[0]}): normalise the "
             "texts (case, digits, punctuation), or build the processor from them",
@@ -211,7 +212,8 @@ def _not_known(characters: Iterable[str]) -> str:
 
 
 def _labels(text: str, tokenizer: Any) -> list[int]:
-    ids: list[int] = tokenizer(" ".join(text.split()), add_special_tokens=False).input_ids
+    text = " ".join(text.split())
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     special = non_target_ids(tokenizer).intersection(ids)
     if special:
         if tokenizer.unk_token_id in special and (missing := _unknown(text, tokenizer)):

@@ -87,6 +87,6 @@ def _csv_rows(path: Path, bad: BadItems) -> Iterator[dict[str, Any]]:
                 raise BadItemError(f"the header names {len(header)} columns, this line has others", "not_a_row")
             yield row
         except csv.Error as error:
-            bad.add(BadItemError(f"{path}, line {reader.line_num}: not CSV ({error})", "not_a_row"))
+            bad.add(BadItemError(f"{path}, after line {reader.line_num}: not CSV ({error})", "not_a_row"))
         except BadItemError as error:
             bad.add(error.of(f"{path}, line {reader.line_num}"))

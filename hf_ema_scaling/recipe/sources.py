@@ -13,6 +13,7 @@ from typing import Any
 import soundfile
 from datasets import Audio, Dataset, DatasetDict, load_dataset, load_from_disk
 
+from hf_ema_scaling.data.audio import is_file
 from hf_ema_scaling.data.bad_items import RAISE, BadItemError, BadItems, text_of
 from hf_ema_scaling.data.speech import quiet_unless_terminal
 from hf_ema_scaling.data.text import label_name
@@ -270,7 +271,10 @@ def _of_files(
     for number, row in enumerate(rows, start=1):
         try:
             found = _columns(row, columns, "audio_column and text_column")
-            values = {wanted[0]: text_of(found.pop(name), name), **found}
+            file = found.pop(name)
+            if not isinstance(file, str):
+                raise BadItemError(f"{name} is {'null' if file is None else repr(file)[:60]}, no path", "no_audio")
+            values = {wanted[0]: file, **found}
             for column in texts:
                 text_of(values[column], column)
             kept.append(values)
@@ -279,7 +283,7 @@ def _of_files(
     bad.log(logger, str(path), bad.counts.total() + len(kept))
     for row in kept:
         row[wanted[0]] = str((folder / row[wanted[0]]).absolute())
-    absent = [row[wanted[0]] for row in kept if not _is_file(row[wanted[0]])]
+    absent = [row[wanted[0]] for row in kept if not is_file(row[wanted[0]])]
     if absent and bad.on_bad_item == RAISE:
         raise FileNotFoundError(
             f"{path}: {len(absent)} of {len(kept)} audio files are not there, first {absent[0]}; paths are relative "
@@ -287,17 +291,10 @@ def _of_files(
         )
     key = hashlib.sha256()
     for row in kept:
-        stat = Path(row[wanted[0]]).stat() if _is_file(row[wanted[0]]) else None
+        stat = Path(row[wanted[0]]).stat() if is_file(row[wanted[0]]) else None
         key.update(json.dumps([row, *((stat.st_size, stat.st_mtime_ns) if stat else ())]).encode())
     with quiet_unless_terminal():
         return Dataset.from_generator(_rows, gen_kwargs={"rows": kept}, fingerprint=key.hexdigest()[:32])
-
-
-def _is_file(path: str) -> bool:
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):  # a name too long, or with a null character
-        return False
 
 
 def _rows(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
