@@ -14,7 +14,7 @@ from hf_ema_scaling.data.bad_items import BadItemError, text_of
 from hf_ema_scaling.data.collator import CTCCollator
 from hf_ema_scaling.data.speech import check_seconds, features_of
 from hf_ema_scaling.labelling.heads import SPEECH, Head
-from hf_ema_scaling.labels.ctc import frames_of
+from hf_ema_scaling.labels.ctc import frames_of, sees_padding
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,8 @@ class SpeechInputs:
         self.model = head.model
         self.extractor = getattr(head.processing_class, "feature_extractor", head.processing_class)
         self._collate = CTCCollator.from_processor(head.processing_class)
-        # Group norm over time sees the padding; without a mask every layer does.
-        group_norm = getattr(head.model.config, "feat_extract_norm", None) == "group"
-        self.same_length = group_norm or not self._collate.attention_mask
+        # Without a mask every model takes padding for sound.
+        self.same_length = not self._collate.attention_mask or sees_padding(head.model)
 
     def prepare(self, row: Mapping[str, Any]) -> Prepared:
         """Features of the row's audio."""

@@ -22,6 +22,7 @@ from transformers import (
 
 from hf_ema_scaling.data.bad_items import check_choice
 from hf_ema_scaling.data.speech import SpecAugment, build_character_processor, longest_first, prepare_ctc
+from hf_ema_scaling.labels import blank_id
 from hf_ema_scaling.metrics import CTCMetrics
 from hf_ema_scaling.recipe.config import close_names
 from hf_ema_scaling.recipe.sources import load_speech, named_sources
@@ -203,11 +204,12 @@ def build_asr_ctc(
         "train_dataset": drop_unfitting(network, train, data.labelled),
         "eval_dataset": sets.get("", sets or None),
         "processing_class": processor,
-        "compute_metrics": CTCMetrics(processor.tokenizer, processor.tokenizer.pad_token_id).compute,
+        "compute_metrics": CTCMetrics(processor.tokenizer, blank_id(network.config)).compute,
         "augmentation": augmentation.build(),
     }
     if unlabelled is None:
         return EMATrainer(**shared)
+    unlabelled = drop_unfitting(network, unlabelled, str(data.unlabelled))
     return PseudoLabelTrainer(**shared, unlabeled_dataset=unlabelled, pseudo_label_args=pseudo)
 
 
