@@ -22,6 +22,8 @@ from transformers import (
 
 from hf_ema_scaling.data.bad_items import check_choice
 from hf_ema_scaling.data.speech import SpecAugment, build_character_processor, longest_first, prepare_ctc
+from hf_ema_scaling.data.speech_views import AdditiveNoise, SpeedPerturbation
+from hf_ema_scaling.data.views import Augmentation, Chain
 from hf_ema_scaling.labels import blank_id
 from hf_ema_scaling.metrics import CTCMetrics
 from hf_ema_scaling.recipe.config import close_names
@@ -115,7 +117,7 @@ class ModelArguments:
 
 @dataclass
 class AugmentationArguments:
-    """SpecAugment on the student's input, from `augment_start` on; widths are in bins and frames."""
+    """Views of the student's input from `augment_start` on: speed, then noise, then SpecAugment (bins and frames)."""
 
     spec_augment: bool = field(default=True, metadata={"help": "Mask bands and spans of log-mel features."})
     freq_masks: int = field(default=2, metadata={"help": "Masks over bins."})
@@ -124,11 +126,29 @@ class AugmentationArguments:
     time_width: int = field(default=20, metadata={"help": "Widest mask over frames."})
     time_share: float = field(default=0.2, metadata={"help": "Widest mask over frames, as a share of the utterance."})
 
-    def build(self) -> SpecAugment | None:
-        """The augmentation, None if it is off."""
-        if not self.spec_augment:
-            return None
-        return SpecAugment(self.freq_masks, self.freq_width, self.time_masks, self.time_width, self.time_share)
+    speeds: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Speeds with equal chances, such as 0.9 1.0 1.1; none: speech is left at its speed. Rows whose "
+            "label would not fit the frames of faster speech stay at their own."
+        },
+    )
+    noise: float = field(default=0.0, metadata={"help": "Probability with which a row gets white noise."})
+    noise_snr_min: float = field(default=10.0, metadata={"help": "Lowest ratio of signal to noise, in dB."})
+    noise_snr_max: float = field(default=30.0, metadata={"help": "Highest ratio of signal to noise, in dB."})
+
+    def build(self) -> Augmentation | None:
+        """The augmentation, None if all is off."""
+        views: list[Augmentation] = []
+        if self.speeds:
+            views.append(SpeedPerturbation(self.speeds))
+        if self.noise:
+            views.append(AdditiveNoise(self.noise, (self.noise_snr_min, self.noise_snr_max)))
+        if self.spec_augment:
+            views.append(
+                SpecAugment(self.freq_masks, self.freq_width, self.time_masks, self.time_width, self.time_share)
+            )
+        return Chain(*views) if len(views) > 1 else next(iter(views), None)
 
 
 ASR_CTC = (SpeechDataArguments, ModelArguments, AugmentationArguments, EMATrainingArguments, PseudoLabelArguments)
