@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 from hf_ema_scaling.ema.adapters import base_of
 from hf_ema_scaling.ema.sharding import class_of
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths
+from hf_ema_scaling.training.transducer_loss import TRANSDUCERS, transducer_losses
 
 ExampleLoss = Callable[[nn.Module, Mapping[str, Tensor], Tensor, Tensor], Tensor]
 """`(model, inputs, logits, labels) -> losses (rows,)`."""
@@ -140,6 +141,8 @@ def loss_for(model: nn.Module) -> ExampleLoss:
             return token_losses(logits, labels)
 
         return tokens
+    if name in TRANSDUCERS:
+        return transducer_losses
     raise NotImplementedError(
         f"no per-example loss is known for {name}: pass example_loss=(model, inputs, logits, labels) -> (rows,) to "
         "the trainer"
