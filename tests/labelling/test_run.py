@@ -13,9 +13,11 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 from label_inputs import speech_rows
+from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2Processor
 
 from hf_ema_scaling.data.bad_items import BadItemError
-from hf_ema_scaling.labelling import Head, label_dataset
+from hf_ema_scaling.data.speech import build_character_processor
+from hf_ema_scaling.labelling import Head, head_of, label_dataset
 from hf_ema_scaling.labelling.inputs import Prepared, batches
 from hf_ema_scaling.labels import PseudoLabel
 
@@ -190,3 +192,39 @@ def test_the_hidden_text_is_not_read(speech_head: Head, speech_data: Dataset, tm
         label_dataset(speech_head, data, tmp_path / name)
         outputs.append((tmp_path / name / "data" / "train-00000.parquet").read_bytes())
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("norm", ["group", "layer"])
+def test_models_without_a_mask_see_no_padding(norm: str, speech_data: Dataset, tmp_path: Path) -> None:
+    """Their feature extractors make none (wav2vec2-base), so only rows of one length share a batch."""
+    torch.manual_seed(0)
+    processor = build_character_processor("abcdef")
+    config = Wav2Vec2Config(
+        vocab_size=len(processor.tokenizer),
+        pad_token_id=0,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        conv_dim=(6, 6),
+        conv_kernel=(160, 4),
+        conv_stride=(160, 4),
+        num_feat_extract_layers=2,
+        feat_extract_norm=norm,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        initializer_range=1.0,
+    )
+    model = Wav2Vec2ForCTC(config).eval()
+    extractor = Wav2Vec2FeatureExtractor()
+    assert not extractor.return_attention_mask
+    head = head_of(model, Wav2Vec2Processor(extractor, processor.tokenizer))
+    label_dataset(head, speech_data, tmp_path / "out")
+    found = labels_of(tmp_path / "out")
+    for row, label in zip(speech_data, found, strict=True):
+        values = extractor(torch.tensor(row["audio"]["array"]).numpy(), sampling_rate=16_000)["input_values"][0]
+        with torch.no_grad():
+            logits = model(torch.tensor(values)[None]).logits[0]
+        best = [float(frame.log_softmax(-1).max()) for frame in logits]
+        assert label["confidence"] == pytest.approx(math.exp(sum(best) / len(best)), rel=1e-4)
+        assert label["label_ids"] == [i for i, _ in groupby(logits.argmax(-1).tolist()) if i not in (0, 2)]
