@@ -160,5 +160,87 @@ def report(
         raise typer.Exit(1) from error
 
 
+@main.command()
+def label(
+    model: Annotated[
+        str, typer.Argument(help="The model that labels: a folder such as run/ema, or a name on the Hub.")
+    ],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A manifest (.jsonl, .csv), an audio folder, a saved data set (folder:split), or owner/name:split."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", help="Folder for the labels; a run that was killed goes on.")],
+    column: Annotated[str | None, typer.Option(help="Column with the audio or the text [audio or text].")] = None,
+    keep_columns: Annotated[
+        str | None,
+        typer.Option("--keep_columns", "--keep-columns", help="Comma-separated columns to keep [the audio or text]."),
+    ] = None,
+    batch_size: Annotated[
+        float | None,
+        typer.Option(
+            "--batch_size", "--batch-size", help="Padded seconds [240] or tokens [16384] of a batch; bounds memory."
+        ),
+    ] = None,
+    shard_rows: Annotated[
+        int, typer.Option("--shard_rows", "--shard-rows", help="Most rows of a file; what a kill can cost.")
+    ] = 2000,
+    shard_size: Annotated[
+        float | None,
+        typer.Option("--shard_size", "--shard-size", help="Seconds [3600] or tokens [1000000] that close a file."),
+    ] = None,
+    min_seconds: Annotated[
+        float, typer.Option("--min_seconds", "--min-seconds", help="Shorter audio is dropped.")
+    ] = 0.0,
+    max_seconds: Annotated[
+        float, typer.Option("--max_seconds", "--max-seconds", help="Longer audio is dropped.")
+    ] = 40.0,
+    max_length: Annotated[
+        int | None, typer.Option("--max_length", "--max-length", help="Tokens at which texts are cut.")
+    ] = None,
+    min_confidence: Annotated[
+        float, typer.Option("--min_confidence", "--min-confidence", help="Labels below are dropped.")
+    ] = 0.0,
+    on_bad_item: Annotated[
+        str, typer.Option("--on_bad_item", "--on-bad-item", help="raise or skip: what to do with broken rows.")
+    ] = "raise",
+    streaming: Annotated[bool, typer.Option(help="Fetch rows as they are labelled.")] = False,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:0 or cpu [a GPU if there is one].")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or float16.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON instead of the table.")] = False,
+) -> None:
+    """Labels a data set with an averaged model: label, confidence and reason of each row, and where they come from."""
+    from hf_ema_scaling.labelling import label_dataset, load_head
+    from hf_ema_scaling.labelling.sources import open_data
+
+    keep = None if keep_columns is None else [name.strip() for name in keep_columns.split(",") if name.strip()]
+    try:
+        head = load_head(model, device=device, dtype=dtype)
+        rows = open_data(data, head.kind, column=column, keep=keep, streaming=streaming, on_bad_item=on_bad_item)
+        summary = label_dataset(
+            head,
+            rows,
+            output,
+            data_name=data,
+            column=column,
+            keep=keep,
+            batch_size=batch_size,
+            shard_rows=shard_rows,
+            shard_size=shard_size,
+            min_seconds=min_seconds,
+            max_seconds=max_seconds,
+            max_length=max_length,
+            min_confidence=min_confidence,
+            on_bad_item=on_bad_item,
+        )
+    except (ValueError, OSError, NotImplementedError) as error:
+        typer.secho(f"{error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from error
+    typer.echo(json.dumps(summary.to_dict()) if as_json else summary.table())
+    if not as_json:
+        typer.echo(f"labels: {output}")
+
+
 if __name__ == "__main__":
     main()

@@ -1,8 +1,7 @@
-"""From audio files to the rows of a CTC model: reading, features, characters, SpecAugment."""
+"""From audio to the rows of a CTC model: features, characters, SpecAugment."""
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import sys
@@ -10,125 +9,34 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import numpy.typing as npt
-import soundfile
 import torch
 import torchaudio
 from datasets import Array2D, Audio, Dataset, Features, List, Value
 from torch import Tensor
 from transformers import Speech2TextFeatureExtractor, Wav2Vec2BertProcessor, Wav2Vec2CTCTokenizer
 
+from hf_ema_scaling.data.audio import Waveform, read_audio
+from hf_ema_scaling.data.bad_items import (
+    RAISE,
+    UNWANTED,
+    BadItemError,
+    check_choice,
+    counted,
+    listed,
+    text_of,
+)
 from hf_ema_scaling.data.seeding import spread_seed
-from hf_ema_scaling.data.wav import missing_bytes
 from hf_ema_scaling.labels.ctc import non_target_ids
 
 logger = logging.getLogger(__name__)
 
-Waveform = npt.NDArray[np.float32]
-AudioSource = str | Path | bytes | Mapping[str, Any]
-
 PAD, DELIMITER, UNKNOWN = "<pad>", "|", "<unk>"
 FRAME_SECONDS = 0.025  # window of the log-mel extractors of transformers
-
-
-class AudioError(ValueError):
-    """An audio source that cannot be used; the message names it and says why."""
-
-
-@lru_cache(maxsize=8)
-def _resampler(source_rate: int, target_rate: int) -> torchaudio.transforms.Resample:
-    return torchaudio.transforms.Resample(source_rate, target_rate)
-
-
-def resample(waveform: Waveform, source_rate: int, target_rate: int) -> Waveform:
-    """Band-limited resampling of float32 (samples,) by torchaudio's windowed sinc."""
-    if source_rate == target_rate:
-        return waveform
-    resampled: Waveform = _resampler(source_rate, target_rate)(torch.from_numpy(waveform)).numpy()
-    return resampled
-
-
-def read_audio(source: AudioSource, sampling_rate: int = 16_000) -> Waveform:
-    """Read, mix down to mono and resample.
-
-    Args:
-        source: a path; the bytes of a file; or a row of `datasets`: `{"path", "bytes"}` (`Audio(decode=False)`) or
-            `{"array", "sampling_rate"}`, whose array is (samples,) or (channels, samples), in floats in [-1, 1] or
-            16-bit integers.
-        sampling_rate: of the result, in hertz.
-
-    Returns:
-        float32 (samples,).
-
-    Raises:
-        AudioError: when the source is missing, unreadable, of an unknown kind, empty, or not finite.
-    """
-    name, samples, rate = _decoded(source)
-    if samples.size == 0:
-        raise AudioError(f"{name}: no samples")
-    if not np.isfinite(samples).all():
-        raise AudioError(f"{name}: {int((~np.isfinite(samples)).sum())} samples are NaN or infinite")
-    if rate <= 0:
-        raise AudioError(f"{name}: a sampling rate of {rate} Hz")
-    return resample(np.ascontiguousarray(samples, dtype=np.float32), rate, sampling_rate)
-
-
-def _decoded(source: AudioSource) -> tuple[str, npt.NDArray[Any], int]:
-    """Name for messages, mono samples, rate."""
-    if isinstance(source, Mapping):
-        if source.get("array") is not None:
-            return _decoded_array(source)
-        path, content = source.get("path"), source.get("bytes")
-        if content is not None:
-            return _decoded_file(str(path or f"{len(content)} bytes"), content)
-        if path is None:
-            raise AudioError(f"audio row with keys {sorted(source)} holds no 'array', 'bytes' or 'path'")
-        source = path
-    if isinstance(source, bytes):
-        return _decoded_file(f"{len(source)} bytes", source)
-    if isinstance(source, str | Path):
-        if not Path(source).is_file():
-            raise AudioError(f"{source}: no such file")
-        return _decoded_file(str(source))
-    raise AudioError(f"audio of type {type(source).__name__}: give a path, bytes, or a row of an audio column")
-
-
-def _decoded_array(source: Mapping[str, Any]) -> tuple[str, npt.NDArray[Any], int]:
-    name = str(source.get("path") or "audio array")
-    if source.get("sampling_rate") is None:
-        raise AudioError(f"{name}: an 'array' needs its 'sampling_rate'")
-    array = np.asarray(source["array"])
-    # int64 is what a list of ints is, and what the numpy format of `datasets` makes of an int16 column.
-    if array.dtype in (np.int16, np.int64) and array.size and array.min() >= -32768 and array.max() <= 32767:
-        array = array.astype(np.float32) / 32768
-    elif array.dtype.kind != "f":
-        raise AudioError(f"{name}: samples of type {array.dtype}; give floats in [-1, 1] or 16-bit integers")
-    if array.ndim == 2 and array.shape[0] <= max(array.shape[1], 1):
-        array = array.mean(0)
-    if array.ndim != 1:
-        raise AudioError(f"{name}: an array of shape {array.shape}; give (samples,) or (channels, samples)")
-    return name, array, int(source["sampling_rate"])
-
-
-def _decoded_file(name: str, content: bytes | None = None) -> tuple[str, npt.NDArray[Any], int]:
-    try:
-        with open(name, "rb") if content is None else io.BytesIO(content) as file:
-            missing = missing_bytes(file)
-            samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise AudioError(f"{name}: not readable as audio ({error})") from error
-    if missing:
-        raise AudioError(
-            f"{name}: cut short after {len(samples) / rate:.2f} s, its header promises {missing} more bytes of sound: "
-            "fetch or write the file again"
-        )
-    return name, samples.mean(axis=1), int(rate)
 
 
 def build_character_processor(
@@ -186,12 +94,14 @@ def prepare_ctc(
     num_proc: int | None = None,
     min_seconds: float = 0.0,
     max_seconds: float = float("inf"),
+    on_bad_item: str = RAISE,
 ) -> Dataset:
     """The rows a CTC model trains on; every column that is not named here is left behind.
 
     Rows are dropped, counted and logged when their audio is shorter than `min_seconds` ("too_short") or longer than
-    `max_seconds` ("too_long"), too short for one frame or digitally silent, which normalisation turns into NaN
-    ("no_features"), or when their text is blank ("empty_text").
+    `max_seconds` ("too_long"), too short for one frame ("no_features") or digitally silent ("silent"), or when their
+    text is blank ("empty_text"). Rows that are broken (audio that cannot be read, see `read_audio`; a text that is
+    null, has characters that the vocabulary lacks or holds a special token) are errors, or dropped likewise.
 
     Args:
         dataset: audio as in `read_audio`, or an `Audio` column, which is read without `torchcodec`.
@@ -201,16 +111,17 @@ def prepare_ctc(
         num_proc: processes, as in `Dataset.map`.
         min_seconds: shortest audio kept.
         max_seconds: longest audio kept.
+        on_bad_item: `raise` an error for a broken row, or `skip` it, counted by reason and named in the log.
 
     Returns:
         A data set in numpy format: `input_features` float32 (frames, bins) or `input_values` float32 (samples,),
         whichever the extractor makes; `labels` int64 (tokens,); `duration` in seconds.
 
     Raises:
-        ValueError: when a column is missing, a text has characters that the vocabulary lacks or holds a special
-            token, or no row is left.
-        AudioError: when audio cannot be read.
+        ValueError: when a column is missing, or no row is left; with `on_bad_item="raise"` also for a broken row
+            (`BadItemError`, of audio `AudioError`), naming it, counted from 1.
     """
+    check_choice(on_bad_item)
     extractor = getattr(processor, "feature_extractor", processor)
     for column in filter(None, (audio_column, text_column)):
         if column not in dataset.column_names:
@@ -221,13 +132,13 @@ def prepare_ctc(
     dataset = dataset.select_columns(columns)
     if isinstance(dataset.features[audio_column], Audio):
         dataset = dataset.cast_column(audio_column, Audio(decode=False))
-    if text_column is not None:
+    if text_column is not None and on_bad_item == RAISE:
         _check_characters(dataset[text_column], processor.tokenizer)
     name, labelled = extractor.model_input_names[0], text_column is not None
     bins = _bins(extractor) if name == "input_features" else None
     # Array2D is read several times as fast as a list of lists, and rows keep their shape.
     inputs = List(Value("float32")) if bins is None else Array2D((None, bins), "float32")
-    features = {name: inputs, "duration": Value("float32"), "dropped": Value("string")}
+    features = {name: inputs, "duration": Value("float32"), "dropped": Value("string"), "why": Value("string")}
     if labelled:
         features["labels"] = List(Value("int64"))
     with quiet_unless_terminal():
@@ -240,18 +151,21 @@ def prepare_ctc(
                 "text_column": text_column,
                 "seconds": (min_seconds, max_seconds),
                 "missing": np.zeros(0 if bins is None else (0, bins), dtype=np.float32),
+                "on_bad_item": on_bad_item,
             },
+            with_indices=True,
             remove_columns=columns,
             features=Features(features),
             num_proc=num_proc,
             desc="preparing speech",
         )
     reasons = [str(reason) for reason in prepared["dropped"]]
-    prepared = prepared.remove_columns("dropped").with_format("numpy")
+    why = [str(detail) for detail in prepared["why"] if detail]
+    prepared = prepared.remove_columns(["dropped", "why"]).with_format("numpy")
     dropped = Counter(reason for reason in reasons if reason)
     if not dropped:
         return prepared
-    summary = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+    summary = f"{counted(dropped)}; {listed(why, dropped.total())}"
     if dropped.total() == len(reasons):
         raise ValueError(f"all {len(reasons)} rows were dropped: {summary}")
     logger.warning("dropped %d of %d rows: %s", dropped.total(), len(reasons), summary)
@@ -270,69 +184,118 @@ def _bins(extractor: Any) -> int:
     return int(np.asarray(features[0]).shape[-1])
 
 
-def _check_characters(texts: Iterable[str], tokenizer: Any) -> None:
-    texts = list(texts)
-    missing = {
-        character
-        for character in {character for text in texts for character in text}
-        if tokenizer.unk_token_id in tokenizer(character, add_special_tokens=False).input_ids
-    }
+def _check_characters(texts: Iterable[Any], tokenizer: Any) -> None:
+    # White space becomes one space, see `_labels`.
+    texts = [" ".join(text.split()) if isinstance(text, str) else "" for text in texts]
+    missing = _unknown({character for text in texts for character in text}, tokenizer)
     if missing:
-        rows = [row for row, text in enumerate(texts) if not missing.isdisjoint(text)]
-        raise ValueError(
-            f"{len(missing)} characters are not in the vocabulary: {' '.join(map(repr, sorted(missing)[:40]))} (in "
-            f"{len(rows)} of {len(texts)} texts, first in row {rows[0]}): normalise the texts (case, digits, "
-            "punctuation), or build the processor from them"
+        rows = [row for row, text in enumerate(texts, start=1) if not missing.isdisjoint(text)]
+        raise BadItemError(
+            f"{_not_known(missing)} (in {len(rows)} of {len(texts)} texts, first in row {rows[0]}): normalise the "
+            "texts (case, digits, punctuation), or build the processor from them",
+            "unknown_characters",
         )
 
 
+def _unknown(characters: Iterable[str], tokenizer: Any) -> set[str]:
+    unknown = tokenizer.unk_token_id
+    return {
+        character
+        for character in set(characters)
+        if unknown in tokenizer(character, add_special_tokens=False).input_ids
+    }
+
+
+def _not_known(characters: Iterable[str]) -> str:
+    characters = sorted(characters)
+    return f"{len(characters)} characters are not in the vocabulary: {' '.join(map(repr, characters[:40]))}"
+
+
 def _labels(text: str, tokenizer: Any) -> list[int]:
-    ids: list[int] = tokenizer(" ".join(text.split()), add_special_tokens=False).input_ids
+    text = " ".join(text.split())
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     special = non_target_ids(tokenizer).intersection(ids)
     if special:
+        if tokenizer.unk_token_id in special and (missing := _unknown(text, tokenizer)):
+            raise BadItemError(f"text {text[:60]!r}: {_not_known(missing)}", "unknown_characters")
         tokens = tokenizer.convert_ids_to_tokens(sorted(special))
-        raise ValueError(f"text {text!r} holds {tokens}, which are special tokens and no CTC target: take them out")
+        raise BadItemError(
+            f"text {text[:60]!r} holds {tokens}, which are special tokens and no CTC target: take them out",
+            "special_tokens",
+        )
     return ids
 
 
-def _features(waveform: Waveform, extractor: Any, name: str) -> Waveform | None:
-    """Features of one utterance without padding; None when there is no frame, or it cannot be normalised."""
-    if name == "input_features" and len(waveform) < extractor.sampling_rate * FRAME_SECONDS:
-        return None
+def features_of(waveform: Waveform, extractor: Any) -> Waveform:
+    """Features of one utterance without padding, as the extractor makes them.
+
+    Args:
+        waveform: float32 (samples,) at the extractor's rate.
+        extractor: a feature extractor of transformers.
+
+    Returns:
+        float32 `input_features` (frames, bins) or `input_values` (samples,).
+
+    Raises:
+        BadItemError: for digital silence ("silent"), which normalisation turns into NaN or noise; when there is no
+            frame, or features are not finite ("no_features").
+    """
+    name, rate = extractor.model_input_names[0], extractor.sampling_rate
+    if name == "input_features" and len(waveform) < rate * FRAME_SECONDS:
+        raise BadItemError(f"{len(waveform)} samples make no frame", "no_features")
+    if waveform.min() == waveform.max():
+        raise BadItemError(f"digital silence of {len(waveform) / rate:.2f} s", "silent")
     with np.errstate(divide="ignore", invalid="ignore"):
-        made = extractor(waveform, sampling_rate=extractor.sampling_rate)
+        made = extractor(waveform, sampling_rate=rate)
     features = np.asarray(made[name][0], dtype=np.float32)
     mask = made.get("attention_mask")
     if mask is not None:
         features = features[: int(np.asarray(mask[0]).sum())]
-    return features if len(features) and np.isfinite(features).all() else None
+    if not len(features) or not np.isfinite(features).all():
+        raise BadItemError("no frame, or features that are not finite", "no_features")
+    return features
+
+
+def check_seconds(duration: float, seconds: tuple[float, float]) -> None:
+    """Refuses audio outside a range of seconds.
+
+    Raises:
+        BadItemError: "too_short" or "too_long".
+    """
+    if duration < seconds[0]:
+        raise BadItemError(f"{duration:.3f} s of audio, at least {seconds[0]:g} s are wanted", "too_short")
+    if duration > seconds[1]:
+        raise BadItemError(f"{duration:.3f} s of audio, at most {seconds[1]:g} s are wanted", "too_long")
 
 
 def _prepare_row(
     row: Mapping[str, Any],
+    index: int,
     processor: Any,
     audio_column: str,
     text_column: str | None,
     seconds: tuple[float, float],
     missing: Waveform,
+    on_bad_item: str,
 ) -> dict[str, Any]:
     extractor = getattr(processor, "feature_extractor", processor)
     name = extractor.model_input_names[0]
-    waveform = read_audio(row[audio_column], extractor.sampling_rate)
-    duration = len(waveform) / extractor.sampling_rate
-    prepared: dict[str, Any] = {name: missing, "duration": duration, "dropped": ""}
+    prepared: dict[str, Any] = {name: missing, "duration": 0.0, "dropped": "", "why": ""}
     if text_column is not None:
-        prepared["labels"] = _labels(str(row[text_column]), processor.tokenizer)
-    if text_column is not None and not prepared["labels"]:
-        prepared["dropped"] = "empty_text"
-    elif duration < seconds[0]:
-        prepared["dropped"] = "too_short"
-    elif duration > seconds[1]:
-        prepared["dropped"] = "too_long"
-    elif (features := _features(waveform, extractor, name)) is None:
-        prepared["dropped"] = "no_features"
-    else:
-        prepared[name] = features
+        prepared["labels"] = []
+    try:
+        waveform = read_audio(row[audio_column], extractor.sampling_rate)
+        prepared["duration"] = len(waveform) / extractor.sampling_rate
+        if text_column is not None:
+            prepared["labels"] = _labels(text_of(row[text_column], text_column), processor.tokenizer)
+            if not prepared["labels"]:
+                raise BadItemError(f"{text_column} is empty", "empty_text")
+        check_seconds(prepared["duration"], seconds)
+        prepared[name] = features_of(waveform, extractor)
+    except BadItemError as error:
+        if on_bad_item == RAISE and error.reason not in UNWANTED:
+            raise error.of(f"row {index + 1}") from error
+        prepared |= {"dropped": error.reason, "why": f"row {index + 1}: {error}"}
     return prepared
 
 

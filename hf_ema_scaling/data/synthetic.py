@@ -25,7 +25,8 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from hf_ema_scaling.data.speech import Waveform, quiet_unless_terminal, resample
+from hf_ema_scaling.data.audio import Waveform, resample
+from hf_ema_scaling.data.speech import quiet_unless_terminal
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,10 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from hf_ema_scaling.data.bad_items import RAISE, BadItemError, BadItems, text_of
 from hf_ema_scaling.data.speech import quiet_unless_terminal
+
+logger = logging.getLogger(__name__)
 
 PAD, UNKNOWN, BEGIN, END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 
@@ -65,18 +69,19 @@ def label_name(value: Any, feature: Any = None) -> str:
         feature: the type of its column, if that is known.
 
     Raises:
-        ValueError: for null, an empty string, -1 of a `ClassLabel` (how the Hub marks hidden labels), or a value that
-            names no class.
+        BadItemError: for null or an empty string ("no_label"), -1 of a `ClassLabel` (how the Hub marks hidden labels),
+            or a value that names no class ("bad_label").
     """
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise ValueError("the label is null or empty: leave such rows out")
+        raise BadItemError("the label is null or empty: leave such rows out", "no_label")
     if isinstance(feature, ClassLabel):
         if not 0 <= value < len(feature.names):
-            raise ValueError(f"the label is {value}, which names none of {', '.join(feature.names)}: leave it out")
+            names = ", ".join(feature.names)
+            raise BadItemError(f"the label is {value}, which names none of {names}: leave it out", "bad_label")
         return str(feature.names[value])
     if not isinstance(value, str | int):
-        raise ValueError(f"the label is {value!r}: a class is a string or an integer")
-    return str(value)
+        raise BadItemError(f"the label is {value!r}: a class is a string or an integer", "bad_label")
+    return text_of(str(value), "label")
 
 
 def class_names(dataset: Dataset, label_column: str) -> list[str]:
@@ -98,6 +103,7 @@ def prepare_classification(
     label_column: str | None,
     max_length: int,
     length_column: str = "length",
+    on_bad_item: str = RAISE,
 ) -> Dataset:
     """Token ids, label ids and lengths; each row is tokenised once and nothing is padded.
 
@@ -109,24 +115,33 @@ def prepare_classification(
         label_column: column of the labels; None for unlabelled texts.
         max_length: tokens, special ones included, at which texts are cut.
         length_column: name of the column for the number of tokens, by which a run puts similar lengths together.
+        on_bad_item: `raise` an error for a label that is not in `label_ids`, or `skip` its row, counted and named in
+            the log.
 
     Returns:
         The inputs that the tokenizer makes, `labels` (int64) where there are labels, and the lengths.
 
     Raises:
-        ValueError: for a label that is not in `label_ids`, naming its row (from 1).
+        BadItemError: for a label that is not in `label_ids`, naming its row (from 1); when skipped, ValueError where
+            nothing is left.
     """
-    feature = None if label_column is None else dataset.features[label_column]
+    bad, good = BadItems(on_bad_item), []
+    if label_column is not None:
+        feature = dataset.features[label_column]
+        for row, value in enumerate(dataset[label_column]):
+            name = label_name(value, feature)
+            if name in label_ids:
+                good.append(row)
+            else:
+                known = ", ".join(label_ids)
+                bad.add(BadItemError(f"row {row + 1}: the label {name!r} is none of {known}", "unknown_label"))
+        bad.log(logger, "labels", len(dataset))
+        dataset = dataset if len(good) == len(dataset) else dataset.select(good)
 
-    def labels_of(rows: dict[str, list[Any]], indices: list[int]) -> list[int]:
-        names = [label_name(value, feature) for value in rows[str(label_column)]]
-        for index, name in zip(indices, names, strict=True):
-            if name not in label_ids:
-                raise ValueError(f"row {index + 1}: the label {name!r} is none of {', '.join(label_ids)}")
-        return [label_ids[name] for name in names]
-
-    def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        labels = {} if label_column is None else {"labels": labels_of(rows, indices)}
+    def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        labels = {}
+        if label_column is not None:
+            labels["labels"] = [label_ids[label_name(value, feature)] for value in rows[label_column]]
         encoded = dict(tokenizer(rows[text_column], truncation=True, max_length=max_length))
         return {**encoded, **labels, length_column: [len(ids) for ids in encoded["input_ids"]]}
 
@@ -137,7 +152,6 @@ def prepare_classification(
         return dataset.map(
             encode,
             batched=True,
-            with_indices=True,
             remove_columns=dataset.column_names,
             features=Features(features),
             desc="tokenising",

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_ema_scaling.ema.adapters import base_of
+from hf_ema_scaling.ema.sharding import class_of
 from hf_ema_scaling.labels.base import PseudoLabel
 from hf_ema_scaling.labels.forward import teacher_logits
 from hf_ema_scaling.labels.score_filters import LOG_PROBABILITY
 
 MODEL_INPUTS = ("input_values", "input_features", "attention_mask")
+LOOKS_PAST_THE_MASK = ("Data2VecAudioForCTC", "SEWForCTC", "SEWDForCTC", "Wav2Vec2ConformerForCTC")
 LENGTH_METHODS = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
 
 
@@ -79,15 +82,39 @@ def blank_id(config: Any) -> int:
     """The blank of a CTC head of transformers, which is `config.pad_token_id`.
 
     Raises:
-        ValueError: when the config has none.
+        ValueError: when the config has none, or its blank is another id (OmniASR).
     """
     blank = getattr(config, "pad_token_id", None)
+    other = getattr(config, "blank_token_id", blank)
+    if other != blank:
+        raise ValueError(
+            f"the blank of {type(config).__name__} is id {other}, its padding id {blank}: only CTC heads whose blank "
+            "is their padding are supported"
+        )
     if blank is None:
         raise ValueError(
             f"{type(config).__name__}.pad_token_id is None, so the CTC blank is unknown: set it to the blank's id "
             "(tokenizer.pad_token_id)"
         )
     return int(blank)
+
+
+def sees_padding(model: Any) -> bool:
+    """Whether what a CTC model of transformers says of a row depends on the padding behind it, mask or not.
+
+    Convolutions past the mask do it (SEW, Data2VecAudio, Wav2Vec2-Conformer, adapters that shorten the output), and
+    norms over time (`feat_extract_norm="group"`). The tests measure it for each head.
+
+    Args:
+        model: a CTC model, possibly wrapped.
+    """
+    model = base_of(unwrapped(model))
+    config = getattr(model, "config", None)
+    return (
+        class_of(model).__name__ in LOOKS_PAST_THE_MASK
+        or bool(getattr(config, "add_adapter", False))
+        or getattr(config, "feat_extract_norm", None) == "group"
+    )
 
 
 def non_target_ids(tokenizer: Any) -> frozenset[int]:
@@ -172,6 +199,18 @@ def labels_differ(logits: Tensor, frame_lengths: Tensor, labels: Tensor, dropped
     return (found != wanted)[:, :width].any(1)
 
 
+def _parts(model: Any, inputs: dict[str, Tensor]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """The batch, or its rows of each length without padding where the model would see that; with their numbers."""
+    mask = inputs.get("attention_mask")
+    lengths = [] if mask is None else mask.long().sum(-1).tolist()
+    if len(set(lengths)) < 2 or not sees_padding(model):
+        yield list(range(len(next(iter(inputs.values()))))), inputs
+        return
+    for length in sorted(set(lengths), reverse=True):
+        rows = [row for row, found in enumerate(lengths) if found == length]
+        yield rows, {name: values[rows, :length] for name, values in inputs.items()}
+
+
 class CTCLabeler:
     """Greedy CTC labels with a confidence.
 
@@ -203,8 +242,9 @@ class CTCLabeler:
     def label(self, teacher: Callable[..., Any], batch: Mapping[str, Tensor]) -> list[PseudoLabel]:
         """Run the teacher on the inputs of `batch`, and on nothing else in it, and label each row.
 
-        Models whose feature encoder uses group norm (`feat_extract_norm="group"`) see the padding of their neighbours:
-        give them rows of one length.
+        Where the model would see the padding (`sees_padding`), rows of one length are run together, without padding:
+        slower, but a row's label is its own. Without an `attention_mask` the lengths are not known: give such models
+        rows of one length.
 
         Args:
             teacher: a CTC model in eval mode, possibly wrapped.
@@ -214,8 +254,16 @@ class CTCLabeler:
             RuntimeError: when the teacher is in train mode.
             ValueError: when valid logits are NaN.
         """
-        logits = teacher_logits(teacher, {name: batch[name] for name in MODEL_INPUTS if name in batch})
-        return self.from_logits(logits, ctc_frame_lengths(teacher, batch))
+        inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+        labels: dict[int, PseudoLabel] = {}
+        for rows, part in _parts(teacher, inputs):
+            frames = ctc_frame_lengths(teacher, part)
+            if part is not inputs and not bool(frames.any()):
+                found = [PseudoLabel((), 0.0, "empty")] * len(rows)  # too short for the convolutions
+            else:
+                found = self.from_logits(teacher_logits(teacher, part), frames)
+            labels |= dict(zip(rows, found, strict=True))
+        return [labels[row] for row in range(len(labels))]
 
     def from_logits(
         self, logits: Tensor, frame_lengths: Tensor, target_frames: Tensor | None = None

@@ -20,7 +20,11 @@ from transformers import (
     set_seed,
 )
 
+from hf_ema_scaling.data.bad_items import check_choice
 from hf_ema_scaling.data.speech import SpecAugment, build_character_processor, longest_first, prepare_ctc
+from hf_ema_scaling.data.speech_views import AdditiveNoise, SpeedPerturbation
+from hf_ema_scaling.data.views import Augmentation, Chain
+from hf_ema_scaling.labels import blank_id
 from hf_ema_scaling.metrics import CTCMetrics
 from hf_ema_scaling.recipe.config import close_names
 from hf_ema_scaling.recipe.sources import load_speech, named_sources
@@ -57,8 +61,16 @@ class SpeechDataArguments:
     max_unlabelled: int | None = field(default=None, metadata={"help": "Use the first so many rows only."})
     max_evaluation: int | None = field(default=None, metadata={"help": "Use the first so many rows of each set only."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that compute features."})
+    on_bad_item: str = field(
+        default="raise",
+        metadata={
+            "help": "raise or skip: what to do with rows that are broken (audio that cannot be read, a text outside "
+            "the vocabulary, a line that is no row); skipped ones are counted by reason and named in the log."
+        },
+    )
 
     def __post_init__(self) -> None:
+        check_choice(self.on_bad_item)
         if self.text_case not in ("keep", "lower", "upper"):
             raise ValueError(f"text_case must be keep, lower or upper, got {self.text_case!r}")
         for name in ("max_labelled", "max_unlabelled", "max_evaluation"):
@@ -105,7 +117,7 @@ class ModelArguments:
 
 @dataclass
 class AugmentationArguments:
-    """SpecAugment on the student's input, from `augment_start` on; widths are in bins and frames."""
+    """Views of the student's input from `augment_start` on: speed, then noise, then SpecAugment (bins and frames)."""
 
     spec_augment: bool = field(default=True, metadata={"help": "Mask bands and spans of log-mel features."})
     freq_masks: int = field(default=2, metadata={"help": "Masks over bins."})
@@ -114,11 +126,29 @@ class AugmentationArguments:
     time_width: int = field(default=20, metadata={"help": "Widest mask over frames."})
     time_share: float = field(default=0.2, metadata={"help": "Widest mask over frames, as a share of the utterance."})
 
-    def build(self) -> SpecAugment | None:
-        """The augmentation, None if it is off."""
-        if not self.spec_augment:
-            return None
-        return SpecAugment(self.freq_masks, self.freq_width, self.time_masks, self.time_width, self.time_share)
+    speeds: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Speeds with equal chances, such as 0.9 1.0 1.1; none: speech is left at its speed. Rows whose "
+            "label would not fit the frames of faster speech stay at their own."
+        },
+    )
+    noise: float = field(default=0.0, metadata={"help": "Probability with which a row gets white noise."})
+    noise_snr_min: float = field(default=10.0, metadata={"help": "Lowest ratio of signal to noise, in dB."})
+    noise_snr_max: float = field(default=30.0, metadata={"help": "Highest ratio of signal to noise, in dB."})
+
+    def build(self) -> Augmentation | None:
+        """The augmentation, None if all is off."""
+        views: list[Augmentation] = []
+        if self.speeds:
+            views.append(SpeedPerturbation(self.speeds))
+        if self.noise:
+            views.append(AdditiveNoise(self.noise, (self.noise_snr_min, self.noise_snr_max)))
+        if self.spec_augment:
+            views.append(
+                SpecAugment(self.freq_masks, self.freq_width, self.time_masks, self.time_width, self.time_share)
+            )
+        return Chain(*views) if len(views) > 1 else next(iter(views), None)
 
 
 ASR_CTC = (SpeechDataArguments, ModelArguments, AugmentationArguments, EMATrainingArguments, PseudoLabelArguments)
@@ -145,7 +175,12 @@ def build_asr_ctc(
     limits: dict[str, Any] = {"min_seconds": data.min_seconds, "max_seconds": data.max_seconds or math.inf}
 
     def load(source: str, limit: int | None, texts: bool = True) -> Dataset:
-        dataset = load_speech(source, audio_column=data.audio_column, text_column=data.text_column if texts else None)
+        dataset = load_speech(
+            source,
+            audio_column=data.audio_column,
+            text_column=data.text_column if texts else None,
+            on_bad_item=data.on_bad_item,
+        )
         dataset = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
         return _with_texts(dataset, data) if texts else dataset
 
@@ -157,6 +192,7 @@ def build_asr_ctc(
                 audio_column=data.audio_column,
                 text_column=data.text_column if texts else None,
                 num_proc=data.num_proc,
+                on_bad_item=data.on_bad_item,
                 **limits,
             )
         except ValueError as error:
@@ -165,7 +201,8 @@ def build_asr_ctc(
     config = None if model.model_config is None else new_config(model.model_config)
     with args.main_process_first(desc="preparing speech"):
         labelled = load(data.labelled, data.max_labelled)
-        processor = _processor(model, config, labelled[data.text_column])
+        texts = [text for text in labelled[data.text_column] if isinstance(text, str)]
+        processor = _processor(model, config, texts)
         train = prepare(data.labelled, labelled, **limits)
         sets = {
             name: longest_first(prepare(source, load(source, data.max_evaluation)))
@@ -187,11 +224,12 @@ def build_asr_ctc(
         "train_dataset": drop_unfitting(network, train, data.labelled),
         "eval_dataset": sets.get("", sets or None),
         "processing_class": processor,
-        "compute_metrics": CTCMetrics(processor.tokenizer, processor.tokenizer.pad_token_id).compute,
+        "compute_metrics": CTCMetrics(processor.tokenizer, blank_id(network.config)).compute,
         "augmentation": augmentation.build(),
     }
     if unlabelled is None:
         return EMATrainer(**shared)
+    unlabelled = drop_unfitting(network, unlabelled, str(data.unlabelled))
     return PseudoLabelTrainer(**shared, unlabeled_dataset=unlabelled, pseudo_label_args=pseudo)
 
 
@@ -201,7 +239,10 @@ def _with_texts(dataset: Dataset, data: SpeechDataArguments) -> Dataset:
         return dataset
     table = str.maketrans("", "", data.remove_characters)
     cases: dict[str, Callable[[str], str]] = {"keep": str, "lower": str.lower, "upper": str.upper}
-    texts = [cases[data.text_case](text.translate(table)) for text in dataset[data.text_column]]
+    texts = [
+        cases[data.text_case](text.translate(table)) if isinstance(text, str) else text
+        for text in dataset[data.text_column]
+    ]
     # A column of its own: mapping would write the audio once more.
     return dataset.remove_columns(data.text_column).add_column(data.text_column, texts)
 

@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import soundfile
 from datasets import Audio, Dataset, DatasetDict, load_dataset, load_from_disk
 
+from hf_ema_scaling.data.audio import is_file
+from hf_ema_scaling.data.bad_items import RAISE, BadItemError, BadItems, text_of
 from hf_ema_scaling.data.speech import quiet_unless_terminal
 from hf_ema_scaling.data.text import label_name
+from hf_ema_scaling.recipe.manifests import read_manifest
+
+logger = logging.getLogger(__name__)
+
+TEXT_ARGUMENTS, WORD_ARGUMENTS = "text_column and label_column", "word_column and tag_column"
+LABELLED_RECORD = "labelling.json"
+"""Marks a folder that `hf-ema-scaling label` wrote."""
 
 
-def load_speech(source: str, *, audio_column: str = "audio", text_column: str | None = "text") -> Dataset:
+def load_speech(
+    source: str,
+    *,
+    audio_column: str = "audio",
+    text_column: str | None = "text",
+    keep: Sequence[str] = (),
+    on_bad_item: str = RAISE,
+) -> Dataset:
     """Audio, undecoded, and texts of a source, in the order they have there.
 
     Args:
         source: as in `SpeechDataArguments`; local where the path, or what stands before its last colon, exists.
         audio_column: column of the audio; in audio folders it is `file_name` whatever this says.
         text_column: column of the texts; None where there are none or they must not be read.
+        keep: other columns to keep, as they are.
+        on_bad_item: `raise` an error for a row of a manifest that is no row or lacks a value, or `skip` it, counted
+            by reason and named in the log; an audio file that is not there is then left for `prepare_ctc` to skip.
 
     Returns:
         A map-style data set with these columns only.
@@ -32,14 +53,18 @@ def load_speech(source: str, *, audio_column: str = "audio", text_column: str | 
         ValueError: for a source that cannot be loaded, has no rows, or lacks a column.
         NotImplementedError: for a URL: streaming is not supported yet.
     """
-    wanted = [audio_column] if text_column is None else [audio_column, text_column]
-    dataset = _found(source, wanted, "audio_column and text_column", _speech_files)
+    wanted = [audio_column, *([] if text_column is None else [text_column])]
+    wanted += [name for name in keep if name not in wanted]
+    files = partial(_speech_files, bad=BadItems(on_bad_item), texts=[] if text_column is None else [text_column])
+    dataset = _found(source, wanted, "audio_column and text_column", files)
     if isinstance(dataset.features[audio_column], Audio):
         dataset = dataset.cast_column(audio_column, Audio(decode=False))
     return dataset.select_columns(wanted)
 
 
-def load_text(source: str, *, text_column: str = "text", label_column: str | None = "label") -> Dataset:
+def load_text(
+    source: str, *, text_column: str = "text", label_column: str | None = "label", on_bad_item: str = RAISE
+) -> Dataset:
     """Texts and their labels, in the order they have in a source.
 
     Args:
@@ -47,36 +72,76 @@ def load_text(source: str, *, text_column: str = "text", label_column: str | Non
         text_column: column of the texts.
         label_column: column of the labels: strings, integers or a `ClassLabel`; None where there are none or they must
             not be read.
+        on_bad_item: `raise` an error for a row whose text is empty or null or whose label names no class, and for a
+            line of a manifest that is no row, or `skip` it, counted by reason and named in the log.
 
     Returns:
         A map-style data set with these columns only. Labels of a manifest are strings.
 
     Raises:
         FileNotFoundError: for a local source that is not there.
-        ValueError: for a source that cannot be loaded, has no rows, or lacks a column, and for a row whose text is
-            empty or whose label names no class.
+        ValueError: for a source that cannot be loaded, has no rows, or lacks a column, and for a bad row.
         NotImplementedError: for a URL: streaming is not supported yet.
     """
     wanted = [text_column] if label_column is None else [text_column, label_column]
-    dataset = _found(source, wanted, "text_column and label_column", _text_rows).select_columns(wanted)
-    feature, number = None if label_column is None else dataset.features[label_column], 0
+    check = partial(_check_text, text_column, label_column)
+    rows_of = partial(_manifest_rows, bad=BadItems(on_bad_item), check=check, arguments=TEXT_ARGUMENTS)
+    dataset = _found(source, wanted, TEXT_ARGUMENTS, rows_of).select_columns(wanted)
+    feature = None if label_column is None else dataset.features[label_column]
+    return _checked_rows(dataset, source, partial(check, feature=feature), on_bad_item)
+
+
+def _checked_rows(
+    dataset: Dataset, source: str, check: Callable[[Mapping[str, Any]], object], on_bad_item: str
+) -> Dataset:
+    """The rows that pass a check, which raises `BadItemError` for others."""
+    bad, good, number = BadItems(on_bad_item), [], 0
     for rows in dataset.iter(batch_size=1000):
-        labels = rows[text_column] if label_column is None else rows[label_column]
-        for text, label in zip(rows[text_column], labels, strict=True):
+        for row in (dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)):
             number += 1
-            if not isinstance(text, str) or not text.strip():
-                shown = "empty" if isinstance(text, str) else "null" if text is None else f"{text!r}, not a string"
-                raise ValueError(f"{source}, row {number}: {text_column} is {shown}: leave such rows out")
-            if label_column is None:
-                continue
             try:
-                label_name(label, feature)
-            except ValueError as error:
-                raise ValueError(f"{source}, row {number}: {error}") from error
-    return dataset
+                check(row)
+                good.append(number - 1)
+            except BadItemError as error:
+                bad.add(error.of(f"{source}, row {number}"))
+    bad.log(logger, source, number)
+    return dataset if len(good) == number else dataset.select(good)
 
 
-def load_words(source: str, *, word_column: str = "tokens", tag_column: str | None = "ner_tags") -> Dataset:
+def load_rows(source: str, columns: Sequence[str], *, on_bad_item: str = RAISE) -> Dataset:
+    """Columns of a source as they are, for those who judge the rows themselves.
+
+    Args:
+        source: as for `load_text`.
+        columns: which.
+        on_bad_item: `raise` an error for a line of a manifest that is no row or lacks a column, or `skip` it.
+
+    Raises:
+        FileNotFoundError, ValueError, NotImplementedError: as `load_text`, but for what rows hold.
+    """
+    arguments = "column and keep_columns"
+    rows_of = partial(_manifest_rows, bad=BadItems(on_bad_item), check=dict, arguments=arguments)
+    return _found(source, list(columns), arguments, rows_of).select_columns(list(columns))
+
+
+def _check_text(
+    text_column: str, label_column: str | None, row: Mapping[str, Any], feature: Any = None
+) -> dict[str, Any]:
+    """The row with its label, if it has one, as a string.
+
+    Raises:
+        BadItemError: when the text or the label is none.
+    """
+    if not text_of(row[text_column], text_column).strip():
+        raise BadItemError(f"{text_column} is empty: leave such rows out", "empty_text")
+    if label_column is None:
+        return dict(row)
+    return {**row, label_column: label_name(row[label_column], feature)}
+
+
+def load_words(
+    source: str, *, word_column: str = "tokens", tag_column: str | None = "ner_tags", on_bad_item: str = RAISE
+) -> Dataset:
     """Rows of words and their tags, in the order they have in a source.
 
     Args:
@@ -84,33 +149,42 @@ def load_words(source: str, *, word_column: str = "tokens", tag_column: str | No
         word_column: column of the words, a list of strings in each row.
         tag_column: column of the tags, a list of as many strings or `ClassLabel` ids; None where there are none or
             they must not be read.
+        on_bad_item: `raise` an error for a row without words, with a word that is empty or no string, or with another
+            number of tags than of words, and for a line of a manifest that is no row, or `skip` it, counted by reason
+            and named in the log.
 
     Returns:
         A map-style data set with these columns only.
 
     Raises:
         FileNotFoundError: for a local source that is not there.
-        ValueError: for a source that cannot be loaded, has no rows, or lacks a column, and for a row without words,
-            with a word that is empty or no string, or with another number of tags than of words.
+        ValueError: for a source that cannot be loaded, has no rows, or lacks a column, and for a bad row.
         NotImplementedError: for a URL: streaming is not supported yet.
     """
     wanted = [word_column] if tag_column is None else [word_column, tag_column]
-    dataset = _found(source, wanted, "word_column and tag_column", _word_rows).select_columns(wanted)
-    number = 0
-    for rows in dataset.iter(batch_size=1000):
-        for row in range(len(rows[word_column])):
-            number += 1
-            words = rows[word_column][row]
-            if not isinstance(words, list) or not words:
-                raise ValueError(f"{source}, row {number}: {word_column} is {words!r}, not a list of words")
-            bad = [word for word in words if not isinstance(word, str) or not word.strip()]
-            if bad:
-                raise ValueError(f"{source}, row {number}: the word {bad[0]!r} is empty or no string")
-            tags = words if tag_column is None else rows[tag_column][row]
-            if not isinstance(tags, list) or len(tags) != len(words):
-                found = len(tags) if isinstance(tags, list) else repr(tags)
-                raise ValueError(f"{source}, row {number}: {len(words)} words, but {found} tags")
-    return dataset
+    check = partial(_check_words, word_column, tag_column)
+    rows_of = partial(_word_rows, bad=BadItems(on_bad_item), check=check, arguments=WORD_ARGUMENTS)
+    dataset = _found(source, wanted, WORD_ARGUMENTS, rows_of).select_columns(wanted)
+    return _checked_rows(dataset, source, check, on_bad_item)
+
+
+def _check_words(word_column: str, tag_column: str | None, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row as it is.
+
+    Raises:
+        BadItemError: when the words or the tags are none.
+    """
+    words = row[word_column]
+    if not isinstance(words, list) or not words:
+        raise BadItemError(f"{word_column} is {words!r:.60}, not a list of words", "no_text")
+    for word in words:
+        if not isinstance(word, str) or not text_of(word, word_column).strip():
+            raise BadItemError(f"the word {word!r:.60} is empty or no string", "empty_text")
+    tags = words if tag_column is None else row[tag_column]
+    if not isinstance(tags, list) or len(tags) != len(words):
+        found = len(tags) if isinstance(tags, list) else f"{tags!r:.60}"
+        raise BadItemError(f"{len(words)} words, but {found} tags", "no_label")
+    return dict(row)
 
 
 def named_sources(text: str | None) -> dict[str, str]:
@@ -161,6 +235,8 @@ def _from_hub(source: str) -> Dataset:
 def _local(
     path: Path, split: str | None, wanted: list[str], of_files: Callable[[Path, str | None, list[str]], Dataset]
 ) -> Dataset:
+    if (path / LABELLED_RECORD).is_file():
+        return _labels(path, split)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = load_from_disk(str(path))
         if isinstance(saved, Dataset):
@@ -174,125 +250,128 @@ def _local(
     return of_files(path, split, wanted)
 
 
-def _text_rows(path: Path, split: str | None, wanted: list[str]) -> Dataset:
+def _labels(path: Path, split: str | None) -> Dataset:
+    """The rows of a folder that `hf-ema-scaling label` has finished whose label was not dropped."""
+    if split is not None:
+        raise ValueError(f"{path} holds labels, which have no splits: leave ':{split}' out")
+    if not json.loads((path / LABELLED_RECORD).read_text(encoding="utf-8"))["complete"]:
+        raise ValueError(f"{path}: not all rows are labelled yet; run the command that labels them again")
+    with quiet_unless_terminal():
+        dataset = load_dataset("parquet", data_files=str(path / "data" / "*.parquet"), split="train")
+    kept = [row for row, reason in enumerate(dataset["reason"]) if reason is None]
+    if not kept:
+        raise ValueError(f"{path}: all {len(dataset)} labels were dropped")
+    logger.warning("%s: %d of %d rows have a label", path, len(kept), len(dataset))
+    return dataset.select(kept)
+
+
+def _manifest_rows(
+    path: Path,
+    split: str | None,
+    wanted: list[str],
+    *,
+    bad: BadItems,
+    check: Callable[[Mapping[str, Any]], dict[str, Any]],
+    arguments: str,
+) -> Dataset:
     if split is not None:
         path = path / split
     if not path.is_file():
         raise ValueError(
             f"{path} is neither a file (.jsonl, .csv) nor a folder that save_to_disk of `datasets` has written"
         )
-    if path.suffix.lower() == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows: list[dict[str, Any]] = list(csv.DictReader(file))
-    else:
-        rows = _json_lines(path)
-    if not rows:
+    rows = read_manifest(path, bad)
+    if not rows and not bad.counts:
         raise ValueError(f"{path}: no rows")
-    text_column, *labels = wanted
     columns: dict[str, list[Any]] = {column: [] for column in wanted}
     for number, row in enumerate(rows, start=1):
-        missing = [column for column in wanted if column not in row]
-        if missing:
-            raise ValueError(
-                f"{path}, row {number}: no {', '.join(missing)}; it has {', '.join(map(str, row))}. Name the columns "
-                "by text_column and label_column"
-            )
-        text = row[text_column]
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"{path}, row {number}: {text_column} is {text!r}, not a string")
-        for label_column in labels:
-            try:
-                columns[label_column].append(label_name(row[label_column]))
-            except ValueError as error:
-                raise ValueError(f"{path}, row {number}: {error}") from error
-        columns[text_column].append(text)
+        try:
+            kept = check(_columns(row, wanted, arguments))
+        except BadItemError as error:
+            bad.add(error.of(f"{path}, row {number}"))
+            continue
+        for column in wanted:
+            columns[column].append(kept[column])
+    bad.log(logger, str(path), bad.counts.total() + len(columns[wanted[0]]))
     return Dataset.from_dict(columns)
 
 
-def _word_rows(path: Path, split: str | None, wanted: list[str]) -> Dataset:
-    path = path if split is None else path / split
-    if not path.is_file() or path.suffix.lower() == ".csv":
-        raise ValueError(f"{path} is neither a file .jsonl nor a folder that save_to_disk of `datasets` has written")
-    rows = _json_lines(path)
-    for number, row in enumerate(rows, start=1):
-        missing = [column for column in wanted if column not in row]
-        if missing:
-            raise ValueError(f"{path}, row {number}: no {', '.join(missing)}; it has {', '.join(row)}")
+def _word_rows(path: Path, split: str | None, wanted: list[str], **options: Any) -> Dataset:
+    file = path if split is None else path / split
+    if not file.is_file() or file.suffix.lower() == ".csv":
+        raise ValueError(f"{file} is neither a file .jsonl nor a folder that save_to_disk of `datasets` has written")
     try:
-        return Dataset.from_list([{column: row[column] for column in wanted} for row in rows])
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: the rows hold values of different kinds ({error})") from error
+        return _manifest_rows(path, split, wanted, **options)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"{file}: the rows hold values of different kinds ({error})") from error
 
 
-def _speech_files(path: Path, split: str | None, wanted: list[str]) -> Dataset:
+def _columns(row: Mapping[str, Any], wanted: list[str], arguments: str) -> dict[str, Any]:
+    missing = [column for column in wanted if column not in row]
+    if missing:
+        raise BadItemError(
+            f"no {', '.join(missing)}; it has {', '.join(map(str, row))}. Name the columns by {arguments}", "no_column"
+        )
+    return {column: row[column] for column in wanted}
+
+
+def _speech_files(path: Path, split: str | None, wanted: list[str], *, bad: BadItems, texts: list[str]) -> Dataset:
     if split is not None:
         path = path / split
-    rows: list[dict[str, Any]]
     if path.is_file():
-        rows = _json_lines(path)
-        folder, name = path.parent, wanted[0]
-    elif (path / "metadata.jsonl").is_file():
-        folder, name = path, "file_name"
-        path = path / "metadata.jsonl"
-        rows = _json_lines(path)
-    elif (path / "metadata.csv").is_file():
-        folder, name = path, "file_name"
-        path = path / "metadata.csv"
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows, folder, name = read_manifest(path, bad), path.parent, wanted[0]
+    elif found := [path / name for name in ("metadata.jsonl", "metadata.csv") if (path / name).is_file()]:
+        folder, name, path = path, "file_name", found[0]
+        rows = read_manifest(path, bad)
     else:
         suffixes = {f".{kind.lower()}" for kind in soundfile.available_formats()} | {".mp3", ".opus"}
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
         folder, name = path, "file_name"
         rows = [{name: str(file.relative_to(path))} for file in files]
-    return _of_files(path, folder, name, rows, wanted)
+    return _of_files(path, folder, name, rows, wanted, bad, texts)
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: a JSON object is expected, got {line[:60]!r}")
-        if row:
-            rows.append(row)
-    return rows
-
-
-def _of_files(path: Path, folder: Path, name: str, rows: list[dict[str, Any]], wanted: list[str]) -> Dataset:
+def _of_files(
+    path: Path,
+    folder: Path,
+    name: str,
+    rows: list[dict[str, Any]],
+    wanted: list[str],
+    bad: BadItems,
+    texts: list[str],
+) -> Dataset:
     """Rows that name audio files as a data set in the cache of `datasets`, anew whenever a row or a file changes."""
-    if not rows:
+    if not rows and not bad.counts:
         raise ValueError(f"{path}: no rows")
-    taken = {wanted[0]: name, **{column: column for column in wanted[1:]}}
+    columns, kept = [name, *wanted[1:]], []
     for number, row in enumerate(rows, start=1):
-        missing = [column for column in taken.values() if row.get(column) is None]
-        if missing:
-            null = [column for column in missing if column in row]
-            if null:
-                raise ValueError(f"{path}, row {number}: {', '.join(null)} is null: leave such rows out")
-            raise ValueError(
-                f"{path}, row {number}: no {', '.join(missing)}; it has {', '.join(row)}. Name the columns by "
-                "audio_column and text_column"
-            )
-    kept = [{column: str(row[key]) for column, key in taken.items()} for row in rows]
+        try:
+            found = _columns(row, columns, "audio_column and text_column")
+            file = found.pop(name)
+            if not isinstance(file, str):
+                raise BadItemError(f"{name} is {'null' if file is None else repr(file)[:60]}, no path", "no_audio")
+            values = {wanted[0]: file, **found}
+            for column in texts:
+                text_of(values[column], column)
+            kept.append(values)
+        except BadItemError as error:
+            bad.add(error.of(f"{path}, row {number}"))
+    bad.log(logger, str(path), bad.counts.total() + len(kept))
     for row in kept:
         row[wanted[0]] = str((folder / row[wanted[0]]).absolute())
-    absent = [row[wanted[0]] for row in kept if not Path(row[wanted[0]]).is_file()]
-    if absent:
+    absent = [row[wanted[0]] for row in kept if not is_file(row[wanted[0]])]
+    if absent and bad.on_bad_item == RAISE:
         raise FileNotFoundError(
             f"{path}: {len(absent)} of {len(kept)} audio files are not there, first {absent[0]}; paths are relative "
             f"to {folder}"
         )
     key = hashlib.sha256()
     for row in kept:
-        stat = Path(row[wanted[0]]).stat()
-        key.update(json.dumps([row, stat.st_size, stat.st_mtime_ns]).encode())
+        stat = Path(row[wanted[0]]).stat() if is_file(row[wanted[0]]) else None
+        key.update(json.dumps([row, *((stat.st_size, stat.st_mtime_ns) if stat else ())]).encode())
     with quiet_unless_terminal():
         return Dataset.from_generator(_rows, gen_kwargs={"rows": kept}, fingerprint=key.hexdigest()[:32])
 
 
-def _rows(rows: list[dict[str, str]]) -> Iterator[dict[str, str]]:
+def _rows(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     yield from rows

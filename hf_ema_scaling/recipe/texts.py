@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
+from hf_ema_scaling.data.bad_items import check_choice
 from hf_ema_scaling.data.text import WordNoise, build_word_tokenizer, class_names, prepare_classification
 from hf_ema_scaling.metrics import ClassificationMetrics
 from hf_ema_scaling.recipe.asr_ctc import new_config
@@ -37,6 +38,13 @@ class TextDataArguments:
     max_length: int = field(default=128, metadata={"help": "Tokens, special ones included, at which texts are cut."})
     max_labelled: int | None = field(default=None, metadata={"help": "Use the first so many rows only."})
     max_evaluation: int | None = field(default=None, metadata={"help": "Use the first so many rows of each set only."})
+    on_bad_item: str = field(
+        default="raise",
+        metadata={
+            "help": "raise or skip: what to do with rows that are broken (no text, no label, one the model does not "
+            "know, a line that is no row); skipped ones are counted by reason and named in the log."
+        },
+    )
     corruption: float = field(
         default=0.0,
         metadata={
@@ -47,6 +55,7 @@ class TextDataArguments:
     corruption_seed: int = field(default=0, metadata={"help": "Seed of that noise, the same for runs to compare."})
 
     def __post_init__(self) -> None:
+        check_choice(self.on_bad_item)
         for name in ("max_length", "max_labelled", "max_evaluation"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -157,7 +166,7 @@ def prepare_texts(
 
     def load(source: str, limit: int | None, labels: bool = True) -> Dataset:
         column = data.label_column if labels else None
-        dataset = load_text(source, text_column=data.text_column, label_column=column)
+        dataset = load_text(source, text_column=data.text_column, label_column=column, on_bad_item=data.on_bad_item)
         return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
     def prepare(source: str, dataset: Dataset, labels: bool = True) -> Dataset:
@@ -170,6 +179,7 @@ def prepare_texts(
                 label_column=data.label_column if labels else None,
                 max_length=data.max_length,
                 length_column=args.length_column_name,
+                on_bad_item=data.on_bad_item,
             )
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error

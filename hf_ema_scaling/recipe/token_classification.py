@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoModelForTokenClassification, set_seed
 
+from hf_ema_scaling.data.bad_items import check_choice
 from hf_ema_scaling.data.tokens import TokenCollator, prepare_tokens, tag_names
 from hf_ema_scaling.labels import labeler_for
 from hf_ema_scaling.metrics import TokenMetrics
@@ -44,6 +45,13 @@ class WordDataArguments:
     label_seed: int | None = field(default=None, metadata={"help": "Seed by which they are drawn; default: seed."})
     max_unlabelled: int | None = field(default=None, metadata={"help": "Use the first so many rows only."})
     max_evaluation: int | None = field(default=None, metadata={"help": "Use the first so many rows of each set only."})
+    on_bad_item: str = field(
+        default="raise",
+        metadata={
+            "help": "raise or skip: what to do with rows that are broken (no words, another number of tags, a line "
+            "that is no row); skipped ones are counted by reason and named in the log."
+        },
+    )
     label_all_tokens: bool = field(
         default=False, metadata={"help": "All sub-tokens of a word have its label, not the first one only."}
     )
@@ -52,6 +60,7 @@ class WordDataArguments:
     )
 
     def __post_init__(self) -> None:
+        check_choice(self.on_bad_item)
         for name in ("max_length", "labelled_rows", "max_unlabelled", "max_evaluation"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -86,7 +95,12 @@ def build_token_classification(
         raise ValueError("pl_start must be above 0: new output layers have nothing to teach at reference step 0")
 
     def load(source: str, limit: int | None = None, tags: bool = True) -> Dataset:
-        dataset = load_words(source, word_column=data.word_column, tag_column=data.tag_column if tags else None)
+        dataset = load_words(
+            source,
+            word_column=data.word_column,
+            tag_column=data.tag_column if tags else None,
+            on_bad_item=data.on_bad_item,
+        )
         return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
     def prepare(source: str, dataset: Dataset, tags: bool = True) -> Dataset:

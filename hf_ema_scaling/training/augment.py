@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_ema_scaling.data.views import Augmentation, changes_length
+from hf_ema_scaling.labels.ctc import ctc_frame_lengths
 from hf_ema_scaling.training.losses import is_token_classifier
 
 # Seeds of one run do not meet those of another as long as a run draws fewer items than this.
@@ -57,6 +58,30 @@ def refuse_augmentation(augmentation: Augmentation | None, model: nn.Module) -> 
             f"{type(augmentation).__name__} drops or moves tokens, and the labels of {type(model).__name__} are by "
             "token: use a view that keeps every token in its place, such as TokenMasking"
         )
+
+
+def keep_fitting(model: nn.Module, clean: dict[str, Any], augmented: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+    """The augmented inputs, but for rows that a CTC model then makes too few frames of: those are as they were.
+
+    A view sees no labels, so one that makes speech faster cannot know whether a label still fits. Which rows go back
+    depends on the row, its seed and its label (of unlabelled rows the teacher's), not on the batch.
+
+    Args:
+        model: a CTC model, wrapped or not.
+        clean: inputs before the augmentation.
+        augmented: inputs after it.
+        labels: int64 `(rows, tokens)`, padded with -100; a row without tokens fits one frame.
+    """
+    if augmented is clean:
+        return clean
+    tokens = labels >= 0
+    needed = tokens.sum(-1) + ((labels[:, 1:] == labels[:, :-1]) & tokens[:, 1:]).sum(-1)
+    frames = ctc_frame_lengths(model, augmented).to(needed.device)
+    rows = (frames < needed.clamp(min=1)).nonzero().flatten().tolist()
+    if not rows:
+        return augmented
+    changed = {name: value for name, value in clean.items() if value is not augmented[name]}
+    return {**augmented, **{name: _merged(augmented[name], value[rows], rows) for name, value in changed.items()}}
 
 
 def _merged(before: Tensor, changed: Tensor, rows: list[int]) -> Tensor:

@@ -184,10 +184,14 @@ def fitting_rows(model: nn.Module, dataset: Dataset) -> list[int]:
 
     Args:
         model: a CTC model.
-        dataset: rows with `labels` and `input_features` or `input_values`, as `prepare_ctc` makes them.
+        dataset: rows with `labels` and `input_features` or `input_values`, as `prepare_ctc` makes them; without
+            `labels` one frame is enough.
     """
     column = next(key for key in ("input_features", "input_values") if key in dataset.column_names)
-    needed = [min_ctc_frames([int(token) for token in labels]) for labels in dataset["labels"]]
+    if "labels" in dataset.column_names:
+        needed = [min_ctc_frames([int(token) for token in labels]) for labels in dataset["labels"]]
+    else:
+        needed = [1] * len(dataset)
     fits = frames_of(model, torch.from_numpy(row_lengths(dataset, column))) >= torch.tensor(needed)
     rows: list[int] = fits.nonzero().flatten().tolist()
     return rows
@@ -205,7 +209,8 @@ def drop_unfitting(model: nn.Module, dataset: Dataset, name: str) -> Dataset:
     if len(rows) == total:
         return dataset
     dropped = total - len(rows)
-    logger.warning("dropped %d of %d rows of %s: their labels need more frames than there are", dropped, total, name)
+    why = "their labels need more frames than there are" if "labels" in dataset.column_names else "they make no frame"
+    logger.warning("dropped %d of %d rows of %s: %s", dropped, total, name, why)
     return dataset.select(rows)
 
 

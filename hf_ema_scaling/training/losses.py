@@ -26,6 +26,7 @@ from hf_ema_scaling.ema.adapters import base_of
 from hf_ema_scaling.ema.sharding import class_of
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths
 from hf_ema_scaling.labels.decoder import is_encoder_decoder
+from hf_ema_scaling.training.transducer_loss import TRANSDUCERS, transducer_losses
 
 ExampleLoss = Callable[[nn.Module, Mapping[str, Tensor], Tensor, Tensor], Tensor]
 """`(model, inputs, logits, labels) -> losses (rows,)`."""
@@ -178,6 +179,8 @@ def loss_for(model: nn.Module) -> ExampleLoss:
             return causal_losses(logits, labels)
 
         return causal
+    if name in TRANSDUCERS:
+        return transducer_losses
     raise NotImplementedError(
         f"no per-example loss is known for {name}: pass example_loss=(model, inputs, logits, labels) -> (rows,) to "
         "the trainer"

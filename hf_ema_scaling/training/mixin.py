@@ -19,13 +19,13 @@ from transformers.utils import logging
 
 from hf_ema_scaling.data.collator import CTCCollator, MicroBatch, MicroBatchCollator, TwoSourceDataset
 from hf_ema_scaling.data.sampler import SampledStep, ScheduledBatchSampler
-from hf_ema_scaling.data.views import Augmentation
+from hf_ema_scaling.data.views import Augmentation, changes_length
 from hf_ema_scaling.ema import WeightAverage, gathered, load_average, save_average, unwrap
 from hf_ema_scaling.ema.adapter_storage import load_added_adapter
 from hf_ema_scaling.labels.decoder import with_decoder_inputs
 from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
-from hf_ema_scaling.training.augment import augment, refuse_augmentation
+from hf_ema_scaling.training.augment import augment, keep_fitting, refuse_augmentation
 from hf_ema_scaling.training.average_update import AverageMover, new_average
 from hf_ema_scaling.training.checkpoints import checkpoint_to_resume, committed, restored_average
 from hf_ema_scaling.training.checks import (
@@ -307,7 +307,10 @@ class EMATrainerMixin(BothWeightsEvaluation):
         rows = None if weights is None else torch.nonzero(weights).flatten().to(labels.device)
         if self.augmentation is not None:
             begun = self.sampler.stream.position(self.args.augment_start)
-            inputs = augment(self.augmentation, inputs, micro_batch["positions"], int(begun), self.args.seed)
+            clean = inputs
+            inputs = augment(self.augmentation, clean, micro_batch["positions"], int(begun), self.args.seed)
+            if self.ctc and changes_length(self.augmentation):
+                inputs = keep_fitting(self.model, clean, inputs, labels)
         inputs = with_decoder_inputs(self.model, inputs, labels)
         frozen = frozen_statistics(model) if padding and self.batch_statistics else contextlib.nullcontext()
         with self.compute_loss_context_manager(), frozen:

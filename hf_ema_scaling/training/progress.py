@@ -60,9 +60,10 @@ class ScalingProgress(ProgressCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Move the bar by the steps done, and show the values of the last one."""
-        if state.is_world_process_zero and not self.training_bar.disable:
+        bar: Any = self.training_bar
+        if state.is_world_process_zero and not bar.disable:
             step = self.trainer.sampler.step(state.global_step - 1)
-            self.training_bar.set_postfix(step_values(self.trainer.plan, step, self.kept), refresh=False)
+            bar.set_postfix(step_values(self.trainer.plan, step, self.kept), refresh=False)
         super().on_step_end(args, state, control, **kwargs)
 
     def on_log(

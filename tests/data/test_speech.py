@@ -13,7 +13,8 @@ import torch
 from datasets import Audio, Dataset, Features, List, Value
 from transformers import AutoProcessor, Wav2Vec2FeatureExtractor
 
-from hf_ema_scaling.data.speech import AudioError, SpecAugment, build_character_processor, prepare_ctc, read_audio
+from hf_ema_scaling.data.audio import AudioError, read_audio
+from hf_ema_scaling.data.speech import SpecAugment, build_character_processor, prepare_ctc
 from hf_ema_scaling.data.wav import missing_bytes
 
 
@@ -202,7 +203,7 @@ def test_dropped_rows_are_counted_and_named(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.WARNING):
         prepared = prepare_ctc(dataset, processor, max_seconds=1.0)
     assert len(prepared) == 1
-    assert "dropped 4 of 5 rows: 1 empty_text, 2 no_features, 1 too_long" in caplog.text
+    assert "dropped 4 of 5 rows: 1 empty_text, 1 no_features, 1 silent, 1 too_long; first: row 2:" in caplog.text
     with pytest.raises(ValueError, match="all 5 rows were dropped: 1 empty_text, 4 too_short"):
         prepare_ctc(dataset.select([1, 0, 2, 4, 4]), processor, min_seconds=0.31)
 
@@ -221,7 +222,7 @@ def test_data_sets_that_do_not_fit(change: Callable[[Dataset], Dataset], message
 
 def test_characters_outside_the_vocabulary_are_listed() -> None:
     processor = build_character_processor("abc")
-    with pytest.raises(ValueError, match=r"2 characters .* '7' 'B' \(in 2 of 3 texts, first in row 1\)"):
+    with pytest.raises(ValueError, match=r"2 characters .* '7' 'B' \(in 2 of 3 texts, first in row 2\)"):
         prepare_ctc(rows("ab", "aB", "7 B"), processor)
     processor = build_character_processor("abc<pad>")
     with pytest.raises(ValueError, match="special tokens and no CTC target"):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,78 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from ctc_models import MODELS, padded, utterances
 from torch import Tensor
 
 from hf_ema_scaling.labels import CTCLabeler, blank_id, ctc_frame_lengths, greedy_ctc, min_ctc_frames, non_target_ids
-
-SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-WAVE = {
-    **SIZES,
-    "vocab_size": 12,
-    "pad_token_id": 0,
-    "conv_dim": (8, 8, 8),
-    "conv_kernel": (10, 3, 2),
-    "conv_stride": (5, 2, 2),
-    "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2,
-    "feat_extract_norm": "layer",
-    "do_stable_layer_norm": True,
-}
-
-
-def wave(name: str, **changes: Any) -> tuple[Callable[[], Any], str]:
-    config = getattr(transformers, f"{name}Config")
-    model = getattr(transformers, f"{name}ForCTC")
-    return lambda: model(config(**{**WAVE, **changes})).eval(), "input_values"
-
-
-def encoder(name: str, **changes: Any) -> tuple[Callable[[], Any], str]:
-    encoder_config = getattr(transformers, f"{name}EncoderConfig")
-    config, model = getattr(transformers, f"{name}CTCConfig"), getattr(transformers, f"{name}ForCTC")
-    parts = {**SIZES, "num_mel_bins": 16, **changes}
-    return (
-        lambda: model(config(vocab_size=12, pad_token_id=0, encoder_config=encoder_config(**parts))).eval(),
-        "input_features",
-    )
-
-
-def wav2vec2_bert() -> Any:
-    parts = {**SIZES, "vocab_size": 12, "pad_token_id": 0, "feature_projection_input_dim": 16, "add_adapter": True}
-    config = transformers.Wav2Vec2BertConfig(**parts, output_hidden_size=16, conv_depthwise_kernel_size=3)
-    return transformers.Wav2Vec2BertForCTC(config).eval()
-
-
-MODELS: dict[str, tuple[Callable[[], Any], str]] = {
-    "wav2vec2": wave("Wav2Vec2"),
-    "wav2vec2-adapter": wave("Wav2Vec2", add_adapter=True, num_adapter_layers=1, output_hidden_size=16),
-    "wav2vec2-conformer": wave("Wav2Vec2Conformer", conv_depthwise_kernel_size=3),
-    "wav2vec2-bert": (wav2vec2_bert, "input_features"),
-    "hubert": wave("Hubert"),
-    "wavlm": wave("WavLM"),
-    "data2vec-audio": wave("Data2VecAudio", conv_pos_kernel_size=3),
-    "unispeech": wave("UniSpeech"),
-    "unispeech-sat": wave("UniSpeechSat"),
-    "sew": wave("SEW", squeeze_factor=2),
-    "sew-d": wave("SEWD", squeeze_factor=2),
-    "parakeet": encoder("Parakeet", subsampling_conv_channels=4, conv_kernel_size=3),
-    "lasr": encoder("Lasr", subsampling_conv_channels=4, conv_kernel_size=3),
-    "granite-speech5": encoder(
-        "GraniteSpeech5", vocab_size=12, num_mel_bins=4, num_hidden_layers=2, conv_kernel_size=3
-    ),
-}
-
-
-def utterances(name: str, sizes: tuple[int, ...]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    if name == "input_values":
-        return [torch.randn(size * 16 + size % 7, generator=generator) for size in sizes]
-    return [torch.randn(size, 16, generator=generator) for size in sizes]
-
-
-def padded(name: str, rows: list[Tensor]) -> dict[str, Tensor]:
-    lengths = torch.tensor([len(row) for row in rows])
-    inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return {name: inputs, "attention_mask": (torch.arange(inputs.shape[1])[None] < lengths[:, None]).long()}
 
 
 @pytest.mark.parametrize("architecture", MODELS)
@@ -91,26 +22,13 @@ def test_frame_lengths_are_those_of_each_utterance_alone(architecture: str) -> N
     rows = utterances(name, (61, 40, 53, 37))
     with torch.no_grad():
         alone = [model(**{name: row[None]}).logits.shape[1] for row in rows]
-        batched = model(**padded(name, rows)).logits.shape[1]
-    lengths = ctc_frame_lengths(model, padded(name, rows))
+        batch = padded(name, rows)
+        batched = model(**batch).logits.shape[1]
+    lengths = ctc_frame_lengths(model, batch)
     assert lengths.dtype == torch.int64
     assert lengths.tolist() == alone
     assert max(alone) == batched
     assert [int(ctc_frame_lengths(model, {name: row[None]})) for row in rows] == alone
-
-
-@pytest.mark.parametrize("architecture", ["wav2vec2", "parakeet"])
-def test_a_padded_batch_is_labelled_like_its_rows_alone(architecture: str) -> None:
-    build, name = MODELS[architecture]
-    model = build()
-    labeler = CTCLabeler(blank_id(model.config))
-    rows = utterances(name, (61, 40, 53, 37))
-    together = labeler.label(model, padded(name, rows))
-    for row, label in zip(rows, together, strict=True):
-        (alone,) = labeler.label(model, {name: row[None]})
-        assert (alone.ids, alone.reason) == (label.ids, label.reason)
-        assert alone.confidence == pytest.approx(label.confidence, abs=1e-5)
-    assert len({label.ids for label in together}) > 1
 
 
 def test_wrappers_are_looked_through() -> None:
@@ -137,6 +55,8 @@ def test_blank_is_the_pad_token_and_must_be_set() -> None:
     assert blank_id(transformers.Wav2Vec2Config(pad_token_id=7)) == 7
     with pytest.raises(ValueError, match="pad_token_id is None"):
         blank_id(transformers.Wav2Vec2Config(pad_token_id=None))
+    with pytest.raises(ValueError, match="the blank of OmniASRCTCConfig is id 0, its padding id 1: only CTC heads"):
+        blank_id(transformers.OmniASRCTCConfig())
 
 
 def slow_ctc(row: Tensor, length: int, blank: int) -> list[int]:

@@ -19,6 +19,9 @@ from transformers import (
     Wav2Vec2ForCTC,
 )
 
+from hf_ema_scaling.data.speech import SpecAugment
+from hf_ema_scaling.data.speech_views import AdditiveNoise, SpeedPerturbation
+from hf_ema_scaling.data.views import Chain
 from hf_ema_scaling.recipe import ASR_CTC, build_asr_ctc, parse, results_table, run
 from hf_ema_scaling.training import EMATrainer, PseudoLabelTrainer
 from hf_ema_scaling.training.mixin import EMATrainerMixin
@@ -113,6 +116,38 @@ def test_a_pretrained_model_with_a_new_vocabulary(config: Path, corpus: Path, tm
     assert trainer.model.lm_head.out_features == len(trainer.processing_class.tokenizer) == 6
     assert (trainer.model.config.pad_token_id, trainer.model.dtype) == (0, torch.float32)
     assert trainer.train_dataset.column_names == ["input_values", "duration", "labels"]
+
+
+def test_views_of_speech(config: Path, tmp_path: Path) -> None:
+    views = ("--speeds", "0.9", "1.1", "--noise", "0.5", "--noise_snr_min", "5")
+    trainer = build(config, tmp_path, *views)
+    assert isinstance(trainer.augmentation, Chain)
+    speed, noise, masks = trainer.augmentation.augmentations
+    assert isinstance(speed, SpeedPerturbation) and [float(s) for s in speed.speeds] == [0.9, 1.1]
+    assert isinstance(noise, AdditiveNoise) and (noise.probability, noise.snr) == (0.5, (5.0, 30.0))
+    assert isinstance(masks, SpecAugment)
+    assert run(trainer)["optimizer_steps"] == 2
+    only = build(config, tmp_path / "only", "--spec_augment", "false", "--noise", "1").augmentation
+    assert isinstance(only, AdditiveNoise)
+    assert build(config, tmp_path / "none", "--spec_augment", "false").augmentation is None
+
+
+def test_broken_rows_are_skipped_where_the_recipe_says_so(
+    config: Path, tmp_path: Path, manifest: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("labelled", "unlabelled"):
+        path = manifest(tmp_path / f"{name}.jsonl", 6, seed=4, labelled=name == "labelled")
+        (tmp_path / f"wav/{name}2.wav").write_bytes(b"RIFF")
+        path.write_text(path.read_text() + "not JSON\n")
+    sources = ("--labelled", str(tmp_path / "labelled.jsonl"), "--unlabelled", str(tmp_path / "unlabelled.jsonl"))
+    with pytest.raises(ValueError, match=r"labelled.jsonl, line 7: not JSON"):
+        build(config, tmp_path / "out", *sources)
+    with caplog.at_level("WARNING"):
+        trainer = build(config, tmp_path / "out", *sources, "--on_bad_item", "skip")
+    assert len(trainer.train_dataset) == 5 and len(trainer.unlabelled_data()[0]) == 5
+    assert caplog.text.count("1 not_a_row") == caplog.text.count("1 unreadable") == 2
+    with pytest.raises(ValueError, match="on_bad_item must be raise or skip, got 'ignore'"):
+        build(config, tmp_path / "out", "--on_bad_item", "ignore")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 from datasets import Dataset, DatasetDict
 
-from hf_ema_scaling.data.speech import read_audio
+from hf_ema_scaling.data.audio import read_audio
 from hf_ema_scaling.recipe import load_speech, sources
 
 Manifest = Callable[..., Path]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from tiny import arguments, at_fixed_weights, difference, parakeet, speech, wav2vec2
 from torch import Tensor
 
 from hf_ema_scaling.data.speech import SpecAugment
-from hf_ema_scaling.training.augment import SEEDS_PER_RUN, augment
+from hf_ema_scaling.data.speech_views import SpeedPerturbation
+from hf_ema_scaling.labels import ctc_frame_lengths
+from hf_ema_scaling.training.augment import SEEDS_PER_RUN, augment, keep_fitting
 
 
 def test_rows_before_the_start_are_left_alone_and_seeds_are_positions() -> None:
@@ -87,3 +92,41 @@ def test_another_run_seed_masks_otherwise() -> None:
     rows = torch.ones(8, 100, 40)
     first, second = (augment(SpecAugment(), {"input_features": rows}, list(range(8)), 0, seed) for seed in (0, 1))
     assert not any(torch.equal(a, b) for a, b in zip(first["input_features"], second["input_features"], strict=True))
+
+
+def test_rows_whose_label_no_longer_fits_go_back() -> None:
+    model = parakeet()  # a frame for each 4 feature frames
+    clean = {"input_features": torch.randn(4, 80, 8), "attention_mask": torch.ones(4, 80, dtype=torch.long)}
+    clean["attention_mask"][3, 8:] = 0
+    faster = {**clean, **SpeedPerturbation([2.0])(clean, [0, 1, 2, 3])}
+    frames = ctc_frame_lengths(model, faster).tolist()
+    assert frames == [10, 10, 10, 1] and ctc_frame_lengths(model, clean).tolist() == [20, 20, 20, 2]
+    # 10 tokens fit 10 frames; a repeat among them needs one more; nothing needs one frame.
+    labels = torch.full((4, 11), -100)
+    labels[0, :10] = torch.arange(10) % 2 + 1
+    labels[1, :10] = torch.tensor([1, 1, 2, 3, 2, 3, 2, 3, 2, 3])
+    kept = keep_fitting(model, clean, faster, labels)
+    assert kept["attention_mask"].sum(-1).tolist() == [40, 80, 40, 4]
+    assert torch.equal(kept["input_features"][1], clean["input_features"][1])
+    for row in (0, 2, 3):
+        assert torch.equal(kept["input_features"][row, :40], faster["input_features"][row])
+        assert not kept["input_features"][row, 40:].any()
+    assert keep_fitting(model, clean, clean, labels) is clean
+    short = labels[:, :1].clone().fill_(1)
+    assert keep_fitting(model, clean, faster, short) is faster
+
+
+def test_a_step_of_faster_speech_never_has_an_infinite_loss(tmp_path: Path) -> None:
+    data = speech(8, seed=3, lengths=(6, 8))
+    # As many tokens as there are frames: nothing fits at double speed.
+    long = [list(np.arange(6) % 2 + 1)] * 8
+    data = data.remove_columns("labels").add_column("labels", long)
+    gradients = []
+    for number, augmentation in enumerate((None, SpeedPerturbation([2.0]), SpeedPerturbation([0.5]))):
+        made = at_fixed_weights(
+            wav2vec2(), arguments(tmp_path / str(number), max_steps=1), data, augmentation=augmentation
+        )
+        gradients.append(made.recorder.gradients[0])
+    assert all(torch.isfinite(gradient).all() for gradient in gradients[1].values())
+    assert difference(gradients[0], gradients[1]) == 0.0
+    assert difference(gradients[0], gradients[2]) > 0.1

@@ -1,0 +1,45 @@
+"""Where labels come from: the weights, the average they were, the data, the versions."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_ema_scaling.ema.storage import STATE_NAME
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bits of all parameters and saved buffers; in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def average_record(name: str) -> dict[str, Any] | None:
+    """What `ema_state.json` in a model's folder says of the average, numbers and strings only; None without one."""
+    path = Path(name) / STATE_NAME
+    if not name or not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    state = {key: value for key, value in record["state"].items() if isinstance(value, str | int | float | None)}
+    return {"num_updates": record["num_updates"], "state": state}
+
+
+def versions() -> dict[str, str]:
+    """Of this library and of those whose numbers a label depends on."""
+    names = ("hf-ema-scaling", "transformers", "torch", "torchaudio", "datasets")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # used from its source folder
+            found[name] = "unknown"
+    return found

@@ -1,0 +1,61 @@
+"""Data to label, from the same places as data to train on, or streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset, load_dataset
+
+from hf_ema_scaling.labelling.heads import SPEECH
+from hf_ema_scaling.recipe.sources import load_rows, load_speech
+
+
+def open_data(
+    source: str,
+    kind: str,
+    *,
+    column: str | None = None,
+    keep: Sequence[str] | None = None,
+    streaming: bool = False,
+    on_bad_item: str = "raise",
+) -> Dataset | IterableDataset:
+    """The data set to label. Labels that it may have are not read, unless `keep` names them.
+
+    Args:
+        source: a manifest, an audio folder, a saved data set, `owner/name:split` or `owner/name:config:split`; as in
+            the recipes. Streamed: a name on the Hub, or a folder of files that `load_dataset` knows, with `:split`
+            unless it is `train`.
+        kind: `speech` or `text`.
+        column: with the audio or the texts; `audio` or `text` when None.
+        keep: columns to keep.
+        streaming: whether rows are fetched as they are labelled.
+        on_bad_item: `raise` or `skip` lines of a manifest that are no rows.
+
+    Raises:
+        FileNotFoundError, ValueError: for a source that cannot be used.
+    """
+    name = column or ("audio" if kind == SPEECH else "text")
+    if streaming:
+        return _streamed(source)
+    others = [other for other in keep or () if other != name]
+    if kind == SPEECH:
+        return load_speech(source, audio_column=name, text_column=None, keep=others, on_bad_item=on_bad_item)
+    return load_rows(source, [name, *others], on_bad_item=on_bad_item)
+
+
+def _streamed(source: str) -> IterableDataset:
+    if Path(source).exists():
+        place, rest = source, ["train"]
+    elif Path(source.rpartition(":")[0]).is_dir() and source.rpartition(":")[0]:
+        place, rest = source.rpartition(":")[0], [source.rpartition(":")[2]]
+    else:
+        place, *rest = source.split(":")
+    if len(rest) not in (1, 2) or not all(rest):
+        raise ValueError(f"{source!r}: a streamed source is owner/name:split or owner/name:config:split")
+    if Path(place).is_file():
+        raise ValueError(f"{source}: a file is not streamed; leave streaming out, its rows are not held in memory")
+    try:
+        return load_dataset(place, rest[0] if len(rest) == 2 else None, split=rest[-1], streaming=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: cannot be streamed ({error})") from error
