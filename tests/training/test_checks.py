@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -16,6 +18,7 @@ from hf_ema_scaling.training.checks import (
     LivenessWatch,
     check_ctc_targets,
     ctc_target_frames,
+    drop_unfitting,
     frozen_statistics,
     gradient_difference,
     has_batch_statistics,
@@ -273,3 +276,15 @@ def test_gradient_difference_is_relative() -> None:
     assert gradient_difference(a, {"x": torch.tensor([3.0, 4.5])}) == pytest.approx(0.1)
     zero = {"x": torch.zeros(2)}
     assert gradient_difference(zero, zero) == 0.0 and gradient_difference(zero, a) == 1.0
+
+
+def test_unlabelled_rows_need_one_frame(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [np.zeros(length, dtype=np.float32) for length in (31, 32, 5, 640)]
+    data = datasets.Dataset.from_dict({"input_values": rows})
+    model = tiny.wav2vec2()  # a frame for each 32 samples
+    with caplog.at_level("WARNING"):
+        kept = drop_unfitting(model, data, "somewhere")
+    assert [len(row) for row in kept["input_values"]] == [32, 640]
+    assert "dropped 2 of 4 rows of somewhere: they make no frame" in caplog.text
+    with pytest.raises(ValueError, match="no row of somewhere fits"):
+        drop_unfitting(model, data.select([0, 2]), "somewhere")
