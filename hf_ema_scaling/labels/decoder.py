@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_ema_scaling.ema import unwrap
 from hf_ema_scaling.ema.adapters import base_of
 from hf_ema_scaling.ema.sharding import class_of
+from hf_ema_scaling.labels.transducer import TRANSDUCERS, decoder_inputs
 
 
 def bare(model: Any) -> Any:
@@ -23,6 +24,11 @@ def bare(model: Any) -> Any:
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model has a decoder that needs inputs of its own."""
     return bool(getattr(getattr(bare(model), "config", None), "is_encoder_decoder", False))
+
+
+def is_transducer(model: nn.Module) -> bool:
+    """Whether the model is a transducer, whose decoder reads the label so far."""
+    return class_of(bare(model)).__name__ in TRANSDUCERS
 
 
 def decoder_start(model: nn.Module) -> int:
@@ -94,12 +100,15 @@ def decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
 
 
 def with_decoder_inputs(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-    """The inputs of a forward pass without labels: for an encoder-decoder with `decoder_input_ids` made of them.
+    """The inputs of a forward pass without labels: with `decoder_input_ids` made of them where there is a decoder.
 
     Decoder inputs that are already there stay, such as Whisper's previous text before the label.
     """
-    given = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
-    if given or not is_encoder_decoder(model):
+    if "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs:
+        return dict(inputs)
+    if is_transducer(model):
+        return {**inputs, "decoder_input_ids": decoder_inputs(labels, bare(model).config.blank_token_id)}
+    if not is_encoder_decoder(model):
         return dict(inputs)
     return {**inputs, "decoder_input_ids": decoder_input_ids(model, labels)}
 

@@ -22,6 +22,7 @@ from hf_ema_scaling.labels.ctc import CTCLabeler, blank_id, non_target_ids
 from hf_ema_scaling.labels.generative import generative_labeler_for
 from hf_ema_scaling.labels.sequence import ClassLabeler, MultiLabelLabeler, RegressionLabeler
 from hf_ema_scaling.labels.tokens import TokenLabeler
+from hf_ema_scaling.labels.transducer import TRANSDUCERS, TransducerLabeler
 
 
 def ctc_labeler(config: Any, processing_class: Any, **options: Any) -> CTCLabeler:
@@ -30,6 +31,13 @@ def ctc_labeler(config: Any, processing_class: Any, **options: Any) -> CTCLabele
     blank = blank_id(config)
     special = set() if tokenizer is None else set(non_target_ids(tokenizer)) - {blank}
     return CTCLabeler(blank, **{"special_ids": sorted(special), **options})
+
+
+def transducer_labeler(config: Any, processing_class: Any, **options: Any) -> TransducerLabeler:
+    """For transducers; bos, eos and unk of the tokenizer are never targets."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    special = set() if tokenizer is None else set(non_target_ids(tokenizer))
+    return TransducerLabeler(config.blank_token_id, **{"special_ids": sorted(special), **options})
 
 
 def sequence_labeler(config: Any, processing_class: Any, **options: Any) -> Labeler:
@@ -63,6 +71,7 @@ LabelerFactory = Callable[..., Labeler]
 """`(config, processing_class, **options) -> labeler`; options are arguments of the labeler."""
 HEADS: list[tuple[Collection[str], LabelerFactory]] = [
     (set(MODEL_FOR_CTC_MAPPING_NAMES.values()), ctc_labeler),
+    (TRANSDUCERS, transducer_labeler),
     (set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()), sequence_labeler),
     (set(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values()), token_labeler),
 ]

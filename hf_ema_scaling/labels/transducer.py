@@ -12,6 +12,8 @@ from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderModelO
 from hf_ema_scaling.labels.base import PseudoLabel
 from hf_ema_scaling.labels.ctc import ctc_frame_lengths, unwrapped
 
+TRANSDUCERS = frozenset({"ParakeetForRNNT", "ParakeetForTDT"})
+"""Names of model classes."""
 SPEECH_INPUTS = ("input_features", "attention_mask")
 
 

@@ -26,7 +26,8 @@ from hf_ema_scaling.ema.adapters import base_of
 from hf_ema_scaling.ema.sharding import class_of
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths
 from hf_ema_scaling.labels.decoder import is_encoder_decoder
-from hf_ema_scaling.training.transducer_loss import TRANSDUCERS, transducer_losses
+from hf_ema_scaling.labels.transducer import TRANSDUCERS
+from hf_ema_scaling.training.transducer_loss import transducer_losses
 
 ExampleLoss = Callable[[nn.Module, Mapping[str, Tensor], Tensor, Tensor], Tensor]
 """`(model, inputs, logits, labels) -> losses (rows,)`."""

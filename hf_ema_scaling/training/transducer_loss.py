@@ -15,8 +15,6 @@ from hf_ema_scaling.ema.adapters import base_of
 from hf_ema_scaling.ema.sharding import class_of
 from hf_ema_scaling.labels.ctc import ctc_frame_lengths
 
-TRANSDUCERS = ("ParakeetForRNNT", "ParakeetForTDT")
-
 
 def transducer_losses(model: nn.Module, inputs: Mapping[str, Tensor], logits: Tensor, labels: Tensor) -> Tensor:
     """-log p(label) / label length for each row, in nats per token.

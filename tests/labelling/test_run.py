@@ -52,7 +52,9 @@ def test_every_row_has_the_label_it_has_alone(speech_head: Head, speech_data: Da
         assert label["label"] == "".join(vocabulary[i] for i in ids).replace("|", " ").strip()
         assert label["confidence"] == pytest.approx(confidence, abs=1e-4)
         assert label["seconds"] == pytest.approx(len(row["audio"]["array"]) / 16_000)
-        assert label["reason"] is None and label["scores"] == "{}"
+        assert label["reason"] is None
+        scores = json.loads(label["scores"])
+        assert scores["log_probability"] == pytest.approx(math.log(confidence), abs=1e-4)
     assert len({label for label in found["label"]}) > 5
     assert speech_head.decode(PseudoLabel((3, 3, 1, 4), 1.0)) == "aa b"
     assert summary.rows == {"kept": 9} and summary.sizes["kept"] == pytest.approx(sum(found["seconds"]), rel=1e-5)

@@ -9,46 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    ParakeetEncoderConfig,
-    ParakeetForRNNT,
-    ParakeetForTDT,
-    ParakeetRNNTConfig,
-    ParakeetTDTConfig,
-)
+from transducers import BLANK, HEADS, SIZE, build
 
 from hf_ema_scaling.data.collator import pad_labels
 from hf_ema_scaling.labels.base import MakesTargets, PseudoLabel
 from hf_ema_scaling.labels.transducer import TransducerLabeler, decoder_inputs
 from hf_ema_scaling.training.losses import loss_for
 
-BLANK, PAD, SIZE = 7, 2, 8
-HEADS = {"rnnt": (ParakeetForRNNT, ParakeetRNNTConfig), "tdt": (ParakeetForTDT, ParakeetTDTConfig)}
 TARGETS = [[3, 4, 4], [5], [1, 6], [4, 1, 3, 3]]
-
-
-def build(head: str, seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    model, config = HEADS[head]
-    encoder = ParakeetEncoderConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        num_mel_bins=8,
-        subsampling_factor=4,
-        subsampling_conv_channels=4,
-        conv_kernel_size=3,
-    )
-    sizes = {"vocab_size": SIZE, "decoder_hidden_size": 12, "num_decoder_layers": 1, "max_symbols_per_step": 3}
-    made: Any = model(config(encoder_config=encoder, blank_token_id=BLANK, pad_token_id=PAD, **sizes))
-    with torch.no_grad():
-        # So that it says something, and something else at every frame.
-        for name, parameter in made.named_parameters():
-            if name.startswith(("encoder_projector", "decoder", "joint")) and parameter.ndim > 1:
-                parameter.mul_(2.5 / parameter.std())
-        made.joint.head.bias[BLANK] = 3.0
-    return made.eval()
 
 
 def batch() -> tuple[list[Tensor], dict[str, Tensor]]:
