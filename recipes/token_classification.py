@@ -6,7 +6,7 @@
     accelerate launch recipes/token_classification.py --config recipes/configs/minilm_twitter_ner.yaml \\
         --output_dir runs/ner
     ... --unlabelled null                the same run on the labelled tweets alone
-    python scripts/compare_arms.py runs/ner_arms --config recipes/configs/minilm_twitter_ner.yaml --seeds 3
+    python scripts/compare_arms.py runs/ner_arms --config recipes/configs/minilm_twitter_ner.yaml --metric f1
 
 Every argument can stand in the YAML file or on the command line, which wins; `--help` lists them. Data paths are
 relative to the working directory. `output_dir` receives the student, the average in `ema/` (both load with
