@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def step_values(plan: ScalingPlan, step: SampledStep, kept: float | None = None) -> dict[str, str]:
-    """The step just done, for the end of a progress bar.
+    """kappa and momentum of a step, and the share of pseudo-labels kept, for the end of a progress bar.
 
     Args:
         plan: of the run.
@@ -27,7 +27,6 @@ def step_values(plan: ScalingPlan, step: SampledStep, kept: float | None = None)
         kept: share of pseudo-labels kept, as last logged; None where there are none.
     """
     values = {
-        "clock": f"{step.end:.6g}",
         "kappa": f"{step.kappa:.3g}",
         "momentum": f"{math.exp(plan.log_momentum(step.start, step.end)):.5f}",
     }
@@ -62,7 +61,8 @@ class ScalingProgress(ProgressCallback):
         """Move the bar by the steps done, and show the values of the last one."""
         if state.is_world_process_zero and not self.training_bar.disable:
             step = self.trainer.sampler.step(state.global_step - 1)
-            self.training_bar.set_postfix(step_values(self.trainer.plan, step, self.kept), refresh=False)
+            values = {"clock": f"{step.end:.6g}", **step_values(self.trainer.plan, step, self.kept)}
+            self.training_bar.set_postfix(values, refresh=False)
         super().on_step_end(args, state, control, **kwargs)
 
     def on_log(
