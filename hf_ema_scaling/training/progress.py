@@ -41,6 +41,9 @@ class ScalingProgress(ProgressCallback):
         max_str_len: as for `ProgressCallback`.
     """
 
+    training_bar: Any
+    prediction_bar: Any
+
     def __init__(self, trainer: EMATrainerMixin, max_str_len: int = 100) -> None:
         super().__init__(max_str_len)
         self.trainer = trainer
