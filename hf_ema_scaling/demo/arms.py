@@ -34,6 +34,7 @@ from hf_ema_scaling.training.checks import drop_unfitting, fitting_rows
 from hf_ema_scaling.training.flow import StopAt
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 from hf_ema_scaling.training.process import peak_memory, prepare_process
+from hf_ema_scaling.training.progress import step_values
 
 ARMS = ("labelled", "pseudo", "topline")
 LABELLED_PHASE = "labelled_phase"
@@ -227,6 +228,7 @@ class _Progress(TrainerCallback):
         self.job = job
         self.trainer: EMATrainerMixin | None = None
         self.bar: Any = None
+        self.kept: float | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -249,7 +251,13 @@ class _Progress(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        assert self.trainer is not None
+        step = self.trainer.sampler.step(state.global_step - 1)
+        self.bar.set_postfix(step_values(self.trainer.plan, step, self.kept), refresh=False)
         self.bar.update(round(self.clock(state)) - self.bar.n)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.kept = kwargs["logs"].get("pseudo/kept", self.kept)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

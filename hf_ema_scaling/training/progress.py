@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def step_values(plan: ScalingPlan, step: SampledStep, kept: float | None = None) -> dict[str, str]:
-    """The step just done, for the end of a progress bar.
+    """kappa and momentum of a step, and the share of pseudo-labels kept, for the end of a progress bar.
 
     Args:
         plan: of the run.
@@ -27,7 +27,6 @@ def step_values(plan: ScalingPlan, step: SampledStep, kept: float | None = None)
         kept: share of pseudo-labels kept, as last logged; None where there are none.
     """
     values = {
-        "clock": f"{step.end:.6g}",
         "kappa": f"{step.kappa:.3g}",
         "momentum": f"{math.exp(plan.log_momentum(step.start, step.end)):.5f}",
     }
@@ -41,6 +40,9 @@ class ScalingProgress(ProgressCallback):
         trainer: whose steps are shown.
         max_str_len: as for `ProgressCallback`.
     """
+
+    training_bar: Any
+    prediction_bar: Any
 
     def __init__(self, trainer: EMATrainerMixin, max_str_len: int = 100) -> None:
         super().__init__(max_str_len)
@@ -63,7 +65,8 @@ class ScalingProgress(ProgressCallback):
         bar: Any = self.training_bar
         if state.is_world_process_zero and not bar.disable:
             step = self.trainer.sampler.step(state.global_step - 1)
-            bar.set_postfix(step_values(self.trainer.plan, step, self.kept), refresh=False)
+            values = {"clock": f"{step.end:.6g}", **step_values(self.trainer.plan, step, self.kept)}
+            bar.set_postfix(values, refresh=False)
         super().on_step_end(args, state, control, **kwargs)
 
     def on_log(

@@ -89,5 +89,5 @@ def test_only_the_bars_of_trainer_are_replaced(tmp_path: Path) -> None:
 def test_values_are_short() -> None:
     plan = ScalingPlan(Recipe(8, "samples", 3000, 0.01, 0.999), BatchSchedule.constant(28))
     values = step_values(plan, plan.step(0), 0.987)  # type: ignore[arg-type]
-    assert values == {"clock": "3.5", "kappa": "3.5", "momentum": f"{0.999**3.5:.5f}", "kept": "99%"}
+    assert values == {"kappa": "3.5", "momentum": f"{0.999**3.5:.5f}", "kept": "99%"}
     assert "kept" not in step_values(plan, plan.step(0))  # type: ignore[arg-type]
