@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
+import sys
 from collections.abc import Mapping
-from pathlib import Path
 
+from hf_ema_scaling.hub.results import COLUMNS, KEY
+from hf_ema_scaling.recipe.record import write_run_record
 from hf_ema_scaling.training.mixin import EMATrainerMixin
-
-COLUMNS = {
-    "wer": "WER",
-    "cer": "CER",
-    "probe_accuracy": "probe accuracy",
-    "accuracy": "accuracy",
-    "error_rate": "error rate",
-    "loss": "loss",
-}
-"""Metrics that results are told in, and what people call them."""
+from hf_ema_scaling.training.publishing import write_records
 
 
 def run(trainer: EMATrainerMixin) -> dict[str, float]:
     """Trains, evaluates student and average, saves both, and pushes if asked to.
 
     Prints the plan before and a table after. `output_dir` then holds the student at its root, the average in `ema/`,
-    `metrics.json`, `scaling_plan.json` and `trainer_state.json`. `resume_from_checkpoint` is `true` for the last
-    complete checkpoint in `output_dir`, or a path.
+    `metrics.json`, `scaling_plan.json`, `run.json` (`recipe.record`) and `trainer_state.json`.
+    `resume_from_checkpoint` is `true` for the last complete checkpoint in `output_dir`, or a path.
 
     Returns:
         What `metrics.json` holds.
@@ -41,11 +32,8 @@ def run(trainer: EMATrainerMixin) -> dict[str, float]:
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
     if main:
-        folder = Path(str(args.output_dir))
-        # JSON knows neither NaN nor infinity.
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        for name, content in (("metrics", finite), ("scaling_plan", trainer.plan.to_dict())):
-            (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_records(trainer, metrics)
+        write_run_record(args.output_dir, sys.argv, trainer.accelerator.num_processes)
         print(results_table(metrics), flush=True)
     trainer.save_state()
     trainer.save_model()
@@ -54,9 +42,7 @@ def run(trainer: EMATrainerMixin) -> dict[str, float]:
 
 def results_table(metrics: Mapping[str, float]) -> str:
     """The metrics of `COLUMNS` of student and average on every evaluation set, as people read them."""
-    # Lazy, so that of probe_accuracy and accuracy the longer name wins over a set called probe.
-    key = re.compile(rf"eval_(ema_)?((?:.+_)??)({'|'.join(COLUMNS)})")
-    found = [match.groups(default="") for name in metrics if (match := key.fullmatch(name))]
+    found = [match.groups(default="") for name in metrics if (match := KEY.fullmatch(name))]
     columns = [metric for metric in COLUMNS if any(metric == named for _, _, named in found)]
     widths = [max(7, len(COLUMNS[metric])) for metric in columns]
     lines = [
