@@ -168,11 +168,10 @@ def push(
     ] = None,
     tag: Annotated[list[str] | None, typer.Option(help="Tag for the card; may be repeated.")] = None,
     limits: Annotated[str | None, typer.Option(help="What else a user must know, for the card.")] = None,
-    card: Annotated[Path | None, typer.Option(help="Also write the card to this file.")] = None,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry_run", "--dry-run", help="Lay out what would be pushed, print the card; send nothing."),
+        bool, typer.Option("--dry_run", "--dry-run", help="Lay out what would be pushed and print the card, no more.")
     ] = False,
+    card: Annotated[Path | None, typer.Option(help="With --dry-run: write the card to this file instead.")] = None,
 ) -> None:
     """Pushes a run to the Hub: average and student, processor, plan, metrics, figures and a model card.
 
@@ -184,15 +183,18 @@ def push(
         details = hub.CardDetails(
             title, tuple(language or ()), license, tuple(dataset or ()), base_model, tuple(tag or ()), limits
         )
-        if card is not None or dry_run:
-            folder = tempfile.mkdtemp(prefix="hf-ema-scaling-")
-            text = hub.stage(run, folder, repo_id=repo_id, hub_weights=hub_weights, details=details).read_text("utf-8")
-            if card is not None:
-                card.parent.mkdir(parents=True, exist_ok=True)
-                card.write_text(text, encoding="utf-8")
         if dry_run:
-            typer.echo(f"{text}\nNothing was sent. What would be pushed: {folder}")
+            folder = tempfile.mkdtemp(prefix="hf-ema-scaling-")
+            written = hub.stage(run, folder, repo_id=repo_id, hub_weights=hub_weights, details=details)
+            if card is None:
+                typer.echo(written.read_text(encoding="utf-8"))
+            else:
+                card.parent.mkdir(parents=True, exist_ok=True)
+                card.write_bytes(written.read_bytes())
+            typer.echo(f"Nothing was sent. What would be pushed: {folder}", err=True)
             return
+        if card is not None:
+            raise typer.BadParameter("goes with --dry-run", param_hint="--card")
         if repo_id is None:
             raise typer.BadParameter("where to? OWNER/NAME on the Hub", param_hint="--repo_id")
         commit = hub.push(run, repo_id, hub_weights=hub_weights, private=private, revision=revision, details=details)

@@ -52,10 +52,9 @@ def push_trained(
     folder = Path(str(args.output_dir))
     write_records(trainer)
     trainer._finish_current_push()
-    defaults: dict[str, Any] = {
-        "token": args.hub_token,
-        "revision": args.hub_revision,
-        "private": args.hub_private_repo,
+    names = {"token": "hub_token", "revision": "hub_revision", "private": "hub_private_repo"}
+    options: dict[str, Any] = {
+        name: getattr(args, names[name]) if value is None else value for name, value in target.items()
     }
     job = prepare(
         folder,
@@ -66,7 +65,7 @@ def push_trained(
         # What is trained or saved next must not get into it.
         place=None if blocking else shutil.copy2,
         api=hf_api(),
-        **{name: defaults[name] if value is None else value for name, value in target.items()},
+        **options,
     )
     return job() if blocking else _in_background(job)
 

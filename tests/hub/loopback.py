@@ -152,6 +152,7 @@ class _Refused(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # 40 ms per request
     hub: ClassVar[Hub]
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -33,8 +33,8 @@ def test_layout(hub: Hub, run: Path, hub_weights: str, subfolder: str) -> None:
     assert files["model.safetensors"] == root and files[f"{subfolder}/model.safetensors"] == below
     of_average = "" if hub_weights == "ema" else "ema/"
     assert [name for name in files if name.endswith(STATE_NAME)] == [of_average + STATE_NAME]
-    processor = {"tokenizer.json", "tokenizer_config.json", "processor_config.json"}
-    model = {"config.json", "model.safetensors", *processor}
+    processor = {"vocab.json", "tokenizer_config.json", "processor_config.json"}
+    model = {"config.json", "generation_config.json", "model.safetensors", *processor}
     own = {"README.md", "curve.png", "metrics.json", "scaling_plan.json", of_average + STATE_NAME}
     assert set(files) == model | {f"{subfolder}/{name}" for name in model} | own
     assert files["scaling_plan.json"] == (run / "scaling_plan.json").read_bytes()
@@ -72,7 +72,7 @@ def test_branch_and_privacy(hub: Hub, run: Path) -> None:
     assert hub.files(NAME) == {} and "model.safetensors" in hub.files(NAME, revision="trial")
     assert hub.repositories["model", NAME].private
     push(run, "tester/open", private=False)
-    with pytest.raises(PushError, match="there already and is public.*--repo_id tester/open --private"):
+    with pytest.raises(PushError, match=r"there already and is public.*--repo_id tester/open --private"):
         push(run, "tester/open", private=True)
 
 
