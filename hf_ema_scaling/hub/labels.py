@@ -133,6 +133,6 @@ def _summary(reasons: Mapping[str, Mapping[str, float]], unit: str, rows: int) -
     lines: list[list[object]] = [["Outcome", "Rows", unit, "Share of rows"]]
     for name in sorted(reasons, key=lambda reason: (reason != "kept", reason)):
         cell = reasons[name]
-        share = f"{cell['rows'] / rows:.1%}" if rows else "-"
+        share = f"{cell['rows'] / rows:.1%}" if rows else "n/a"
         lines.append([name, int(cell["rows"]), float(cell[unit]), share])
     return table(lines)

@@ -13,8 +13,9 @@ from urllib.parse import quote
 from jinja2 import Environment, StrictUndefined
 
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-_MARKUP = re.compile(r"([\\`*_{}\[\]()#!|~$])")
-_LINE_START = re.compile(r"^([-+=]|\d+(?=[.)]))")
+_MARKUP = re.compile(r"([\\`*_\[\]|~$])")
+# What makes a list, a heading or a rule of a line; a number with a sign makes none of them.
+_LINE_START = re.compile(r"^([-+=#](?=[-+=#\s]|$)|\d+(?=[.)](?:\s|$)))")
 
 
 class Markdown(str):

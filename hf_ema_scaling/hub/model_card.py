@@ -244,6 +244,6 @@ def _ledger_table(ledger: Mapping[str, Any]) -> Markdown | str:
         total = sum(float(cell[unit]) for cell in outcomes.values())
         for reason in sorted(outcomes, key=lambda name: (name != "kept", name)):
             cell = outcomes[reason]
-            share = f"{float(cell[unit]) / total:.1%}" if total else "-"
+            share = f"{float(cell[unit]) / total:.1%}" if total else "n/a"
             rows.append([source or "all", reason, int(cell["items"]), float(cell[unit]), share])
     return table(rows) if len(rows) > 1 else ""

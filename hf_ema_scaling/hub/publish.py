@@ -200,7 +200,7 @@ def _pause(error: Exception, waits: Iterator[float]) -> float | None:
 
 def _address(error: Exception) -> str:
     try:
-        return str(getattr(error, "response", error).request.url)  # type: ignore[attr-defined]
+        return str(getattr(error, "response", error).request.url)  # type: ignore[union-attr]
     except (AttributeError, RuntimeError):  # the HTTP library's way to say that it is not known
         return ""
 

@@ -19,7 +19,7 @@ COLUMNS = {
 """Metrics that results are told in, and what people call them."""
 
 # Lazy, so that of probe_accuracy and accuracy the longer name wins over a set called probe.
-KEY = re.compile(rf"eval_(ema_)?((?:.+_)??)({'|'.join(COLUMNS)})")
+KEY = re.compile(rf"eval_(ema_)?((?:.+_)??)({'|'.join(COLUMNS)})", re.DOTALL)
 _SPEED = re.compile(r"(.+_)?(runtime|samples_per_second|steps_per_second|model_preparation_time|jit_compilation_time)")
 
 
