@@ -95,11 +95,15 @@ def push_checkpoint(trainer: EMATrainerMixin, checkpoint: str) -> None:
         "beside": Path(str(args.output_dir)),
         "api": hf_api(),
     }
-    jobs = [prepare(checkpoint, _repo(trainer), hub_weights=args.hub_weights, message=message, **common)]
-    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-        within = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint).name
-        message = f"{message}, checkpoint"
-        jobs.append(prepare_mirror(checkpoint, _repo(trainer), within, message=message, **common))
+    jobs = []
+    try:
+        jobs.append(prepare(checkpoint, _repo(trainer), hub_weights=args.hub_weights, message=message, **common))
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            within = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint).name
+            message = f"{message}, checkpoint"
+            jobs.append(prepare_mirror(checkpoint, _repo(trainer), within, message=message, **common))
+    except (OSError, RuntimeError, ValueError) as error:
+        logger.warning(f"{checkpoint} is not pushed: {error}")
     futures = [_in_background(job) for job in jobs]
     if busy is None or busy.is_done():
         trainer.push_in_progress = PushInProgress(futures)  # type: ignore[arg-type]
