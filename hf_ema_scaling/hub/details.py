@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from dataclasses import dataclass
 
@@ -60,3 +61,11 @@ def is_repo_id(name: str) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def library_version() -> str:
+    """Version of this library; empty where it is used from its source folder."""
+    try:
+        return importlib.metadata.version("hf-ema-scaling")
+    except importlib.metadata.PackageNotFoundError:
+        return ""

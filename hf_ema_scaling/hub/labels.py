@@ -9,8 +9,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
-import hf_ema_scaling
-from hf_ema_scaling.hub.details import CardDetails
+from hf_ema_scaling.hub.details import CardDetails, library_version
 from hf_ema_scaling.hub.markdown import Markdown, fenced, plain, render, table
 from hf_ema_scaling.hub.model_card import TAGS
 from hf_ema_scaling.hub.run_folder import RunFolderError, read_json
@@ -97,7 +96,7 @@ def dataset_card(
         "time": dict(record.get("time", {})),
         "license": details.license,
         "limits": details.limits,
-        "version": hf_ema_scaling.__version__,
+        "version": library_version(),
     }
     metadata = DatasetCardData(
         language=list(details.language) or None,

@@ -11,8 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-import hf_ema_scaling
-from hf_ema_scaling.hub.details import CardDetails, is_repo_id
+from hf_ema_scaling.hub.details import CardDetails, is_repo_id, library_version
 from hf_ema_scaling.hub.markdown import Markdown, command, fenced, image, plain, render, table
 from hf_ema_scaling.hub.results import Score, scores
 from hf_ema_scaling.hub.run_folder import RunFolder, read_run
@@ -22,6 +21,8 @@ WEIGHT_SETS = ("ema", "student")
 NAMES = {"ema": "average", "student": "student"}
 SUBFOLDERS = {"ema": "student", "student": "ema"}
 """By `hub_weights`: the folder of the weights that are not at the root."""
+OWN_MODELS = {"BYOLModel": "hf_ema_scaling"}
+"""Packages of models that transformers does not have."""
 TAGS = ("ema", "ema-scaling", "hf-ema-scaling")
 
 
@@ -83,7 +84,7 @@ def model_card(run: RunFolder, *, repo_id: str | None, hub_weights: str, details
         "license": details.license,
         "limits": details.limits,
         "warnings": plan.get("warnings", []),
-        "version": hf_ema_scaling.__version__,
+        "version": library_version(),
     }
     body = render("model_card.md.jinja", values)
     data = _metadata(run, title, task, found, hub_weights, details)
@@ -181,7 +182,7 @@ def _usage(run: RunFolder, architecture: str | None, repo: str, subfolder: str) 
             f"other = PeftModel.from_pretrained(base, {name}, subfolder={folder})",
         ]
     elif architecture is not None:
-        home = "hf_ema_scaling" if architecture in hf_ema_scaling.__all__ else "transformers"
+        home = OWN_MODELS.get(architecture, "transformers")
         lines = [
             f"from {home} import {architecture}",
             "",

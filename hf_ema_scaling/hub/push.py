@@ -28,7 +28,7 @@ RECORDS = (PLAN_NAME, METRICS_NAME, LEDGER_NAME, RECORD_NAME)
 _MODEL_FILES = (
     rf"(?:student|{EMA_FOLDER})/.*"
     r"|(?:adapter_)?model(?:-\d+-of-\d+)?\.safetensors(?:\.index\.json)?"
-    r"|ema_state\.json|average_float64\.safetensors|adapter_config\.json"
+    r"|ema_state\.json|average_float64\.safetensors|buffers\.safetensors|adapter_config\.json"
     rf"|{'|'.join(name.replace('.', chr(92) + '.') for name in RECORDS)}|figures/.*\.png|[^/]*\.png"
 )
 """What a push of a run puts in its place or deletes: the other layout's weights must not stay."""
@@ -246,8 +246,8 @@ def stage_run(
     root = {name: target if name == hub_weights else target / SUBFOLDERS[hub_weights] for name in WEIGHT_SETS}
     for name in run.student_files():
         placed(place, run.folder / name, root["student"] / name)
-    for name in run.average_files():
-        placed(place, run.average / name, root["ema"] / name)
+    for name, staged in run.average_files().items():
+        placed(place, run.average / name, root["ema"] / staged)
     for name in run.figures():
         placed(place, run.folder / name, target / name)
     # Those of a checkpoint come from the run that it lies in, and from its own log.

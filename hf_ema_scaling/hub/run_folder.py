@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_ema_scaling.ema.adapter_storage import ADAPTER_FOLDER, ADAPTER_WEIGHTS, BUFFERS
 from hf_ema_scaling.ema.exact import EXACT_NAME
 from hf_ema_scaling.ema.folders import EMA_FOLDER
 from hf_ema_scaling.ema.storage import STATE_NAME, check_average
@@ -20,7 +22,7 @@ from hf_ema_scaling.ema.storage import STATE_NAME, check_average
 PLAN_NAME, METRICS_NAME, LEDGER_NAME, RECORD_NAME = "scaling_plan.json", "metrics.json", "ledger.json", "run.json"
 WEIGHTS = re.compile(r"(model|adapter_model)(-\d{5}-of-\d{5})?\.safetensors")
 _WITH_WEIGHTS = re.compile(r"(config|generation_config|adapter_config|(adapter_)?model\.safetensors\.index)\.json")
-_OF_AVERAGE = (STATE_NAME, EXACT_NAME)
+_OF_AVERAGE = (STATE_NAME, EXACT_NAME, BUFFERS)
 
 
 class RunFolderError(ValueError):
@@ -63,14 +65,19 @@ class RunFolder:
         found = [*self.folder.glob("*.png"), *(self.folder / "figures").rglob("*.png")]
         return sorted(path.relative_to(self.folder).as_posix() for path in found if path.is_file())
 
-    def average_files(self) -> list[str]:
-        """Files of the average's folder, relative to it."""
-        return sorted(p.relative_to(self.average).as_posix() for p in self.average.rglob("*") if p.is_file())
+    def average_files(self) -> dict[str, str]:
+        """Files of the average's folder, relative to it, and where each belongs beside the model that it is part of.
+
+        These are the same but for adapters, which PEFT looks for in the folder itself.
+        """
+        found = sorted(p.relative_to(self.average).as_posix() for p in self.average.rglob("*") if p.is_file())
+        return {name: name.removeprefix(f"{ADAPTER_FOLDER}/") for name in found}
 
     def student_files(self) -> list[str]:
         """Files of the student, relative to the folder: as of the average, without what belongs to an average."""
         # What a processor writes is known from the average's folder alone: this one holds other things too.
-        processor = {name for name in self.average_files() if not _is_model_file(name) and name not in _OF_AVERAGE}
+        names = self.average_files().values()
+        processor = {name for name in names if not _is_model_file(name) and name not in _OF_AVERAGE}
         present = {name for name in processor if (self.folder / name).is_file()}
         return sorted(present | {p.name for p in self.folder.iterdir() if p.is_file() and _is_model_file(p.name)})
 
@@ -112,6 +119,11 @@ def read_run(folder: str | Path) -> RunFolder:
             f"{folder} holds no {EMA_FOLDER}/{STATE_NAME}, so no average to push: train with EMATrainer or "
             "EMACallback first, or give one of the run's checkpoints"
         )
+    if several := sorted(p.parent.name for p in (folder / EMA_FOLDER / ADAPTER_FOLDER).glob(f"*/{ADAPTER_WEIGHTS}")):
+        raise RunFolderError(
+            f"{folder} holds several adapters ({', '.join(several)}), and a repository has one at its root: push each "
+            f"by itself from {EMA_FOLDER}/{ADAPTER_FOLDER}/ with `hf upload`"
+        )
     check_average(folder / EMA_FOLDER)
     checkpoint = folder.resolve().name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
     parent = folder.resolve().parent if checkpoint else folder
@@ -134,7 +146,9 @@ def _of_log(state: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint's own weights scored: its last evaluation may be of an earlier step."""
     step = state.get("global_step")
     entries = [entry for entry in state.get("log_history", []) if entry.get("step") == step]
-    scored = {key: value for entry in entries for key, value in entry.items() if key.startswith("eval_")}
+    found = [(key, value) for entry in entries for key, value in entry.items() if key.startswith("eval_")]
+    # JSON knows neither NaN nor infinity, which Trainer writes all the same.
+    scored = {key: value for key, value in found if not isinstance(value, float) or math.isfinite(value)}
     return {**scored, "optimizer_steps": step} if state else {}
 
 

@@ -84,12 +84,15 @@ def test_a_name_alone_is_the_owners(hub: Hub, run: Path) -> None:
 def test_a_checkpoint_is_pushed_with_the_plan_of_its_run(hub: Hub, tmp_path: Path) -> None:
     made = speech_trainer(tmp_path / "run", save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2)
     made.train()
+    state = tmp_path / "run" / "checkpoint-2" / "trainer_state.json"
+    state.write_text(state.read_text().replace('"log_history": [', '"log_history": [{"eval_x": NaN, "step": 2},'))
     plan = json.dumps(made.plan.to_dict())
     (tmp_path / "run" / "scaling_plan.json").write_text(plan, encoding="utf-8")
     push(tmp_path / "run" / "checkpoint-2", NAME)
     files = hub.files(NAME)
     scored = [entry for entry in made.state.log_history if entry["step"] == 2 and "eval_loss" in entry]
     assert json.loads(files["metrics.json"])["eval_loss"] == scored[0]["eval_loss"]
+    assert b"NaN" not in files["metrics.json"]
     assert json.loads(files["scaling_plan.json"]) == json.loads(plan)
     assert not [name for name in files if "optimizer" in name or "trainer_state" in name]
 
@@ -107,6 +110,14 @@ def test_folders_that_are_no_run(run: Path, missing: str, told: str, tmp_path: P
         (run / missing).unlink()
     with pytest.raises(RunFolderError, match=told):
         stage(run if missing else run / "elsewhere", tmp_path / "staged")
+
+
+def test_several_adapters_are_refused(run: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (run / "ema" / "adapter" / name).mkdir(parents=True)
+        (run / "ema" / "adapter" / name / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(RunFolderError, match=r"several adapters \(a, b\)"):
+        stage(run, tmp_path / "staged")
 
 
 def test_damage_is_found_before_anything_is_sent(hub: Hub, run: Path) -> None:

@@ -200,9 +200,11 @@ def test_adapters(hub: Hub, tmp_path: Path) -> None:
     made.train()
     made.push_to_hub()
     files, run = hub.files(NAME), tmp_path / "run"
-    average, student = (folder / "adapter_model.safetensors" for folder in (run / "ema", run))
+    average, student = (folder / "adapter_model.safetensors" for folder in (run / "ema" / "adapter", run))
     assert files["adapter_model.safetensors"] == average.read_bytes()
     assert files["student/adapter_model.safetensors"] == student.read_bytes() != average.read_bytes()
+    assert files["adapter_config.json"] and files["student/adapter_config.json"] and "ema_state.json" in files
+    assert not [name for name in files if name.startswith("adapter/") or name == "training_args.bin"]
     card = files["README.md"].decode()
     assert "library_name: peft\n" in card and "parameters of adapters" in card
     assert f'PeftModel.from_pretrained(base, "{NAME}", subfolder="student")' in card
