@@ -242,5 +242,72 @@ def label(
         typer.echo(f"labels: {output}")
 
 
+@main.command()
+def push(
+    run: Annotated[
+        Path, typer.Argument(help="output_dir of a run, one of its checkpoints, or labels by `hf-ema-scaling label`.")
+    ],
+    repo_id: Annotated[
+        str | None, typer.Option("--repo_id", "--repo-id", help="OWNER/NAME on the Hub; made if it is not there.")
+    ] = None,
+    hub_weights: Annotated[
+        str,
+        typer.Option(
+            "--hub_weights",
+            "--hub-weights",
+            help="ema: the average at the root, the student in student/. student: the other way, average in ema/.",
+        ),
+    ] = "ema",
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository; default: as your account has it.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if it is not there.")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the card.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="ISO 639 code for the card; may be repeated.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence for the card, such as apache-2.0.")] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Data set on the Hub that it was made of; may be repeated.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base_model", "--base-model", help="Model on the Hub that training started from.")
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Tag for the card; may be repeated.")] = None,
+    limits: Annotated[str | None, typer.Option(help="What else a user must know, for the card.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry_run", "--dry-run", help="Lay out what would be pushed and print the card, no more.")
+    ] = False,
+    card: Annotated[Path | None, typer.Option(help="With --dry-run: write the card to this file instead.")] = None,
+) -> None:
+    """Pushes a run to the Hub: average and student, processor, plan, metrics, figures and a model card.
+
+    Also pushes a data set that `hf-ema-scaling label` wrote. The token is that of HF_TOKEN or `hf auth login`.
+    """
+    from hf_ema_scaling import hub
+
+    try:
+        details = hub.CardDetails(
+            title, tuple(language or ()), license, tuple(dataset or ()), base_model, tuple(tag or ()), limits
+        )
+        if dry_run:
+            folder = tempfile.mkdtemp(prefix="hf-ema-scaling-")
+            written = hub.stage(run, folder, repo_id=repo_id, hub_weights=hub_weights, details=details)
+            if card is None:
+                typer.echo(written.read_text(encoding="utf-8"))
+            else:
+                card.parent.mkdir(parents=True, exist_ok=True)
+                card.write_bytes(written.read_bytes())
+            typer.echo(f"Nothing was sent. What would be pushed: {folder}", err=True)
+            return
+        if card is not None:
+            raise typer.BadParameter("goes with --dry-run", param_hint="--card")
+        if repo_id is None:
+            raise typer.BadParameter("where to? OWNER/NAME on the Hub", param_hint="--repo_id")
+        commit = hub.push(run, repo_id, hub_weights=hub_weights, private=private, revision=revision, details=details)
+    except (ValueError, OSError, RuntimeError) as error:
+        typer.secho(f"{error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f"{commit.repo_url} is at {commit.oid}")
+
+
 if __name__ == "__main__":
     main()

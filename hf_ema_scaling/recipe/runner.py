@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
+import sys
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
+from hf_ema_scaling.hub.results import COLUMNS, KEY
+from hf_ema_scaling.recipe.record import write_run_record
 from hf_ema_scaling.training.mixin import EMATrainerMixin
-from hf_ema_scaling.training.tracking import scalar_logs
-
-COLUMNS = {
-    "wer": "WER",
-    "cer": "CER",
-    "probe_accuracy": "probe accuracy",
-    "f1": "F1",
-    "precision": "precision",
-    "recall": "recall",
-    "accuracy": "accuracy",
-    "error_rate": "error rate",
-    "loss": "loss",
-}
-"""Metrics that results are told in, and what people call them."""
+from hf_ema_scaling.training.publishing import write_plan, write_records
 
 
 def run(trainer: EMATrainerMixin) -> dict[str, float]:
     """Trains, evaluates student and average, saves both, and pushes if asked to.
 
     Prints the plan before and a table after. `output_dir` then holds the student at its root, the average in `ema/`,
-    `metrics.json`, `scaling_plan.json` and `trainer_state.json`. `resume_from_checkpoint` is `true` for the last
-    complete checkpoint in `output_dir`, or a path.
+    `metrics.json`, `scaling_plan.json`, `run.json` (`recipe.record`) and `trainer_state.json`.
+    `resume_from_checkpoint` is `true` for the last complete checkpoint in `output_dir`, or a path.
 
     Returns:
         What `metrics.json` holds.
     """
     args, main = trainer.args, trainer.is_world_process_zero()
-    folder = Path(str(args.output_dir))
     if main:
         print(trainer.plan.explain(), flush=True)
         # Now too, for reports on runs that are not at their end.
-        _write(folder / "scaling_plan.json", trainer.plan.to_dict())
+        write_plan(trainer)
     resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
     metrics: dict[str, float] = dict(trainer.train(resume).metrics)
     metrics["optimizer_steps"] = trainer.state.global_step
@@ -49,30 +34,17 @@ def run(trainer: EMATrainerMixin) -> dict[str, float]:
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
     if main:
-        # JSON knows neither NaN nor infinity.
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in scalar_logs(metrics).items()
-        }
-        _write(folder / "metrics.json", finite)
-        # On resume, the steps done before are known by now.
-        _write(folder / "scaling_plan.json", trainer.plan.to_dict())
+        write_records(trainer, metrics)
+        write_run_record(args.output_dir, sys.argv, trainer.accelerator.num_processes)
         print(results_table(metrics), flush=True)
     trainer.save_state()
     trainer.save_model()
     return metrics
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 def results_table(metrics: Mapping[str, float]) -> str:
     """The metrics of `COLUMNS` of student and average on every evaluation set, as people read them."""
-    # Lazy, so that of probe_accuracy and accuracy the longer name wins over a set called probe.
-    key = re.compile(rf"eval_(ema_)?((?:.+_)??)({'|'.join(COLUMNS)})")
-    found = [match.groups(default="") for name in metrics if (match := key.fullmatch(name))]
+    found = [match.groups(default="") for name in metrics if (match := KEY.fullmatch(name))]
     columns = [metric for metric in COLUMNS if any(metric == named for _, _, named in found)]
     widths = [max(7, len(COLUMNS[metric])) for metric in columns]
     lines = [

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .plan import ScalingPlan
@@ -36,12 +36,7 @@ VALUE_LABELS = {
 def plan_table(plan: ScalingPlan) -> str:
     """The plan as a plain-text table, one column per stage, followed by totals and warnings."""
     unit = plan.recipe.unit
-    columns = [plan.reference_values(), *plan.stage_values()]
-    rows = [["", "reference", *(f"stage {index}" for index in range(len(plan.stages)))]]
-    for key, label in VALUE_LABELS.items():
-        cells = ["off" if column[key] is None else _format(column[key]) for column in columns]
-        if key == "max_grad_norm" or set(cells) != {"off"}:
-            rows.append([label.format(unit=unit), *cells])
+    rows = value_rows(unit, plan.reference_values(), plan.stage_values())
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     template = "  ".join(f"{{:{'>' if index else '<'}{width}}}" for index, width in enumerate(widths))
     lines = [template.format(*row) for row in rows]
@@ -91,6 +86,23 @@ def plan_table(plan: ScalingPlan) -> str:
     return "\n".join([*lines, *(f"WARNING: {warning}" for warning in plan.warnings())])
 
 
+def value_rows(unit: str, reference: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Rows of a table of values: a head, then one row per value that any column has, its label first.
+
+    Args:
+        unit: of the recipe.
+        reference: as `ScalingPlan.reference_values`, or what JSON makes of it.
+        stages: as `ScalingPlan.stage_values`.
+    """
+    columns = [reference, *stages]
+    rows = [["", "reference", *(f"stage {index}" for index in range(len(stages)))]]
+    for key, label in VALUE_LABELS.items():
+        cells = ["off" if column[key] is None else _format(column[key]) for column in columns]
+        if key == "max_grad_norm" or set(cells) != {"off"}:
+            rows.append([label.format(unit=unit), *cells])
+    return rows
+
+
 _COMPARED = {
     "kappa": "kappa",
     "batch_size": "batch ({unit})",
@@ -124,5 +136,5 @@ def comparison_table(plans: Sequence[ScalingPlan]) -> str:
     return "\n".join(lines)
 
 
-def _format(value: float | tuple[float, ...]) -> str:
-    return ", ".join(map(_format, value)) if isinstance(value, tuple) else f"{value:.7g}"
+def _format(value: float | Sequence[float]) -> str:
+    return ", ".join(map(_format, value)) if isinstance(value, Sequence) else f"{value:.7g}"

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from transformers import TrainingArguments
 
+from hf_ema_scaling.hub.model_card import WEIGHT_SETS as HUB_WEIGHTS
 from hf_ema_scaling.scaling import (
     BatchSchedule,
     half_life_from_momentum,
@@ -154,6 +155,13 @@ class EMATrainingArguments(TrainingArguments):
             "the student."
         },
     )
+    hub_weights: str = field(
+        default="ema",
+        metadata={
+            "help": "What a push to the Hub puts at the repository's root: ema (the student then lies in student/) or "
+            "student (the average then lies in ema/)."
+        },
+    )
 
     def __post_init__(self) -> None:
         # Trainer compares it with 0, which is its word for no clipping.
@@ -184,6 +192,7 @@ class EMATrainingArguments(TrainingArguments):
         one_of("ema_dtype", self.ema_dtype, ("float32", "float64"))
         one_of("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
         one_of("on_missing_average", self.on_missing_average, ("raise", "rebuild"))
+        one_of("hub_weights", self.hub_weights, HUB_WEIGHTS)
         if self.noise_scale_every < 0 or self.noise_scale_every != int(self.noise_scale_every):
             raise ValueError(
                 f"noise_scale_every counts optimizer steps (0 for no measurement), got {self.noise_scale_every}"

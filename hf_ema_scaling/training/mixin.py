@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ from hf_ema_scaling.training.losses import ExampleLoss, cap_losses, is_ctc, loss
 from hf_ema_scaling.training.noise import NoiseMeter
 from hf_ema_scaling.training.optimizer_values import hyper_parameters, reference_values
 from hf_ema_scaling.training.progress import show_scaling
+from hf_ema_scaling.training.publishing import push_checkpoint, push_trained
 from hf_ema_scaling.training.run_state import RunState, optimizer_family, run_state_to_resume
 from hf_ema_scaling.training.scheduler import PlanScheduler
 from hf_ema_scaling.training.sharded import check_optimizer_state, refuse_resume, without_sync
@@ -70,6 +70,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
 
     lr_scheduler: Any
     optimizer: Any
+    push_in_progress: Any
     resume_random_state = True
     """Whether a resumed run draws the dropout masks of the run that was interrupted; False draws others."""
 
@@ -489,9 +490,26 @@ class EMATrainerMixin(BothWeightsEvaluation):
             self._student = WeightAverage(self.model, share_frozen=False)
             self.average.copy_to(self.model)
 
+    # ---- Hub
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `Trainer.push_to_hub`: one commit with student and average by `hub_weights`, plan, metrics and card.
+
+        `details=CardDetails(...)` is what the card should say besides; `hf-ema-scaling push` does the same later.
+
+        Raises:
+            PushError: it did not reach the Hub; all is saved in `output_dir`, and the message says how to go on.
+        """
+        target = {"token": token, "revision": revision, "private": private}
+        return push_trained(self, commit_message, blocking, kwargs, **target)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer copies the files that it knows; the average belongs to them.
-        average = Path(checkpoint_folder) / "ema"
-        if self.is_world_process_zero() and average.is_dir():
-            shutil.copytree(average, Path(str(self.args.output_dir)) / "ema", dirs_exist_ok=True)
-        super()._push_from_checkpoint(checkpoint_folder)
+        push_checkpoint(self, checkpoint_folder)

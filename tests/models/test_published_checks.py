@@ -19,6 +19,7 @@ from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
 from hf_ema_scaling import EMACallback
 from hf_ema_scaling.ema import WeightAverage
+from hf_ema_scaling.training import mixin
 
 TESTS = Path(__file__).parents[1]
 
@@ -108,10 +109,10 @@ def test_what_is_pushed_of_a_checkpoint_has_the_average(tmp_path: Path, monkeypa
     seen: list[tuple[int, Any]] = []
 
     def push(trainer: Any, checkpoint_folder: str) -> None:
-        loaded = BertForSequenceClassification.from_pretrained(tmp_path / "ema")
+        loaded = BertForSequenceClassification.from_pretrained(Path(checkpoint_folder) / "ema")
         seen.append((trainer.state.global_step, tiny.parameters(loaded)))
 
-    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    monkeypatch.setattr(mixin, "push_checkpoint", push)
     args = tiny.arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     made = tiny.trainer(tiny.bert(), args, tiny.sentences(16))
     made.args.push_to_hub = True

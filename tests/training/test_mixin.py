@@ -363,6 +363,7 @@ def test_a_plain_module_with_its_own_loss(tmp_path: Path) -> None:
 
 RELIED_ON = {
     "_clip_grad_norm": ["self", "model"],
+    "_finish_current_push": ["self"],
     "_get_grad_norm": ["self", "model", "grad_norm"],
     "_get_output_dir": ["self", "trial"],
     "_load_best_model": ["self"],
@@ -387,6 +388,7 @@ RELIED_ON = {
     "floating_point_ops": ["self", "inputs"],
     "get_train_dataloader": ["self"],
     "log": ["self", "logs", "start_time"],
+    "push_to_hub": ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
     "prediction_step": ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"],
     "save_model": ["self", "output_dir", "_internal_call"],
     "set_initial_training_values": ["self", "args", "dataloader"],
