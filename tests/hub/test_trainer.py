@@ -13,6 +13,7 @@ import torch
 from hub.conftest import content, speech_trainer
 from hub.loopback import Fault, Hub
 from safetensors.torch import load
+from transformers import TrainerCallback
 
 from hf_ema_scaling.hub import CardDetails, PushError, push
 from hf_ema_scaling.training.publishing import logged_metrics
@@ -127,6 +128,28 @@ def test_checkpoints_are_pushed_with_their_average(
     titles = [f"Training in progress, step {step}{part}" for step in (2, 4) for part in ("", ", checkpoint")]
     assert hub.titles(NAME) == [title for title in titles if len(folders) > 1 or "checkpoint" not in title]
     assert not list((tmp_path / "run").glob(".push-*"))
+
+
+def test_a_checkpoint_that_is_deleted_before_it_is_pushed_is_pushed_whole(hub: Hub, tmp_path: Path) -> None:
+    values = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "hub_strategy": "all_checkpoints"}
+    folder = tmp_path / "run"
+    made = speech_trainer(folder, push_to_hub=True, hub_model_id=NAME, hub_always_push=True, **values, **PLAIN)
+
+    class Answer(TrainerCallback):
+        """From the second checkpoint on the Hub answers: by then the first is deleted."""
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 4:
+                assert not (folder / "checkpoint-2").exists()
+                hub.lock.release()
+
+    made.add_callback(Answer())
+    hub.lock.acquire()
+    made.train()
+    files = hub.files(NAME)
+    assert holds(files, "checkpoint-2/", made.recorder.weights[1])
+    assert holds(files, "checkpoint-2/ema/", made.recorder.averages[1]) and "checkpoint-2/optimizer.pt" in files
+    assert len(hub.titles(NAME)) == 4
 
 
 def test_a_checkpoint_that_cannot_be_pushed_does_not_end_the_run(
