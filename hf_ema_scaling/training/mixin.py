@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer_callback import DefaultFlowCallback
 from transformers.utils import logging
@@ -49,6 +49,7 @@ from hf_ema_scaling.training.scheduler import PlanScheduler
 from hf_ema_scaling.training.sharded import check_optimizer_state, refuse_resume, without_sync
 from hf_ema_scaling.training.signals import StopOnSigterm
 from hf_ema_scaling.training.stock import SkipWatch, learns
+from hf_ema_scaling.training.streaming import save_places, stream_loader
 
 logger = logging.get_logger(__name__)
 
@@ -111,6 +112,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
         self._clipped = 0
         self._logged_before = 0
         self._last_step: SampledStep | None = None
+        self._places: str | None = None
         self._sigterm = StopOnSigterm(self.accelerator)
         self.pop_callback(DefaultFlowCallback)
         self.callback_handler.callbacks[:0] = [ReferenceFlow(self), AverageUpdate(self), self._sigterm]
@@ -179,7 +181,10 @@ class EMATrainerMixin(BothWeightsEvaluation):
             if changed:
                 listed = ", ".join(f"{key} {then} then, {now} now" for key, (then, now) in changed.items())
                 logger.warning(f"The recipe is another from here on than before the checkpoint: {listed}.")
-        dataset: Dataset[Any] = self.run_dataset()
+        dataset = self.run_dataset()
+        self._places = None
+        if (streamed := stream_loader(self, dataset)) is not None:
+            return streamed
         workers = self.args.dataloader_num_workers
         loader = DataLoader(
             dataset,
@@ -276,6 +281,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
         not depend on micro-batches, processes or dropped labels.
         """
         step = self._last_step = self.sampler.step(self.state.global_step)
+        self._places = inputs.get("stream")
         self.lr_scheduler.begin(step)
         if self.batch_statistics:
             self._statistics = [(buffer, buffer.clone()) for buffer in batch_statistics_of(self.model)]
@@ -436,6 +442,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        save_places(self._places, output_dir, self.accelerator.process_index)
         self.accelerator.wait_for_everyone()  # no commit before every process has written its part
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -41,7 +41,7 @@ class PseudoLabelTrainer(EMATrainerMixin):
     Args:
         model: the student.
         args: the recipe at the reference batch, and the batch of this run.
-        unlabeled_dataset: map-style data without labels; a `labels` column in it is never read.
+        unlabeled_dataset: data without labels, map-style or a stream; a `labels` column in it is never read.
         pseudo_label_args: when, how much and which pseudo-labels enter the loss.
         labeler: turns teacher output into labels; None for `labeler_for(model)`.
         teacher_factory: builds the teacher's module where a transformers config does not suffice.
@@ -99,11 +99,8 @@ class PseudoLabelTrainer(EMATrainerMixin):
         super().begin_training()
         assert self.average is not None
         dataset = self.run_dataset()
-        count = min(
-            1 if self.pseudo_label_args.teacher_dtype == "float32" else PARITY_ROWS,
-            len(self.unlabeled_dataset),
-            self.args.per_device_train_batch_size,
-        )
+        wanted = 1 if self.pseudo_label_args.teacher_dtype == "float32" else PARITY_ROWS
+        count = dataset.at_most(UNLABELLED, min(wanted, self.args.per_device_train_batch_size))
         rows = [dict(dataset[Draw(UNLABELLED, number, 0, 0, 1.0)][1]) for number in range(count)]
         self.teacher = start_teacher(
             self.model,
