@@ -57,7 +57,10 @@ class TwoSourceDataset(Dataset[tuple[Draw, Example]]):
         keep: Collection[str] | None = None,
         for_labeler: Collection[str] = (),
     ) -> None:
-        self.sources: tuple[Any, Any] = (_by_number(labelled), _by_number(unlabelled))
+        self.sources: tuple[Any, Any] = (
+            _by_number(labelled, "train_dataset"),
+            _by_number(unlabelled, "unlabeled_dataset"),
+        )
         self.keep = None if keep is None else frozenset(keep)
         self.for_labeler = frozenset(for_labeler)
 
@@ -96,8 +99,8 @@ class TwoSourceDataset(Dataset[tuple[Draw, Example]]):
         }
 
 
-def _by_number(dataset: Any) -> Any:
-    return StreamHead(dataset) if is_stream(dataset) else dataset
+def _by_number(dataset: Any, name: str) -> Any:
+    return StreamHead(dataset, name) if is_stream(dataset) else dataset
 
 
 class MicroBatchCollator:

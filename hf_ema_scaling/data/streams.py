@@ -7,7 +7,6 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 import datasets
@@ -66,27 +65,6 @@ def row_digest(row: Any) -> int:
         return zlib.crc32((repr(value) if known else type(value).__name__).encode(), crc)
 
     return update(row, 0)
-
-
-class StreamHead:
-    """The first rows of a stream by number, for looks at the data before a run; it keeps what it has read."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-        self._iterator: Iterator[Example] | None = None
-        self._rows: list[Example] = []
-
-    def at_most(self, count: int) -> int:
-        """How many of the first `count` rows there are."""
-        if self._iterator is None:
-            self._iterator = iter(_unread(self._dataset))
-        self._rows.extend(islice(self._iterator, max(0, count - len(self._rows))))
-        return min(count, len(self._rows))
-
-    def __getitem__(self, index: int) -> Example:
-        if self.at_most(index + 1) <= index:
-            raise IndexError(f"row {index} of a stream of {len(self._rows)} rows")
-        return self._rows[index]
 
 
 class StreamReader:
@@ -210,6 +188,36 @@ class StreamReader:
                 )
             self.rows += 1
             return self.rows - 1, row
+
+
+class StreamHead:
+    """The first rows of a stream by number, for looks at the data before a run; it keeps what it has read.
+
+    Args:
+        dataset: the stream.
+        name: of the trainer's argument, for messages.
+    """
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self._reader = StreamReader(dataset, name)
+        self._rows: list[Example] = []
+
+    def at_most(self, count: int) -> int:
+        """How many of the first `count` rows there are.
+
+        Raises:
+            StreamError: as `StreamReader.read`.
+        """
+        while len(self._rows) < count and not self._reader.passes:
+            _, row = self._reader.read()
+            if not self._reader.passes:
+                self._rows.append(row)
+        return min(count, len(self._rows))
+
+    def __getitem__(self, index: int) -> Example:
+        if self.at_most(index + 1) <= index:
+            raise IndexError(f"row {index} of a stream of {len(self._rows)} rows")
+        return self._rows[index]
 
 
 def _unread(dataset: Any) -> Any:

@@ -81,7 +81,7 @@ def check_data(trainer: EMATrainerMixin, rows: int) -> tuple[str, str]:
     for name, dataset in sets.items():
         if dataset is None:
             continue
-        by_number, count = _at_hand(dataset, rows)
+        by_number, count = _at_hand(dataset, rows, name)
         for first in range(0, count, ROWS_OF_A_SPLIT):
             picked = range(first, min(first + ROWS_OF_A_SPLIT, count))
             try:
@@ -103,7 +103,7 @@ def check_labels(trainer: EMATrainerMixin, rows: int) -> tuple[str, str]:
     """CTC: the labels of the first `rows` labelled rows are not empty and fit the frames of their audio."""
     if not trainer.ctc:
         return SKIPPED, f"{type(trainer.model).__name__} is no CTC model"
-    dataset, count = _at_hand(trainer.train_dataset, rows)
+    dataset, count = _at_hand(trainer.train_dataset, rows, "labelled")
     for first in range(0, count, ROWS_OF_A_SPLIT):
         indices = list(range(first, min(first + ROWS_OF_A_SPLIT, count)))
         check_ctc_targets(trainer.model, trainer.data_collator([dict(dataset[row]) for row in indices]), indices)
@@ -111,11 +111,11 @@ def check_labels(trainer: EMATrainerMixin, rows: int) -> tuple[str, str]:
     return PASSED, f"the labels of {total} rows fit their frames"
 
 
-def _at_hand(dataset: Any, rows: int) -> tuple[Any, int]:
+def _at_hand(dataset: Any, rows: int, name: str) -> tuple[Any, int]:
     """The data set by row number, and how many of its first `rows` rows there are."""
     if not is_stream(dataset):
         return dataset, min(rows, len(dataset))
-    head = StreamHead(dataset)
+    head = StreamHead(dataset, name)
     return head, head.at_most(rows)
 
 

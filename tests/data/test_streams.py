@@ -161,7 +161,7 @@ def test_streams_of_one_origin_keep_their_own_state(caplog: pytest.LogCaptureFix
     names(first, 1)
     names(second, 4)
     place = first.place(verify=True)
-    StreamHead(origin).at_most(1)
+    StreamHead(origin, "train_dataset").at_most(1)
     with caplog.at_level(logging.WARNING, LOGGER):
         resumed = StreamReader(even, "train_dataset")
         resumed.resume(place)
@@ -221,7 +221,7 @@ def test_shards_go_to_processes_where_their_number_allows_it() -> None:
 def test_streams_are_known_and_their_first_rows_are_at_hand() -> None:
     assert is_stream(seven()) and is_stream(streamed.Plain([])) and not is_stream(streamed.rows(2))
     source = streamed.Plain(streamed.rows(5))
-    head = StreamHead(source)
+    head = StreamHead(source, "train_dataset")
     assert (head.at_most(2), head[1]["name"], source.given) == (2, "a1", 2)
     assert (head[3]["name"], source.given, head.at_most(9)) == ("a3", 4, 5)
     with pytest.raises(IndexError, match="row 7 of a stream of 5 rows"):
