@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers.utils import logging
@@ -14,7 +16,7 @@ from transformers.utils import logging
 from hf_ema_scaling.data.collator import TwoSourceDataset
 from hf_ema_scaling.data.step_stream import StepCollator, StepStream
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
-from hf_ema_scaling.data.streams import StreamReader, is_stream
+from hf_ema_scaling.data.streams import StreamReader, is_stream, row_digest
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 
 if TYPE_CHECKING:
@@ -103,6 +105,7 @@ def stream_loader(trainer: EMATrainerMixin, rows: TwoSourceDataset) -> DataLoade
     if not streams:
         return None
     sampler, accelerator, resumed = trainer.sampler, trainer.accelerator, trainer._resumed
+    _refuse_different(accelerator, rows, streams)
     rank, processes = accelerator.process_index, accelerator.num_processes
     saved = None
     if resumed is not None and resumed.checkpoint is not None and resumed.global_step:
@@ -144,6 +147,19 @@ def stream_loader(trainer: EMATrainerMixin, rows: TwoSourceDataset) -> DataLoade
         loader, num_processes=1, process_index=0, put_on_device=False, dispatch_batches=False
     )
     return prepared
+
+
+def _refuse_different(accelerator: Accelerator, rows: TwoSourceDataset, kinds: Iterable[int]) -> None:
+    """Refuses streams that are not the same on all processes, which would share out something else on each."""
+    if accelerator.num_processes == 1:
+        return
+    for kind in kinds:
+        mine = torch.tensor([row_digest(rows.sources[kind][0])], device=accelerator.device)
+        if len(set(accelerator.gather(mine).tolist())) > 1:
+            raise ValueError(
+                f"{NAMES[kind]} begins with another row on each process, so shares of it would overlap: give every "
+                "shuffle a fixed seed, and do not split the stream by rank yourself"
+            )
 
 
 def places_file(checkpoint: str | Path, rank: int) -> Path:
