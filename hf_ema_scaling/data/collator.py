@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from hf_ema_scaling.data.sampler import LABELLED_ONLY, Draw
 from hf_ema_scaling.data.stream import UNLABELLED
-from hf_ema_scaling.data.streams import StreamHead, is_stream
+from hf_ema_scaling.data.streaming import StreamHead, is_stream
 
 Example = Mapping[str, Any]
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 from hf_ema_scaling.data.collator import Collate, MicroBatchCollator, TwoSourceDataset
 from hf_ema_scaling.data.sampler import Draw, ScheduledBatchSampler
-from hf_ema_scaling.data.streams import Example, MakeReaders, StreamReader
+from hf_ema_scaling.data.streaming import Example, MakeReaders, StreamReader
 
 Drawn = tuple[Draw, Example]
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hf_ema_scaling.data.lengths import holds_zeros, row_lengths
 from hf_ema_scaling.data.sampler import ScheduledBatchSampler
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED, DataSource, ReferenceStream
-from hf_ema_scaling.data.streams import is_stream, split_by_shards
+from hf_ema_scaling.data.streaming import is_stream, split_by_shards
 from hf_ema_scaling.scaling import OptimizerValues, Recipe, ScalingPlan, StepBorders, known_rule
 from hf_ema_scaling.scaling.momentum_schedule import MomentumScheduleKind
 from hf_ema_scaling.scaling.plan import Correction

@@ -60,7 +60,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
     Args:
         example_loss: loss per example, for heads that the library does not know.
         augmentation: changes the student's inputs, of labelled and unlabelled rows; each row by a seed of its own.
-        **kwargs: as for `Trainer`.
+        **kwargs: as for `Trainer`. Training data may be streams (`IterableDataset`), read in their own order.
 
     Raises:
         ValueError, TypeError, NotImplementedError: for what is not supported, with the reason and the way out.

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_ema_scaling.data.collator import MicroBatch, MicroBatchCollator
 from hf_ema_scaling.data.sampler import Draw
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
-from hf_ema_scaling.data.streams import StreamHead, is_stream
+from hf_ema_scaling.data.streaming import StreamHead, is_stream
 from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_liveness
 from hf_ema_scaling.training.checks import check_ctc_targets, gradient_difference, gradients
 from hf_ema_scaling.training.mixin import EMATrainerMixin

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from transformers.utils import logging
 from hf_ema_scaling.data.collator import TwoSourceDataset
 from hf_ema_scaling.data.step_stream import StepCollator, StepStream
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
-from hf_ema_scaling.data.streams import StreamReader, is_stream, row_digest
+from hf_ema_scaling.data.streaming import StreamHead, StreamReader, is_stream, row_digest
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def stream_loader(trainer: EMATrainerMixin, rows: TwoSourceDataset) -> DataLoade
     if not streams:
         return None
     sampler, accelerator, resumed = trainer.sampler, trainer.accelerator, trainer._resumed
-    _refuse_different(accelerator, rows, streams)
+    _refuse_different(accelerator, streams)
     rank, processes = accelerator.process_index, accelerator.num_processes
     saved = None
     if resumed is not None and resumed.checkpoint is not None and resumed.global_step:
@@ -149,12 +149,12 @@ def stream_loader(trainer: EMATrainerMixin, rows: TwoSourceDataset) -> DataLoade
     return prepared
 
 
-def _refuse_different(accelerator: Accelerator, rows: TwoSourceDataset, kinds: Iterable[int]) -> None:
+def _refuse_different(accelerator: Accelerator, streams: Mapping[int, Any]) -> None:
     """Refuses streams that are not the same on all processes, which would share out something else on each."""
     if accelerator.num_processes == 1:
         return
-    for kind in kinds:
-        mine = torch.tensor([row_digest(rows.sources[kind][0])], device=accelerator.device)
+    for kind, data in streams.items():
+        mine = torch.tensor([row_digest(StreamHead(data, NAMES[kind])[0])], device=accelerator.device)
         if len(set(accelerator.gather(mine).tolist())) > 1:
             raise ValueError(
                 f"{NAMES[kind]} begins with another row on each process, so shares of it would overlap: give every "

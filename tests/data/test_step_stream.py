@@ -12,7 +12,7 @@ from hf_ema_scaling.data.collator import TwoSourceDataset
 from hf_ema_scaling.data.sampler import LABELLED, ScheduledBatchSampler
 from hf_ema_scaling.data.step_stream import StepStream
 from hf_ema_scaling.data.stream import UNLABELLED, DataSource, ReferenceStream
-from hf_ema_scaling.data.streams import StreamReader
+from hf_ema_scaling.data.streaming import StreamReader
 from hf_ema_scaling.scaling.borders import StepBorders
 
 B, STEPS, START, RATIO = 6, 12, 4, 2.0

@@ -9,10 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_asr_ctc import build
 
-from hf_ema_scaling.data.streams import StreamError
-from hf_ema_scaling.recipe import run
+from hf_ema_scaling.data.streaming import StreamError
+from hf_ema_scaling.recipe import ASR_CTC, build_asr_ctc, parse, run
+from hf_ema_scaling.training.mixin import EMATrainerMixin
+
+
+def build(config: Path, output: Path, *argv: str) -> EMATrainerMixin:
+    return build_asr_ctc(*parse(ASR_CTC, ["--config", str(config), "--output_dir", str(output), *argv]))
+
 
 STREAM = ("--streaming", "true", "--shuffle_buffer", "0")
 

@@ -13,7 +13,7 @@ import streamed
 import tiny
 import torch
 
-from hf_ema_scaling.data.streams import StreamError
+from hf_ema_scaling.data.streaming import StreamError
 from hf_ema_scaling.training.self_check import self_check
 
 NOT_COMPARED = ("runtime", "per_second", "train_loss")

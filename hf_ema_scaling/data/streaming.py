@@ -53,6 +53,8 @@ def row_digest(row: Any) -> int:
             return crc
         if isinstance(value, torch.Tensor):
             value = value.detach().cpu().float().numpy() if value.is_floating_point() else value.cpu().numpy()
+        if isinstance(value, list | tuple) and set(map(type, value)) in ({int}, {float}):
+            value = np.asarray(value)
         if isinstance(value, np.ndarray) and value.dtype != object:
             return zlib.crc32(np.ascontiguousarray(value).tobytes(), update([str(value.dtype), *value.shape], crc))
         if isinstance(value, list | tuple | np.ndarray):

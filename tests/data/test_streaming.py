@@ -13,9 +13,9 @@ import streamed
 import torch
 from torch.utils.data import IterableDataset
 
-from hf_ema_scaling.data.streams import StreamError, StreamHead, StreamReader, is_stream, row_digest, split_by_shards
+from hf_ema_scaling.data.streaming import StreamError, StreamHead, StreamReader, is_stream, row_digest, split_by_shards
 
-LOGGER = "hf_ema_scaling.data.streams"
+LOGGER = "hf_ema_scaling.data.streaming"
 
 
 def names(reader: StreamReader, count: int) -> list[str]:
@@ -238,9 +238,11 @@ def test_the_digest_is_that_of_the_content() -> None:
         row | {"a": array.reshape(2, 3)},
         row | {"a": array.astype(np.float64)},
         row | {"b": [1, 2.5]},
+        row | {"b": [1.0, 2.5]},
+        row | {"b": [1.0, 3.5]},
         row | {"c": {"bytes": b"xyZ"}},
         row | {"d": torch.zeros(2)},
         {"e": row["a"], **{key: row[key] for key in "bcd"}},
     ]
-    assert len({row_digest(other) for other in [row, *others]}) == 8
+    assert len({row_digest(other) for other in [row, *others]}) == 10
     assert row_digest({"x": object()}) == row_digest({"x": object()})  # never an address
