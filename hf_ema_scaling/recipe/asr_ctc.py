@@ -166,15 +166,14 @@ def build_asr_ctc(
 
     def stream(source: str, limit: int | None, texts: bool = True) -> IterableDataset:
         column = data.text_column if texts else None
-        rows = stream_speech(source, audio_column=data.audio_column, text_column=column)
+        columns: dict[str, Any] = {"audio_column": data.audio_column, "text_column": column}
+        rows = stream_speech(source, **columns, shards=args.world_size)
         rows = rows if limit is None else rows.take(limit)
         rows = rows.map(_text_normaliser(data)) if texts else rows
         if data.shuffle_buffer:
             seed = args.seed if args.data_seed is None else args.data_seed
             rows = rows.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
-        return prepare_ctc_stream(
-            rows, processor, name=source, audio_column=data.audio_column, text_column=column, **limits
-        )
+        return prepare_ctc_stream(rows, processor, name=source, **columns, **limits)
 
     def prepare(source: str, dataset: Dataset, texts: bool = True, **limits: float) -> Dataset:
         try:

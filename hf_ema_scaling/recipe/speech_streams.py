@@ -18,7 +18,9 @@ from hf_ema_scaling.recipe.sources import load_speech
 logger = logging.getLogger(__name__)
 
 
-def stream_speech(source: str, *, audio_column: str = "audio", text_column: str | None = "text") -> IterableDataset:
+def stream_speech(
+    source: str, *, audio_column: str = "audio", text_column: str | None = "text", shards: int = 1
+) -> IterableDataset:
     """Audio, undecoded, and texts of a source, as a stream in the order they have there.
 
     Args:
@@ -26,6 +28,7 @@ def stream_speech(source: str, *, audio_column: str = "audio", text_column: str 
             Hub is fetched while it is read.
         audio_column: column of the audio.
         text_column: column of the texts; None where there are none or they must not be read.
+        shards: of local sources: one for each process, so that each reads its own; on the Hub they are the files.
 
     Raises:
         FileNotFoundError, ValueError: as `load_speech`.
@@ -33,7 +36,8 @@ def stream_speech(source: str, *, audio_column: str = "audio", text_column: str 
     before = source.rpartition(":")[0]
     here = Path(source).exists() or (before and Path(before).exists())
     if here or "://" in source or source.startswith((".", "/", "~")) or source.endswith((".jsonl", ".json", ".csv")):
-        return load_speech(source, audio_column=audio_column, text_column=text_column).to_iterable_dataset()
+        rows = load_speech(source, audio_column=audio_column, text_column=text_column)
+        return rows.to_iterable_dataset(num_shards=min(shards, len(rows)))
     name, *rest = source.split(":")
     if len(rest) not in (1, 2) or not all(rest):
         raise ValueError(f"{source!r} is no file or folder here; a source on the Hub is owner/name:split")
