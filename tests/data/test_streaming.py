@@ -155,7 +155,7 @@ def test_two_readers_of_one_stream_do_not_meet() -> None:
 
 
 def test_streams_of_one_origin_keep_their_own_state(caplog: pytest.LogCaptureFixture) -> None:
-    origin = streamed.stream(streamed.rows(12), shards=3)
+    origin = streamed.of_shards([streamed.rows(12)])
     even, odd = (origin.filter(lambda row, rest=rest: row["labels"] % 2 == rest) for rest in (0, 1))
     first, second = StreamReader(even, "train_dataset"), StreamReader(odd, "unlabeled_dataset")
     names(first, 1)
