@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from hf_ema_scaling.data.sampler import LABELLED_ONLY, Draw
 from hf_ema_scaling.data.stream import UNLABELLED
+from hf_ema_scaling.data.streaming import StreamHead, is_stream
 
 Example = Mapping[str, Any]
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
@@ -43,6 +44,9 @@ class TwoSourceDataset(Dataset[tuple[Draw, Example]]):
 
     Columns in `keep` reach the collator, of unlabelled rows also those in `for_labeler`; all others are left behind.
     `labels` of unlabelled rows never leave here.
+
+    Of a stream only its first rows are here, in their order, for a look at the data before a run (`StreamHead`); the
+    run reads it through `StepStream`.
     """
 
     def __init__(
@@ -53,7 +57,10 @@ class TwoSourceDataset(Dataset[tuple[Draw, Example]]):
         keep: Collection[str] | None = None,
         for_labeler: Collection[str] = (),
     ) -> None:
-        self.sources: tuple[Any, Any] = (labelled, unlabelled)
+        self.sources: tuple[Any, Any] = (
+            _by_number(labelled, "train_dataset"),
+            _by_number(unlabelled, "unlabeled_dataset"),
+        )
         self.keep = None if keep is None else frozenset(keep)
         self.for_labeler = frozenset(for_labeler)
 
@@ -61,7 +68,7 @@ class TwoSourceDataset(Dataset[tuple[Draw, Example]]):
         return sum(len(source) for source in self.sources if source is not None)
 
     def __getitem__(self, draw: Draw) -> tuple[Draw, Example]:
-        return draw, self._visible(draw.source, self.sources[draw.source][draw.index])
+        return draw, self.visible(draw.source, self.sources[draw.source][draw.index])
 
     def __getitems__(self, draws: Sequence[Draw]) -> list[tuple[Draw, Example]]:
         """All rows of a step, with one access for each run of rows of one source where the data set allows it."""
@@ -71,10 +78,16 @@ class TwoSourceDataset(Dataset[tuple[Draw, Example]]):
             source = self.sources[kind]
             indices = [draw.index for draw in members]
             fetched = source.__getitems__(indices) if hasattr(source, "__getitems__") else [source[i] for i in indices]
-            rows.extend((draw, self._visible(kind, row)) for draw, row in zip(members, fetched, strict=True))
+            rows.extend((draw, self.visible(kind, row)) for draw, row in zip(members, fetched, strict=True))
         return rows
 
-    def _visible(self, kind: int, row: Example) -> Example:
+    def at_most(self, kind: int, count: int) -> int:
+        """How many of the first `count` rows of a source there are."""
+        source = self.sources[kind]
+        return source.at_most(count) if isinstance(source, StreamHead) else min(count, len(source))
+
+    def visible(self, kind: int, row: Example) -> Example:
+        """What may be seen of a row of a source."""
         hidden: Collection[str] = self.for_labeler
         also: Collection[str] = ()
         if kind == UNLABELLED:
@@ -84,6 +97,10 @@ class TwoSourceDataset(Dataset[tuple[Draw, Example]]):
             for name, value in row.items()
             if name not in hidden and (self.keep is None or name in self.keep or name in also)
         }
+
+
+def _by_number(dataset: Any, name: str) -> Any:
+    return StreamHead(dataset, name) if is_stream(dataset) else dataset
 
 
 class MicroBatchCollator:

@@ -22,10 +22,12 @@ class DataSource:
         units: float64 `(items,)`: what each item counts for - 1.0 in samples, its duration in seconds, its tokens.
         lengths: float64 `(items,)` or `None`: what padding depends on (frames, seconds, tokens). Used to put items of
             similar length together; `None` keeps the random order.
+        in_order: whether items are drawn in their own order, as those of a stream, and not in a random one.
     """
 
     units: NDArray[np.float64]
     lengths: NDArray[np.float64] | None = None
+    in_order: bool = False
 
     def __post_init__(self) -> None:
         if self.units.ndim != 1 or len(self.units) == 0:
@@ -43,6 +45,11 @@ class DataSource:
     def of_samples(cls, items: int, lengths: NDArray[np.float64] | None = None) -> DataSource:
         """`items` items that count one unit each."""
         return cls(np.ones(items, dtype=np.float64), lengths)
+
+    @classmethod
+    def of_stream(cls, items: int) -> DataSource:
+        """As many rows of a stream, one unit each, as a run draws at most: item i is its row i, pass after pass."""
+        return cls(np.broadcast_to(np.float64(1.0), (items,)), in_order=True)
 
     def __len__(self) -> int:
         return len(self.units)
@@ -91,6 +98,8 @@ class Passes:
 
     def _next_pass(self, batch: float, begun: float) -> NDArray[np.int32]:
         """The items of one pass, which begins when `begun` units of a reference batch are drawn already."""
+        if self.source.in_order:
+            return np.arange(len(self.source), dtype=np.int32)
         rng = np.random.default_rng([self.seed, self.kind, self.passes])
         self.passes += 1
         order = rng.permutation(len(self.source)).astype(np.int32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -90,6 +90,7 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
             step are sorted by length for it. `None` without such batches: the teacher labels micro-batches, but for
             items that enter the stream's label pool without being drawn, which are labelled in batches of
             `micro_batch_size`.
+        by_rank: sources whose item i belongs to process i mod `world_size`, because each reads a part of its own.
 
     Raises:
         ValueError: for sizes below 1, or borders that leave out the stream's `pl_start`, a change of its ratio or its
@@ -106,6 +107,7 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         batch_statistics: bool = False,
         halve_every: int = 0,
         label_batch_size: int | None = None,
+        by_rank: Collection[int] = (),
     ) -> None:
         if micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
@@ -126,6 +128,7 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         self.batch_statistics = batch_statistics
         self.halve_every = halve_every
         self.label_batch_size = label_batch_size
+        self.by_rank = frozenset(by_rank)
         positions = stream.position(borders.borders)
         # In seconds a small step may fall inside one long utterance and draw nothing: it is no step of the run.
         self._planned = np.flatnonzero(np.diff(positions) > 0)
@@ -134,6 +137,7 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         self.borders = borders
         self.positions: NDArray[np.int64] = np.concatenate([positions[:1], positions[self._planned + 1]])
         self._passes = stream.labelled_passes(self.positions)
+        self._drawn_of: dict[int, NDArray[np.int64]] = {}
 
     @property
     def num_steps(self) -> int:
@@ -183,6 +187,14 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         first, last = int(self.positions[number]), int(self.positions[number + 1])
         return [positions for _, positions in self._by_source(first, last)]
 
+    def drawn_of(self, kind: int, number: int) -> tuple[int, int]:
+        """Items drawn of a source over all processes, before step `number` and after it."""
+        if kind not in self._drawn_of:
+            drawn = np.concatenate([[0], np.cumsum(self.stream.source == kind)])
+            self._drawn_of[kind] = drawn[self.positions]
+        before, after = self._drawn_of[kind][number : number + 2].tolist()
+        return before, after
+
     def half(self, number: int) -> int | None:
         """Micro-batches of each process in the first half of a step that is halved; None where it is not."""
         halves = self._halves(number)
@@ -215,14 +227,27 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         return -(-len(positions) // (self.world_size * self.micro_batch_size))
 
     def _dealt(self, positions: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Micro-batches of one source, sorted by length over all processes."""
+        """Micro-batches of one source, sorted by length over all processes that may have the items."""
+        if self._bound(positions):
+            return self._fairly_dealt(positions)
         return np.array_split(self.stream.sort_by_length(positions), self._rounds(positions) * self.world_size)
 
     def _fairly_dealt(self, positions: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """The same, sorted on each process: items are dealt in stream order, so that each has a sample of them."""
-        mine = [self.stream.sort_by_length(positions[rank :: self.world_size]) for rank in range(self.world_size)]
+        mine = [self.stream.sort_by_length(items) for items in self._shares(positions)]
         split = [np.array_split(items, self._rounds(positions)) for items in mine]
         return [group for dealt in zip(*split, strict=True) for group in dealt]
+
+    def _bound(self, positions: NDArray[np.int64]) -> bool:
+        """Whether items at these positions of one source belong to processes."""
+        return bool(len(positions)) and int(self.stream.source[positions[0]]) in self.by_rank
+
+    def _shares(self, positions: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """The positions of one source that each process takes."""
+        if not self._bound(positions):
+            return [positions[rank :: self.world_size] for rank in range(self.world_size)]
+        owners = self.stream.index[positions] % self.world_size
+        return [positions[owners == rank] for rank in range(self.world_size)]
 
     def _in_turns(self, sources: list[list[NDArray[np.int64]]]) -> list[NDArray[np.int64]]:
         """Micro-batches of all sources, in rounds of one for each process."""
@@ -249,8 +274,11 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         dealt: dict[int, list[tuple[int, NDArray[np.int64]]]] = {LABELLED: [], UNLABELLED: []}
         for low, high in pairwise(borders):
             for kind, positions in self._by_source(low, high):
-                positions = self.stream.sort_by_length(positions)
-                pieces = np.array_split(positions, -(-len(positions) // self.micro_batch_size))
+                if self._bound(positions):
+                    pieces = self._fairly_dealt(positions)
+                else:
+                    positions = self.stream.sort_by_length(positions)
+                    pieces = np.array_split(positions, -(-len(positions) // self.micro_batch_size))
                 dealt[kind].extend((low, piece) for piece in pieces)
         # A round is one micro-batch of one source for each process; rounds follow their first reference batch.
         rounds: list[list[tuple[int, NDArray[np.int64]]]] = []
@@ -278,14 +306,18 @@ class ScheduledBatchSampler(Sampler[list[Draw]]):
         label_batches, labelled_only = self._label_batches(number, groups, rank)
         for micro_batch, slot in enumerate(range(rank, len(groups), self.world_size)):
             weight = 1.0 if len(groups[slot]) else 0.0
-            # Padding repeats an item of the first process, which has one of the same source.
-            positions = groups[slot] if weight else groups[slot - rank][:1]
+            # Padding repeats an item of the first process that has one of the same source in the round.
+            positions = groups[slot] if weight else self._round_of(groups, slot - rank)[:1]
             rows = (self.stream.source[positions], self.stream.index[positions], positions)
             drawn.extend(
                 Draw(source, index, position, micro_batch, weight, label_batches.get(position) if weight else None)
                 for source, index, position in zip(*(row.tolist() for row in rows), strict=True)
             )
         return drawn + labelled_only
+
+    def _round_of(self, groups: list[NDArray[np.int64]], first: int) -> NDArray[np.int64]:
+        """Positions of the round of micro-batches that begins with `groups[first]`."""
+        return np.concatenate(groups[first : first + self.world_size])
 
     def labels_micro_batches(self, number: int) -> bool:
         """Whether the teacher labels the unlabelled micro-batches of a step, and not batches of its own."""

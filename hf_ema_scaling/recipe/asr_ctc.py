@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import (
     CONFIG_MAPPING,
     AutoFeatureExtractor,
@@ -28,6 +28,7 @@ from hf_ema_scaling.labels import blank_id
 from hf_ema_scaling.metrics import CTCMetrics
 from hf_ema_scaling.recipe.config import close_names
 from hf_ema_scaling.recipe.sources import load_speech, named_sources
+from hf_ema_scaling.recipe.speech_streams import fitting_rows_of, prepare_ctc_stream, stream_speech
 from hf_ema_scaling.training import EMATrainer, EMATrainingArguments, PseudoLabelArguments, PseudoLabelTrainer
 from hf_ema_scaling.training.checks import drop_unfitting
 from hf_ema_scaling.training.mixin import EMATrainerMixin
@@ -69,8 +70,21 @@ class SpeechDataArguments:
         },
     )
 
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read training speech row by row and compute features as it is read, in the place of preparing "
+            "all of it first. Evaluation speech is prepared all the same."
+        },
+    )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "With streaming: rows (not decoded) of which the next is drawn; 0 for none."}
+    )
+
     def __post_init__(self) -> None:
         check_choice(self.on_bad_item)
+        if self.shuffle_buffer < 0:
+            raise ValueError(f"shuffle_buffer must not be negative, got {self.shuffle_buffer}")
         if self.text_case not in ("keep", "lower", "upper"):
             raise ValueError(f"text_case must be keep, lower or upper, got {self.text_case!r}")
         for name in ("max_labelled", "max_unlabelled", "max_evaluation"):
@@ -172,6 +186,8 @@ def build_asr_ctc(
     """
     if data.unlabelled is not None and model.model_config is not None and pseudo.pl_start <= 0:
         raise ValueError("pl_start must be above 0: a model from scratch has nothing to teach at reference step 0")
+    if data.streaming and data.num_proc:
+        raise ValueError(f"num_proc={data.num_proc} prepares features before the run, streaming computes them in it")
     limits: dict[str, Any] = {"min_seconds": data.min_seconds, "max_seconds": data.max_seconds or math.inf}
 
     def load(source: str, limit: int | None, texts: bool = True) -> Dataset:
@@ -183,6 +199,17 @@ def build_asr_ctc(
         )
         dataset = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
         return _with_texts(dataset, data) if texts else dataset
+
+    def stream(source: str, limit: int | None, texts: bool = True) -> IterableDataset:
+        column = data.text_column if texts else None
+        columns: dict[str, Any] = {"audio_column": data.audio_column, "text_column": column}
+        rows = stream_speech(source, **columns, shards=args.world_size)
+        rows = rows if limit is None else rows.take(limit)
+        rows = rows.map(_text_normaliser(data)) if texts else rows
+        if data.shuffle_buffer:
+            seed = args.seed if args.data_seed is None else args.data_seed
+            rows = rows.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
+        return prepare_ctc_stream(rows, processor, name=source, on_bad_item=data.on_bad_item, **columns, **limits)
 
     def prepare(source: str, dataset: Dataset, texts: bool = True, **limits: float) -> Dataset:
         try:
@@ -200,19 +227,26 @@ def build_asr_ctc(
 
     config = None if model.model_config is None else new_config(model.model_config)
     with args.main_process_first(desc="preparing speech"):
-        labelled = load(data.labelled, data.max_labelled)
-        texts = [text for text in labelled[data.text_column] if isinstance(text, str)]
-        processor = _processor(model, config, texts)
-        train = prepare(data.labelled, labelled, **limits)
+        train: Any
+        if data.streaming:
+            processor = _processor(model, config, None)
+            train = stream(data.labelled, data.max_labelled)
+        else:
+            labelled = load(data.labelled, data.max_labelled)
+            texts = [text for text in labelled[data.text_column] if isinstance(text, str)]
+            processor = _processor(model, config, texts)
+            train = prepare(data.labelled, labelled, **limits)
         sets = {
             name: longest_first(prepare(source, load(source, data.max_evaluation)))
             for name, source in data.evaluation_sources().items()
         }
-        unlabelled = None
-        if data.unlabelled is not None:
+        unlabelled: Any = None
+        if data.unlabelled is not None and data.streaming:
+            unlabelled = stream(data.unlabelled, data.max_unlabelled, texts=False)
+        elif data.unlabelled is not None:
             loaded = load(data.unlabelled, data.max_unlabelled, texts=False)
             unlabelled = prepare(data.unlabelled, loaded, texts=False, **limits)
-    if augmentation.spec_augment and "input_features" not in train.column_names:
+    if augmentation.spec_augment and processor.feature_extractor.model_input_names[0] != "input_features":
         raise ValueError(
             "spec_augment masks log-mel features, and this model reads samples: set spec_augment to false"
         )
@@ -221,7 +255,7 @@ def build_asr_ctc(
     shared: dict[str, Any] = {
         "model": network,
         "args": args,
-        "train_dataset": drop_unfitting(network, train, data.labelled),
+        "train_dataset": (fitting_rows_of if data.streaming else drop_unfitting)(network, train, data.labelled),
         "eval_dataset": sets.get("", sets or None),
         "processing_class": processor,
         "compute_metrics": CTCMetrics(processor.tokenizer, blank_id(network.config)).compute,
@@ -237,14 +271,22 @@ def _with_texts(dataset: Dataset, data: SpeechDataArguments) -> Dataset:
     """The data set with normalised texts."""
     if data.text_case == "keep" and not data.remove_characters:
         return dataset
-    table = str.maketrans("", "", data.remove_characters)
-    cases: dict[str, Callable[[str], str]] = {"keep": str, "lower": str.lower, "upper": str.upper}
-    texts = [
-        cases[data.text_case](text.translate(table)) if isinstance(text, str) else text
-        for text in dataset[data.text_column]
-    ]
+    normalised = _text_normaliser(data)
+    texts = [normalised({data.text_column: text})[data.text_column] for text in dataset[data.text_column]]
     # A column of its own: mapping would write the audio once more.
     return dataset.remove_columns(data.text_column).add_column(data.text_column, texts)
+
+
+def _text_normaliser(data: SpeechDataArguments) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """What makes the text column of a row; what is no text is left for the checks to come."""
+    table = str.maketrans("", "", data.remove_characters)
+    cases: dict[str, Callable[[str], str]] = {"keep": str, "lower": str.lower, "upper": str.upper}
+
+    def normalised(row: Mapping[str, Any]) -> dict[str, Any]:
+        text = row[data.text_column]
+        return {data.text_column: cases[data.text_case](text.translate(table)) if isinstance(text, str) else text}
+
+    return normalised
 
 
 def new_config(text: str) -> Any:
@@ -265,10 +307,12 @@ def new_config(text: str) -> Any:
     return kind(**values)
 
 
-def _processor(model: ModelArguments, config: Any | None, texts: Iterable[str]) -> Any:
+def _processor(model: ModelArguments, config: Any | None, texts: Iterable[str] | None) -> Any:
     name = model.model_name_or_path
     if name is not None and not model.new_vocabulary:
         return AutoProcessor.from_pretrained(name)
+    if texts is None and model.alphabet is None:
+        raise ValueError("streaming does not read all texts before the run: give the characters by alphabet")
     bins = {}
     if config is not None:
         measured = getattr(getattr(config, "encoder_config", config), "num_mel_bins", None)
@@ -278,7 +322,7 @@ def _processor(model: ModelArguments, config: Any | None, texts: Iterable[str]) 
                 "scratch; start others from model_name_or_path with new_vocabulary"
             )
         bins = {"num_mel_bins": int(measured)}
-    processor = build_character_processor(texts if model.alphabet is None else [model.alphabet], **bins)
+    processor = build_character_processor(texts or [] if model.alphabet is None else [model.alphabet], **bins)
     if name is None:
         return processor
     extractor = AutoFeatureExtractor.from_pretrained(name)

@@ -11,6 +11,8 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from hf_ema_scaling.data.collator import MicroBatch
 from hf_ema_scaling.data.images import ImageRows, RandomViews
+from hf_ema_scaling.data.sampler import Draw
+from hf_ema_scaling.data.stream import LABELLED
 from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_liveness
 from hf_ema_scaling.training.arguments import EMATrainingArguments
 from hf_ema_scaling.training.augment import SEEDS_PER_RUN
@@ -77,7 +79,9 @@ class BYOLTrainer(EMATrainerMixin):
         """Also tests that the target network follows the student."""
         super().begin_training()
         assert self.average is not None
-        row = self.data_collator([{"pixel_values": self.train_dataset[0]["pixel_values"]}])  # type: ignore[index]
+        row = self.data_collator(
+            [{"pixel_values": self.run_dataset()[Draw(LABELLED, 0, 0, 0, 1.0)][1]["pixel_values"]}]
+        )
         check_liveness(self.model, self.average, self.target(), self._prepare_inputs(row))
 
     def target(self) -> EMATeacher:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from hf_ema_scaling.data.collator import MicroBatch
@@ -333,5 +332,3 @@ def refuse_unsupported(trainer: Trainer) -> None:
     if trainer.args.n_gpu > 1:
         raise NotImplementedError("DataParallel is not supported: start one process per GPU (accelerate launch)")
     refuse_sharding(trainer)
-    if isinstance(trainer.train_dataset, IterableDataset):
-        raise NotImplementedError("streaming data sets are not supported yet: use a map-style data set")

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from hf_ema_scaling.data.collator import MicroBatch
+from hf_ema_scaling.data.streaming import is_stream
 from hf_ema_scaling.ema.adapters import base_of
 from hf_ema_scaling.ema.sharding import class_of
 from hf_ema_scaling.labels.base import PseudoLabel
@@ -158,8 +159,8 @@ def decoder(model: Any, processing_class: Any, *, ctc: bool) -> Decode | None:
 
 
 def durations(dataset: Any, column: str) -> NDArray[np.float64] | None:
-    """Seconds of each row; None without the column."""
-    if column not in (getattr(dataset, "column_names", None) or []):
+    """Seconds of each row; None without the column, and for a stream, whose rows are not known yet."""
+    if is_stream(dataset) or column not in (getattr(dataset, "column_names", None) or []):
         return None
     return np.asarray(dataset[column][:], dtype=np.float64)
 
@@ -167,7 +168,7 @@ def durations(dataset: Any, column: str) -> NDArray[np.float64] | None:
 def fitted(dataset: Any, decode: Decode | None, duration_column: str) -> dict[str, dict[str, float]]:
     """Limits of `rate` and `length_ratio` from the labels of the labelled set, as far as it has what they need."""
     columns = getattr(dataset, "column_names", None) or []
-    if "labels" not in columns:
+    if is_stream(dataset) or "labels" not in columns:
         return {}
     rows = dataset.select(range(min(FIT_ROWS, len(dataset)))).with_format(None)
     labels = [[token for token in row if token >= 0] for row in rows["labels"][:]]

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_ema_scaling.data.collator import MicroBatch
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED, ReferenceStream
+from hf_ema_scaling.data.streaming import is_stream
 from hf_ema_scaling.labels.base import PseudoLabel
 from hf_ema_scaling.labels.ledger import Ledger
 from hf_ema_scaling.training.diagnostics import Gather, LabelStatistics
@@ -41,6 +42,11 @@ class Sources:
         self._codes: NDArray[np.int32] | None = None
         if column is None:
             return
+        if is_stream(dataset):
+            raise ValueError(
+                f"source_column={column!r} needs all rows at the start, and unlabeled_dataset is a stream: give a "
+                "map-style data set, or leave it out"
+            )
         columns = getattr(dataset, "column_names", None) or []
         if column not in columns:
             raise ValueError(f"source_column={column!r} is none of the columns {columns} of the unlabelled set")

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from hf_ema_scaling.data.lengths import holds_zeros, row_lengths
 from hf_ema_scaling.data.sampler import ScheduledBatchSampler
-from hf_ema_scaling.data.stream import DataSource, ReferenceStream
+from hf_ema_scaling.data.stream import LABELLED, UNLABELLED, DataSource, ReferenceStream
+from hf_ema_scaling.data.streaming import is_stream, split_by_shards
 from hf_ema_scaling.scaling import (
     OptimizerValues,
     Recipe,
@@ -29,6 +30,7 @@ from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelA
 from hf_ema_scaling.training.optimizer_values import hyper_parameters, stated_values
 from hf_ema_scaling.training.run_state import RunState
 from hf_ema_scaling.training.scheduler import lr_multiplier
+from hf_ema_scaling.training.streaming import refuse_streams
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,10 @@ def lay_out(
 
     Args:
         args: the run's arguments.
-        labelled: map-style labelled data set.
+        labelled: map-style labelled data set, or a stream.
         optimizer: name of the optimizer's family, for the scaling rule.
         given: values of the optimizer that was passed to the trainer, in the place of those in `args`.
-        unlabelled: map-style unlabelled data set, with `pseudo`.
+        unlabelled: map-style unlabelled data set, or a stream, with `pseudo`.
         pseudo: when unlabelled items begin, and how many.
         world_size: number of processes.
         batch_statistics: whether the model has BatchNorm.
@@ -85,20 +87,26 @@ def lay_out(
 
     Raises:
         ValueError: for schedules, sizes or starts that do not fit, with the offending value; for a checkpoint of
-            other data or another reference recipe.
+            other data or another reference recipe; for what streams cannot do.
     """
+    refuse_streams(args, labelled, unlabelled, pseudo, world_size)
     batch = args.reference_batch_size
     assert batch is not None
-    first = data_source(labelled, args, "train_dataset")
-    second = None if unlabelled is None else data_source(unlabelled, args, "unlabeled_dataset")
+    first = (
+        _stream_source(args.max_steps * batch) if is_stream(labelled) else data_source(labelled, args, "train_dataset")
+    )
     plan = plan_of(
         args,
         optimizer=optimizer,
         given=given,
         pseudo=pseudo,
-        steps_per_epoch=float(first.units.sum()) / batch,
+        steps_per_epoch=None if first.in_order else float(first.units.sum()) / batch,
         done=None if resumed is None else resumed.done,
     )
+    second = None
+    if unlabelled is not None:
+        streamed, units = is_stream(unlabelled), plan.recipe.max_steps * batch
+        second = _stream_source(units) if streamed else data_source(unlabelled, args, "unlabeled_dataset")
     pl_start, cache_steps = plan.recipe.pl_start, plan.recipe.cache_steps
     seed = args.seed if args.data_seed is None else args.data_seed
     identity = {
@@ -110,8 +118,8 @@ def lay_out(
         "bucket_window": args.bucket_window,
         "pl_start": pl_start,
         "unlabelled_ratios": [list(piece) for piece in plan.unlabelled_ratios],
-        "labelled_items": len(first),
-        "unlabelled_items": 0 if second is None else len(second),
+        "labelled_items": _items(first),
+        "unlabelled_items": 0 if second is None else _items(second),
         "labelled_sizes": _checksum(first),
         "unlabelled_sizes": None if second is None else _checksum(second),
         "cache": None if pseudo is None or not cache_steps else [cache_steps, pseudo.cache_refresh],
@@ -140,6 +148,11 @@ def lay_out(
         batch_statistics=batch_statistics,
         halve_every=args.noise_scale_every,
         label_batch_size=None if pseudo is None else pseudo.label_batch_size,
+        by_rank=[
+            kind
+            for kind, data in ((LABELLED, labelled), (UNLABELLED, unlabelled))
+            if split_by_shards(data, world_size)
+        ],
     )
     return RunLayout(plan, sampler, identity)
 
@@ -311,8 +324,19 @@ def token_counts(dataset: Any, length_column: str, name: str) -> NDArray[np.floa
     return tokens.astype(np.float64)
 
 
+def _stream_source(units: float) -> DataSource:
+    """The rows of a stream that a run of so many samples can draw; its interleaving looks one ahead."""
+    return DataSource.of_stream(int(np.ceil(units)) + 2)
+
+
+def _items(source: DataSource) -> int | str:
+    return "a stream" if source.in_order else len(source)
+
+
 def _checksum(source: DataSource) -> str:
     """Of all that the order of a source depends on."""
+    if source.in_order:
+        return "a stream"
     lengths = b"" if source.lengths is None else np.ascontiguousarray(source.lengths).tobytes()
     return f"{zlib.crc32(np.ascontiguousarray(source.units).tobytes() + lengths):08x}"
 

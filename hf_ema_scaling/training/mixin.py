@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer_callback import DefaultFlowCallback
 from transformers.utils import logging
@@ -51,6 +51,7 @@ from hf_ema_scaling.training.scheduler import PlanScheduler
 from hf_ema_scaling.training.sharded import check_optimizer_state, refuse_resume, without_sync
 from hf_ema_scaling.training.signals import StopOnSigterm
 from hf_ema_scaling.training.stock import SkipWatch, learns
+from hf_ema_scaling.training.streaming import save_places, stream_loader
 from hf_ema_scaling.training.tracking import scalar_logs
 
 logger = logging.get_logger(__name__)
@@ -62,7 +63,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
     Args:
         example_loss: loss per example, for heads that the library does not know.
         augmentation: changes the student's inputs, of labelled and unlabelled rows; each row by a seed of its own.
-        **kwargs: as for `Trainer`.
+        **kwargs: as for `Trainer`. Training data may be streams (`IterableDataset`), read in their own order.
 
     Raises:
         ValueError, TypeError, NotImplementedError: for what is not supported, with the reason and the way out.
@@ -115,6 +116,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
         self._clipped = 0
         self._logged_before = 0
         self._last_step: SampledStep | None = None
+        self._places: str | None = None
         self._sigterm = StopOnSigterm(self.accelerator)
         self.pop_callback(DefaultFlowCallback)
         show_scaling(self)
@@ -184,7 +186,10 @@ class EMATrainerMixin(BothWeightsEvaluation):
             if changed:
                 listed = ", ".join(f"{key} {then} then, {now} now" for key, (then, now) in changed.items())
                 logger.warning(f"The recipe is another from here on than before the checkpoint: {listed}.")
-        dataset: Dataset[Any] = self.run_dataset()
+        dataset = self.run_dataset()
+        self._places = None
+        if (streamed := stream_loader(self, dataset)) is not None:
+            return streamed
         workers = self.args.dataloader_num_workers
         loader = DataLoader(
             dataset,
@@ -281,6 +286,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
         not depend on micro-batches, processes or dropped labels.
         """
         step = self._last_step = self.sampler.step(self.state.global_step)
+        self._places = inputs.get("stream")
         self.lr_scheduler.begin(step)
         if self.batch_statistics:
             self._statistics = [(buffer, buffer.clone()) for buffer in batch_statistics_of(self.model)]
@@ -466,6 +472,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        save_places(self._places, output_dir, self.accelerator.process_index)
         self.accelerator.wait_for_everyone()  # no commit before every process has written its part
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

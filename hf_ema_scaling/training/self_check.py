@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_ema_scaling.data.collator import MicroBatch, MicroBatchCollator
 from hf_ema_scaling.data.sampler import Draw
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
+from hf_ema_scaling.data.streaming import StreamHead, is_stream
 from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_liveness
 from hf_ema_scaling.training.checks import check_ctc_targets, gradient_difference, gradients
 from hf_ema_scaling.training.mixin import EMATrainerMixin
@@ -80,12 +81,16 @@ def check_data(trainer: EMATrainerMixin, rows: int) -> tuple[str, str]:
     for name, dataset in sets.items():
         if dataset is None:
             continue
-        for first in range(0, min(rows, len(dataset)), ROWS_OF_A_SPLIT):
-            picked = range(first, min(first + ROWS_OF_A_SPLIT, rows, len(dataset)))
+        by_number, count = _at_hand(dataset, rows, name)
+        for first in range(0, count, ROWS_OF_A_SPLIT):
+            picked = range(first, min(first + ROWS_OF_A_SPLIT, count))
             try:
-                trainer.data_collator([dict(dataset[row]) for row in picked])
+                trainer.data_collator([dict(by_number[row]) for row in picked])
             except Exception as error:
                 raise ValueError(f"{name} rows {picked[0]} to {picked[-1]}: {error}") from error
+        if is_stream(dataset):
+            found.append(f"{name} a stream (its first {count} rows looked at)")
+            continue
         columns = list(getattr(dataset, "column_names", None) or [])
         column = trainer.args.duration_column
         notes = [f"{sum(dataset[column][:]) / 60:.1f} min"] if column in columns else []
@@ -98,12 +103,20 @@ def check_labels(trainer: EMATrainerMixin, rows: int) -> tuple[str, str]:
     """CTC: the labels of the first `rows` labelled rows are not empty and fit the frames of their audio."""
     if not trainer.ctc:
         return SKIPPED, f"{type(trainer.model).__name__} is no CTC model"
-    dataset: Any = trainer.train_dataset
-    count = min(rows, len(dataset))
+    dataset, count = _at_hand(trainer.train_dataset, rows, "labelled")
     for first in range(0, count, ROWS_OF_A_SPLIT):
         indices = list(range(first, min(first + ROWS_OF_A_SPLIT, count)))
         check_ctc_targets(trainer.model, trainer.data_collator([dict(dataset[row]) for row in indices]), indices)
-    return PASSED, f"the labels of {count} of {len(dataset)} rows fit their frames"
+    total = f"the first {count}" if is_stream(trainer.train_dataset) else f"{count} of {len(dataset)}"
+    return PASSED, f"the labels of {total} rows fit their frames"
+
+
+def _at_hand(dataset: Any, rows: int, name: str) -> tuple[Any, int]:
+    """The data set by row number, and how many of its first `rows` rows there are."""
+    if not is_stream(dataset):
+        return dataset, min(rows, len(dataset))
+    head = StreamHead(dataset, name)
+    return head, head.at_most(rows)
 
 
 def check_split(trainer: EMATrainerMixin) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from hf_ema_scaling.data.collator import MicroBatch
 from hf_ema_scaling.data.passes import CLOCK_DUST
 from hf_ema_scaling.data.sampler import Draw
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
+from hf_ema_scaling.data.streaming import is_stream
 from hf_ema_scaling.ema import EMATeacher
 from hf_ema_scaling.labels import Labeler, LabelsByPosition, PseudoLabel, columns_of, ctc_frame_lengths, labeler_for
 from hf_ema_scaling.labels.filter_base import Filter
@@ -53,7 +54,7 @@ class PseudoLabelTrainer(EMATrainerMixin):
     Args:
         model: the student.
         args: the recipe at the reference batch, and the batch of this run.
-        unlabeled_dataset: map-style data without labels; a `labels` column in it is never read.
+        unlabeled_dataset: data without labels, map-style or a stream; a `labels` column in it is never read.
         pseudo_label_args: when, how much and which pseudo-labels enter the loss.
         labeler: turns teacher output into labels; None for `labeler_for(model)`.
         filters: which labels are dropped, after those that `pseudo_label_args` names.
@@ -118,6 +119,11 @@ class PseudoLabelTrainer(EMATrainerMixin):
         self.dropout = None if pseudo.pl_dropout is None else DropoutChange(self.model, pseudo.pl_dropout)
         check_rollback(self.args, pseudo)
         self.collapse = CollapseWatch(self, pseudo.on_collapse, pseudo.collapse_window, pseudo.pl_start)
+        if pseudo.calibration_rows and is_stream(self.train_dataset):
+            raise ValueError(
+                f"calibration_rows={pseudo.calibration_rows} asks for the same labelled rows again and again, which a "
+                "stream cannot give: leave it at 0, or use a map-style train_dataset"
+            )
         self._calibrated_at = -1
         self.add_callback(self.collapse)
         self.add_callback(SaveLedger(self))
@@ -162,11 +168,8 @@ class PseudoLabelTrainer(EMATrainerMixin):
         if checkpoint is not None and resumed is not None:
             self.collapse.resumed(checkpoint[0], resumed.clock)
         assert self.average is not None
-        count = min(
-            1 if self.pseudo_label_args.teacher_dtype == "float32" else PARITY_ROWS,
-            len(self.unlabeled_dataset),
-            self.args.per_device_train_batch_size,
-        )
+        wanted = 1 if self.pseudo_label_args.teacher_dtype == "float32" else PARITY_ROWS
+        count = self.run_dataset().at_most(UNLABELLED, min(wanted, self.args.per_device_train_batch_size))
         self.teacher = start_teacher(
             self.model,
             self.average,

@@ -10,7 +10,6 @@ import datasets
 import pytest
 import tiny
 import torch
-from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from hf_ema_scaling.scaling import half_life_from_momentum
@@ -100,13 +99,6 @@ def test_what_trainers_refuse(tmp_path: Path) -> None:
         EMATrainer(model, args, train_dataset=datasets.Dataset.from_dict({"input_ids": []}))
     with pytest.raises(ValueError, match="no run without a train_dataset"):
         EMATrainer(model, args).plan  # noqa: B018
-
-    class Stream(IterableDataset[Any]):
-        def __iter__(self) -> Any:
-            return iter(())
-
-    with pytest.raises((NotImplementedError, TypeError), match="map-style"):
-        EMATrainer(model, args, train_dataset=Stream())
 
 
 def test_items_without_a_size_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,122 @@
+"""Speech that is read row by row while a recipe trains: nothing is downloaded or computed before the run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Audio, IterableDataset, concatenate_datasets, load_dataset
+
+from hf_ema_scaling.data.bad_items import RAISE
+from hf_ema_scaling.data.speech import _prepare_row
+from hf_ema_scaling.labels.ctc import frames_of, min_ctc_frames
+from hf_ema_scaling.recipe.sources import load_speech
+
+logger = logging.getLogger(__name__)
+
+
+def stream_speech(
+    source: str, *, audio_column: str = "audio", text_column: str | None = "text", shards: int = 1
+) -> IterableDataset:
+    """Audio, undecoded, and texts of a source, as a stream in the order they have there.
+
+    Args:
+        source: as in `SpeechDataArguments`. What is local is listed first and its audio read later; what is on the
+            Hub is fetched while it is read.
+        audio_column: column of the audio.
+        text_column: column of the texts; None where there are none or they must not be read.
+        shards: of local sources: one for each process, so that each reads its own; on the Hub they are the files.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_speech`.
+    """
+    before = source.rpartition(":")[0]
+    here = Path(source).exists() or (before and Path(before).exists())
+    if here or "://" in source or source.startswith((".", "/", "~")) or source.endswith((".jsonl", ".json", ".csv")):
+        rows = load_speech(source, audio_column=audio_column, text_column=text_column)
+        return rows.to_iterable_dataset(num_shards=min(shards, len(rows)))
+    name, *rest = source.split(":")
+    if len(rest) not in (1, 2) or not all(rest):
+        raise ValueError(f"{source!r} is no file or folder here; a source on the Hub is owner/name:split")
+    config = rest[0] if len(rest) == 2 else None
+    try:
+        parts = [load_dataset(name, config, split=split, streaming=True) for split in rest[-1].split("+")]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: neither here nor on the Hub ({error})") from error
+    dataset = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+    wanted = [audio_column] if text_column is None else [audio_column, text_column]
+    missing = [column for column in wanted if column not in (dataset.column_names or wanted)]
+    if missing:
+        raise ValueError(f"{source}: no column {', '.join(missing)}; it has {', '.join(dataset.column_names or [])}")
+    if dataset.features is None or isinstance(dataset.features[audio_column], Audio):
+        dataset = dataset.cast_column(audio_column, Audio(decode=False))
+    return dataset.select_columns(wanted)
+
+
+def prepare_ctc_stream(
+    dataset: IterableDataset,
+    processor: Any,
+    *,
+    name: str,
+    audio_column: str = "audio",
+    text_column: str | None = "text",
+    min_seconds: float = 0.0,
+    max_seconds: float = float("inf"),
+    on_bad_item: str = RAISE,
+) -> IterableDataset:
+    """The rows a CTC model trains on, each computed when it is read; otherwise as `prepare_ctc`.
+
+    What `prepare_ctc` drops is left out here too; the first row of each reason is logged, how many there are is not
+    known.
+
+    Args:
+        dataset: audio as in `read_audio`, and texts.
+        processor: a processor.
+        name: of the source, for messages.
+        audio_column: name of the audio column.
+        text_column: name of the transcript column; None for unlabelled data, whose rows then hold no `labels`.
+        min_seconds: shortest audio kept.
+        max_seconds: longest audio kept.
+        on_bad_item: `raise` an error for a row that is broken, naming its place in the stream, or `skip` it.
+    """
+    missing = np.zeros(0, dtype=np.float32)
+
+    def prepared(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        limits = min_seconds, max_seconds
+        return _prepare_row(row, index, processor, audio_column, text_column, limits, missing, on_bad_item)
+
+    kept = _Kept(name, lambda row: row["dropped"])
+    columns = [audio_column] if text_column is None else [audio_column, text_column]
+    made = dataset.map(prepared, with_indices=True, remove_columns=columns)
+    return made.filter(kept).remove_columns(["dropped", "why"])
+
+
+def fitting_rows_of(model: torch.nn.Module, dataset: IterableDataset, name: str) -> IterableDataset:
+    """The rows whose labels fit the frames that a CTC model makes of their audio."""
+
+    def too_long(row: Mapping[str, Any]) -> str:
+        inputs = row["input_features"] if "input_features" in row else row["input_values"]
+        frames = int(frames_of(model, torch.tensor([len(inputs)])))
+        return "labels_need_more_frames" if min_ctc_frames([int(token) for token in row["labels"]]) > frames else ""
+
+    return dataset.filter(_Kept(name, too_long))
+
+
+class _Kept:
+    """Whether a row has no reason to be dropped; logs the first row of each reason."""
+
+    def __init__(self, name: str, reason: Callable[[Mapping[str, Any]], str]) -> None:
+        self.name = name
+        self.reason = reason
+        self.seen: set[str] = set()
+
+    def __call__(self, row: Mapping[str, Any]) -> bool:
+        reason = self.reason(row)
+        if reason and reason not in self.seen:
+            self.seen.add(reason)
+            logger.warning("%s: rows are left out as they are read, the first for %s", self.name, reason)
+        return not reason

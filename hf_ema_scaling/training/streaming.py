@@ -1,0 +1,208 @@
+"""Streamed data in the trainers: what it cannot do, the loader over it, and where a checkpoint says that it stands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+from transformers.utils import logging
+
+from hf_ema_scaling.data.collator import TwoSourceDataset
+from hf_ema_scaling.data.step_stream import StepCollator, StepStream
+from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
+from hf_ema_scaling.data.streaming import StreamHead, StreamReader, is_stream, row_digest
+from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
+
+if TYPE_CHECKING:
+    from hf_ema_scaling.training.mixin import EMATrainerMixin
+
+logger = logging.get_logger(__name__)
+
+NAMES = {LABELLED: "train_dataset", UNLABELLED: "unlabeled_dataset"}
+
+
+def refuse_streams(
+    args: EMATrainingArguments, labelled: Any, unlabelled: Any, pseudo: PseudoLabelArguments | None, world_size: int
+) -> None:
+    """Refuses what needs lengths, sizes or random access where a data set is a stream.
+
+    Raises:
+        ValueError, NotImplementedError: with the reason and the way out.
+    """
+    streams = {NAMES[kind]: data for kind, data in ((LABELLED, labelled), (UNLABELLED, unlabelled)) if is_stream(data)}
+    if not streams:
+        return
+    listed = " and ".join(streams)
+    if args.batch_unit != "samples":
+        raise ValueError(
+            f"batch_unit={args.batch_unit} needs the size of every row before the run, and {listed} is a stream: use "
+            "batch_unit=samples, or a map-style data set"
+        )
+    if args.bucket_window:
+        raise ValueError(
+            f"bucket_window={args.bucket_window} needs the lengths of all rows, and {listed} is a stream: set it to 0 "
+            "(rows are sorted by length inside a step all the same), or use a map-style data set"
+        )
+    if pseudo is not None and pseudo.cache_steps:
+        raise NotImplementedError(
+            f"cache_steps={pseudo.cache_steps:g}: a cache draws the same row several times, and {listed} is a stream: "
+            "set it to 0 for labels that are made as rows are drawn, or use map-style data sets"
+        )
+    if args.dataloader_num_workers:
+        raise NotImplementedError(
+            f"dataloader_num_workers={args.dataloader_num_workers}: workers of a loader shard and shuffle a stream by "
+            f"their own number, so the order of {listed} would depend on them: set it to 0"
+        )
+    if world_size > 1:
+        split = [name for name, data in streams.items() if getattr(data, "_distributed", None) is not None]
+        if split:
+            raise ValueError(
+                f"{split[0]} is split by node already: pass the whole stream, the trainer splits it over the "
+                f"{world_size} processes"
+            )
+    if is_stream(labelled):
+        _refuse_passes(args)
+
+
+def _refuse_passes(args: EMATrainingArguments) -> None:
+    """Refuses what counts passes over a labelled set whose length nobody knows."""
+    if args.max_steps <= 0:
+        raise ValueError(
+            f"num_train_epochs={args.num_train_epochs:g} counts passes, and train_dataset is a stream, whose length "
+            "is not known: give max_steps, in reference steps"
+        )
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        strategy = getattr(args, name)
+        if str(getattr(strategy, "value", strategy)) == "epoch":
+            raise ValueError(
+                f"{name}=epoch waits for the end of a pass, and train_dataset is a stream, whose length is not known: "
+                f"use 'steps' with {name.removesuffix('strategy')}steps"
+            )
+    if args.ema_epoch_weight is not None:
+        raise ValueError(
+            f"ema_epoch_weight={args.ema_epoch_weight} is the weight after a pass, and train_dataset is a stream, "
+            "whose length is not known: give ema_momentum or ema_half_life"
+        )
+    if any(stage.unit == "epochs" for stage in args.schedule(small_batch_until=0.0).stages):
+        raise ValueError(
+            "until_epochs counts passes, and train_dataset is a stream, whose length is not known: end stages by "
+            "until or until_fraction"
+        )
+
+
+def stream_loader(trainer: EMATrainerMixin, rows: TwoSourceDataset) -> DataLoader[Any] | None:
+    """The loader of a run with streamed data, at the place of the checkpoint that it resumes; None without streams."""
+    unlabelled, _ = trainer.unlabelled_data()
+    streams = {
+        kind: data for kind, data in ((LABELLED, trainer.train_dataset), (UNLABELLED, unlabelled)) if is_stream(data)
+    }
+    if not streams:
+        return None
+    sampler, accelerator, resumed = trainer.sampler, trainer.accelerator, trainer._resumed
+    _refuse_different(accelerator, streams)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    saved = None
+    if resumed is not None and resumed.checkpoint is not None and resumed.global_step:
+        saved = read_places(resumed.checkpoint, rank, processes, sampler.by_rank & streams.keys())
+    first = 0 if resumed is None else resumed.global_step
+
+    def open_readers() -> dict[int, StreamReader]:
+        readers = {}
+        for kind, data in streams.items():
+            share = (rank, processes) if kind in sampler.by_rank else None
+            readers[kind] = StreamReader(data, NAMES[kind], share)
+            drawn = sampler.drawn_of(kind, first - 1)[1] if first else 0
+            place = None if saved is None else saved["sources"].get(str(kind))
+            if place is not None and place["drawn"] == drawn:
+                readers[kind].resume(place)
+            elif drawn:
+                logger.warning(
+                    f"The checkpoint does not say where {NAMES[kind]} stands after {drawn} rows: reading them again."
+                )
+                readers[kind].skip(drawn if share is None else len(range(rank, drawn, processes)))
+        return readers
+
+    steps = StepStream(
+        sampler,
+        rows,
+        open_readers,
+        rank=rank,
+        first_step=first,
+        length_columns=(trainer.args.duration_column, trainer.args.length_column_name),
+    )
+    loader: DataLoader[Any] = DataLoader(
+        steps,
+        batch_size=None,
+        collate_fn=StepCollator(trainer.data_collator),  # type: ignore[arg-type]  # given one item, not a list
+        pin_memory=trainer.args.dataloader_pin_memory,
+    )
+    # As if alone: what each process draws is split already.
+    prepared: DataLoader[Any] = prepare_data_loader(
+        loader, num_processes=1, process_index=0, put_on_device=False, dispatch_batches=False
+    )
+    return prepared
+
+
+def _refuse_different(accelerator: Accelerator, streams: Mapping[int, Any]) -> None:
+    """Refuses streams that are not the same on all processes, which would share out something else on each."""
+    if accelerator.num_processes == 1:
+        return
+    for kind, data in streams.items():
+        mine = torch.tensor([row_digest(StreamHead(data, NAMES[kind])[0])], device=accelerator.device)
+        if len(set(accelerator.gather(mine).tolist())) > 1:
+            raise ValueError(
+                f"{NAMES[kind]} begins with another row on each process, so shares of it would overlap: give every "
+                "shuffle a fixed seed, and do not split the stream by rank yourself"
+            )
+
+
+def places_file(checkpoint: str | Path, rank: int) -> Path:
+    """Where the places of a process are."""
+    return Path(checkpoint) / f"stream_state_{rank}.json"
+
+
+def save_places(places: str | None, checkpoint: str | Path, rank: int) -> None:
+    """Write the places that came with the last step; nothing where no step was taken, or nothing is streamed."""
+    if places is not None:
+        Path(checkpoint).mkdir(parents=True, exist_ok=True)
+        places_file(checkpoint, rank).write_text(places + "\n", encoding="utf-8")
+
+
+def read_places(
+    checkpoint: str | Path, rank: int, processes: int, by_rank: frozenset[int]
+) -> Mapping[str, Any] | None:
+    """The places of a process in a checkpoint; None where they are not there.
+
+    Args:
+        checkpoint: the folder.
+        rank: of this process.
+        processes: their number.
+        by_rank: streamed sources of which each process reads shards of its own.
+
+    Raises:
+        ValueError: where the number of processes changed and rows are bound to processes.
+    """
+    # Where all read every row, all stand at the same place: the file of process 0 serves any number of them.
+    path = places_file(checkpoint, 0)
+    if not path.is_file():
+        return None
+    places: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    bound = sorted({*places["by_rank"], *by_rank})
+    if not bound:
+        return places
+    if places["processes"] != processes or places["by_rank"] != sorted(by_rank):
+        then, now = ([NAMES[kind] for kind in kinds] for kinds in (places["by_rank"], sorted(by_rank)))
+        raise ValueError(
+            f"{checkpoint} was written by {places['processes']} processes (with shards of their own of: "
+            f"{', '.join(then) or 'nothing'}), and this run has {processes} (of: {', '.join(now) or 'nothing'}). "
+            f"Which rows of {NAMES[bound[0]]} were seen depends on both: resume with {places['processes']} processes "
+            "and the same shards. (A stream whose number of shards is no multiple of the number of processes may move)"
+        )
+    path = places_file(checkpoint, rank)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
