@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_ema_scaling.data.collator import MicroBatch
+from hf_ema_scaling.data.collator import MicroBatch, TwoSourceDataset
 from hf_ema_scaling.data.passes import CLOCK_DUST
 from hf_ema_scaling.data.sampler import Draw
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
@@ -169,18 +169,18 @@ class PseudoLabelTrainer(EMATrainerMixin):
             self.collapse.resumed(checkpoint[0], resumed.clock)
         assert self.average is not None
         wanted = 1 if self.pseudo_label_args.teacher_dtype == "float32" else PARITY_ROWS
-        count = self.run_dataset().at_most(UNLABELLED, min(wanted, self.args.per_device_train_batch_size))
+        dataset = self.run_dataset()
+        count = dataset.at_most(UNLABELLED, min(wanted, self.args.per_device_train_batch_size))
         self.teacher = start_teacher(
             self.model,
             self.average,
-            self._prepare_inputs(self._collated(UNLABELLED, range(count))),
+            self._prepare_inputs(self._collated(dataset, UNLABELLED, range(count))),
             self.labeler,
             dtype=self.pseudo_label_args.teacher_dtype,
             factory=self.teacher_factory,
         )
 
-    def _collated(self, source: int, rows: Sequence[int]) -> dict[str, Any]:
-        dataset = self.run_dataset()
+    def _collated(self, dataset: TwoSourceDataset, source: int, rows: Sequence[int]) -> dict[str, Any]:
         return dict(self.data_collator([dict(dataset[Draw(source, row, 0, 0, 1.0)][1]) for row in rows]))
 
     def label_micro_batches(self, inputs: dict[str, list[MicroBatch]]) -> list[MicroBatch]:
@@ -284,7 +284,8 @@ class PseudoLabelTrainer(EMATrainerMixin):
             rows = chosen_rows(self.sampler.stream.labelled_items, asked)
             mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
             size = self.args.per_device_eval_batch_size
-            batches = (self._collated(LABELLED, mine[i : i + size]) for i in range(0, len(mine), size))
+            dataset = self.run_dataset()
+            batches = (self._collated(dataset, LABELLED, mine[i : i + size]) for i in range(0, len(mine), size))
             self.log(calibration(batches, self._teacher_labels, self.labeler, self._total_counts))
         return metrics
 
