@@ -74,6 +74,7 @@ def test_card(labels: Path, tmp_path: Path) -> None:
         "- min\\_confidence: 0.5",
         "hf-ema-scaling 0.1.0, torch 2.14, finished 2026-01-01T00:01:00+00:00",
         f'load_dataset("{NAME}", split="train")',
+        "\n\n`labelling.json` holds",
     ):
         assert told in text, told
     assert "max\\_length" not in text
