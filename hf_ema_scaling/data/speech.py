@@ -1,4 +1,4 @@
-"""From audio files to the rows of a CTC model: reading, features, characters, SpecAugment."""
+"""Speech before it is rows: reading audio files, a processor of characters, SpecAugment."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import logging
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -20,13 +19,11 @@ import numpy.typing as npt
 import soundfile
 import torch
 import torchaudio
-from datasets import Array2D, Audio, Dataset, Features, List, Value
 from torch import Tensor
 from transformers import Speech2TextFeatureExtractor, Wav2Vec2BertProcessor, Wav2Vec2CTCTokenizer
 
 from hf_ema_scaling.data.seeding import spread_seed
 from hf_ema_scaling.data.wav import missing_bytes
-from hf_ema_scaling.labels.ctc import non_target_ids
 
 logger = logging.getLogger(__name__)
 
@@ -177,165 +174,6 @@ def quiet_unless_terminal() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def prepare_ctc(
-    dataset: Dataset,
-    processor: Any,
-    *,
-    audio_column: str = "audio",
-    text_column: str | None = "text",
-    num_proc: int | None = None,
-    min_seconds: float = 0.0,
-    max_seconds: float = float("inf"),
-) -> Dataset:
-    """The rows a CTC model trains on; every column that is not named here is left behind.
-
-    Rows are dropped, counted and logged when their audio is shorter than `min_seconds` ("too_short") or longer than
-    `max_seconds` ("too_long"), too short for one frame or digitally silent, which normalisation turns into NaN
-    ("no_features"), or when their text is blank ("empty_text").
-
-    Args:
-        dataset: audio as in `read_audio`, or an `Audio` column, which is read without `torchcodec`.
-        processor: a processor, or with `text_column=None` a feature extractor.
-        audio_column: name of the audio column.
-        text_column: name of the transcript column; None for unlabelled data, whose rows then hold no `labels`.
-        num_proc: processes, as in `Dataset.map`.
-        min_seconds: shortest audio kept.
-        max_seconds: longest audio kept.
-
-    Returns:
-        A data set in numpy format: `input_features` float32 (frames, bins) or `input_values` float32 (samples,),
-        whichever the extractor makes; `labels` int64 (tokens,); `duration` in seconds.
-
-    Raises:
-        ValueError: when a column is missing, a text has characters that the vocabulary lacks or holds a special
-            token, or no row is left.
-        AudioError: when audio cannot be read.
-    """
-    extractor = getattr(processor, "feature_extractor", processor)
-    for column in filter(None, (audio_column, text_column)):
-        if column not in dataset.column_names:
-            raise ValueError(f"no column '{column}' in the data set: it has {', '.join(dataset.column_names)}")
-    if not len(dataset):
-        raise ValueError("the data set has no rows")
-    columns = [audio_column] if text_column is None else [audio_column, text_column]
-    dataset = dataset.select_columns(columns)
-    if isinstance(dataset.features[audio_column], Audio):
-        dataset = dataset.cast_column(audio_column, Audio(decode=False))
-    if text_column is not None:
-        _check_characters(dataset[text_column], processor.tokenizer)
-    name, labelled = extractor.model_input_names[0], text_column is not None
-    bins = _bins(extractor) if name == "input_features" else None
-    # Array2D is read several times as fast as a list of lists, and rows keep their shape.
-    inputs = List(Value("float32")) if bins is None else Array2D((None, bins), "float32")
-    features = {name: inputs, "duration": Value("float32"), "dropped": Value("string")}
-    if labelled:
-        features["labels"] = List(Value("int64"))
-    with quiet_unless_terminal():
-        # Through numpy: samples become an array without becoming a Python list first.
-        prepared = dataset.with_format("numpy").map(
-            _prepare_row,
-            fn_kwargs={
-                "processor": processor,
-                "audio_column": audio_column,
-                "text_column": text_column,
-                "seconds": (min_seconds, max_seconds),
-                "missing": np.zeros(0 if bins is None else (0, bins), dtype=np.float32),
-            },
-            remove_columns=columns,
-            features=Features(features),
-            num_proc=num_proc,
-            desc="preparing speech",
-        )
-    reasons = [str(reason) for reason in prepared["dropped"]]
-    prepared = prepared.remove_columns("dropped").with_format("numpy")
-    dropped = Counter(reason for reason in reasons if reason)
-    if not dropped:
-        return prepared
-    summary = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
-    if dropped.total() == len(reasons):
-        raise ValueError(f"all {len(reasons)} rows were dropped: {summary}")
-    logger.warning("dropped %d of %d rows: %s", dropped.total(), len(reasons), summary)
-    return prepared.select([row for row, reason in enumerate(reasons) if not reason])
-
-
-def longest_first(dataset: Dataset) -> Dataset:
-    """The rows by falling `duration`, for evaluation: batches hold little padding, and one too large shows at once."""
-    return dataset.select(np.argsort(-np.asarray(dataset["duration"][:]), kind="stable"))
-
-
-def _bins(extractor: Any) -> int:
-    """Width of a row of features, measured: extractors that stack frames give more than their `feature_size`."""
-    noise = np.random.default_rng(0).standard_normal(extractor.sampling_rate).astype(np.float32)
-    features = extractor(noise, sampling_rate=extractor.sampling_rate)["input_features"]
-    return int(np.asarray(features[0]).shape[-1])
-
-
-def _check_characters(texts: Iterable[str], tokenizer: Any) -> None:
-    texts = list(texts)
-    missing = {
-        character
-        for character in {character for text in texts for character in text}
-        if tokenizer.unk_token_id in tokenizer(character, add_special_tokens=False).input_ids
-    }
-    if missing:
-        rows = [row for row, text in enumerate(texts) if not missing.isdisjoint(text)]
-        raise ValueError(
-            f"{len(missing)} characters are not in the vocabulary: {' '.join(map(repr, sorted(missing)[:40]))} (in "
-            f"{len(rows)} of {len(texts)} texts, first in row {rows[0]}): normalise the texts (case, digits, "
-            "punctuation), or build the processor from them"
-        )
-
-
-def _labels(text: str, tokenizer: Any) -> list[int]:
-    ids: list[int] = tokenizer(" ".join(text.split()), add_special_tokens=False).input_ids
-    special = non_target_ids(tokenizer).intersection(ids)
-    if special:
-        tokens = tokenizer.convert_ids_to_tokens(sorted(special))
-        raise ValueError(f"text {text!r} holds {tokens}, which are special tokens and no CTC target: take them out")
-    return ids
-
-
-def _features(waveform: Waveform, extractor: Any, name: str) -> Waveform | None:
-    """Features of one utterance without padding; None when there is no frame, or it cannot be normalised."""
-    if name == "input_features" and len(waveform) < extractor.sampling_rate * FRAME_SECONDS:
-        return None
-    with np.errstate(divide="ignore", invalid="ignore"):
-        made = extractor(waveform, sampling_rate=extractor.sampling_rate)
-    features = np.asarray(made[name][0], dtype=np.float32)
-    mask = made.get("attention_mask")
-    if mask is not None:
-        features = features[: int(np.asarray(mask[0]).sum())]
-    return features if len(features) and np.isfinite(features).all() else None
-
-
-def _prepare_row(
-    row: Mapping[str, Any],
-    processor: Any,
-    audio_column: str,
-    text_column: str | None,
-    seconds: tuple[float, float],
-    missing: Waveform,
-) -> dict[str, Any]:
-    extractor = getattr(processor, "feature_extractor", processor)
-    name = extractor.model_input_names[0]
-    waveform = read_audio(row[audio_column], extractor.sampling_rate)
-    duration = len(waveform) / extractor.sampling_rate
-    prepared: dict[str, Any] = {name: missing, "duration": duration, "dropped": ""}
-    if text_column is not None:
-        prepared["labels"] = _labels(str(row[text_column]), processor.tokenizer)
-    if text_column is not None and not prepared["labels"]:
-        prepared["dropped"] = "empty_text"
-    elif duration < seconds[0]:
-        prepared["dropped"] = "too_short"
-    elif duration > seconds[1]:
-        prepared["dropped"] = "too_long"
-    elif (features := _features(waveform, extractor, name)) is None:
-        prepared["dropped"] = "no_features"
-    else:
-        prepared[name] = features
-    return prepared
-
-
 class SpecAugment:
     """Masks bands of bins and spans of frames with zeros (SpecAugment, arXiv 1904.08779, without time warping).
 
@@ -349,6 +187,7 @@ class SpecAugment:
         num_time_masks: masks over frames.
         time_width: each is shorter than this many frames,
         time_share: and than this share of the utterance.
+        bins_first: whether features are (rows, bins, frames) in a window without attention mask, as Whisper's are.
 
     Raises:
         ValueError: when a number is negative, or `time_share` is not in [0, 1].
@@ -361,6 +200,8 @@ class SpecAugment:
         num_time_masks: int = 2,
         time_width: int = 20,
         time_share: float = 0.2,
+        *,
+        bins_first: bool = False,
     ) -> None:
         counts = (num_freq_masks, freq_width, num_time_masks, time_width)
         if min(counts) < 0 or not 0.0 <= time_share <= 1.0:
@@ -370,6 +211,7 @@ class SpecAugment:
         self.num_time_masks = num_time_masks
         self.time_width = time_width
         self.time_share = time_share
+        self.bins_first = bins_first
 
     def __call__(self, inputs: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, Tensor]:
         """The `input_features` of padded inputs, masked; `attention_mask` tells their lengths where there is one.
@@ -380,6 +222,9 @@ class SpecAugment:
         features = inputs.get("input_features")
         if features is None:
             raise ValueError(f"SpecAugment masks 'input_features', which are not among the inputs {sorted(inputs)}")
+        if self.bins_first:
+            frames = [features.shape[2]] * len(features)
+            return {"input_features": self.masked(features.transpose(1, 2), frames, seeds).transpose(1, 2)}
         mask = inputs.get("attention_mask")
         lengths = [features.shape[1]] * len(features) if mask is None else mask.sum(-1)
         return {"input_features": self.masked(features, lengths, seeds)}

@@ -1,16 +1,12 @@
 """What recipes share: arguments from YAML and the command line, data, models, and one run of them."""
 
-from hf_ema_scaling.recipe.asr_ctc import (
-    ASR_CTC,
-    AugmentationArguments,
-    ModelArguments,
-    SpeechDataArguments,
-    build_asr_ctc,
-)
+from hf_ema_scaling.recipe.asr_ctc import ASR_CTC, ModelArguments, build_asr_ctc
+from hf_ema_scaling.recipe.asr_seq2seq import ASR_SEQ2SEQ, build_asr_seq2seq
 from hf_ema_scaling.recipe.byol import BYOL, build_byol
 from hf_ema_scaling.recipe.config import parse
 from hf_ema_scaling.recipe.runner import results_table, run
 from hf_ema_scaling.recipe.sources import load_speech, load_text, load_words
+from hf_ema_scaling.recipe.speech import AugmentationArguments, SpeechDataArguments
 from hf_ema_scaling.recipe.supervised import SUPERVISED, build_supervised
 from hf_ema_scaling.recipe.text_classification import TEXT_CLASSIFICATION, build_text_classification
 from hf_ema_scaling.recipe.texts import ClassifierArguments, TextDataArguments
@@ -18,6 +14,7 @@ from hf_ema_scaling.recipe.token_classification import TOKEN_CLASSIFICATION, bui
 
 __all__ = [
     "ASR_CTC",
+    "ASR_SEQ2SEQ",
     "BYOL",
     "SUPERVISED",
     "TEXT_CLASSIFICATION",
@@ -28,6 +25,7 @@ __all__ = [
     "SpeechDataArguments",
     "TextDataArguments",
     "build_asr_ctc",
+    "build_asr_seq2seq",
     "build_byol",
     "build_supervised",
     "build_text_classification",

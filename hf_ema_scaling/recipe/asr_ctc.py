@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,55 +19,14 @@ from transformers import (
     set_seed,
 )
 
-from hf_ema_scaling.data.speech import SpecAugment, build_character_processor, longest_first, prepare_ctc
+from hf_ema_scaling.data.speech import build_character_processor
+from hf_ema_scaling.data.speech_rows import prepare_ctc
 from hf_ema_scaling.metrics import CTCMetrics
 from hf_ema_scaling.recipe.config import close_names
-from hf_ema_scaling.recipe.sources import load_speech, named_sources
+from hf_ema_scaling.recipe.speech import AugmentationArguments, SpeechDataArguments, load_rows, prepare_sets
 from hf_ema_scaling.training import EMATrainer, EMATrainingArguments, PseudoLabelArguments, PseudoLabelTrainer
 from hf_ema_scaling.training.checks import drop_unfitting
 from hf_ema_scaling.training.mixin import EMATrainerMixin
-
-
-@dataclass
-class SpeechDataArguments:
-    """Where speech comes from. A source is written in one of these ways (see `load_speech`).
-
-    `data/train.jsonl`: a manifest, one JSON object per line, audio paths relative to the manifest;
-    `data/folder`: an audio folder (`metadata.jsonl` or `metadata.csv` with `file_name`, or audio files alone), or a
-    saved `datasets` folder, there also `data/folder:split`;
-    `owner/name:split`, `owner/name:config:split`: the Hub; splits are joined by `+`.
-    """
-
-    labelled: str = field(metadata={"help": "Source of labelled speech."})
-    unlabelled: str | None = field(
-        default=None,
-        metadata={"help": "Source of unlabelled speech; its texts are never read. Turns pseudo-labels on."},
-    )
-    evaluation: str | None = field(
-        default=None, metadata={"help": "Source of evaluation speech, or several: a mapping of names to sources."}
-    )
-    audio_column: str = field(default="audio", metadata={"help": "Column with the audio, in every source."})
-    text_column: str = field(default="text", metadata={"help": "Column with the transcript."})
-    text_case: str = field(default="keep", metadata={"help": "keep, lower or upper."})
-    remove_characters: str = field(default="", metadata={"help": "Characters taken out of every text, as one string."})
-    min_seconds: float = field(default=0.0, metadata={"help": "Shorter training audio is dropped."})
-    max_seconds: float | None = field(default=None, metadata={"help": "Longer training audio is dropped."})
-    max_labelled: int | None = field(default=None, metadata={"help": "Use the first so many rows only."})
-    max_unlabelled: int | None = field(default=None, metadata={"help": "Use the first so many rows only."})
-    max_evaluation: int | None = field(default=None, metadata={"help": "Use the first so many rows of each set only."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that compute features."})
-
-    def __post_init__(self) -> None:
-        if self.text_case not in ("keep", "lower", "upper"):
-            raise ValueError(f"text_case must be keep, lower or upper, got {self.text_case!r}")
-        for name in ("max_labelled", "max_unlabelled", "max_evaluation"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-
-    def evaluation_sources(self) -> dict[str, str]:
-        """Sources by name; a single one has the name ''."""
-        return named_sources(self.evaluation)
 
 
 @dataclass
@@ -103,24 +61,6 @@ class ModelArguments:
             )
 
 
-@dataclass
-class AugmentationArguments:
-    """SpecAugment on the student's input, from `augment_start` on; widths are in bins and frames."""
-
-    spec_augment: bool = field(default=True, metadata={"help": "Mask bands and spans of log-mel features."})
-    freq_masks: int = field(default=2, metadata={"help": "Masks over bins."})
-    freq_width: int = field(default=15, metadata={"help": "Widest mask over bins."})
-    time_masks: int = field(default=2, metadata={"help": "Masks over frames."})
-    time_width: int = field(default=20, metadata={"help": "Widest mask over frames."})
-    time_share: float = field(default=0.2, metadata={"help": "Widest mask over frames, as a share of the utterance."})
-
-    def build(self) -> SpecAugment | None:
-        """The augmentation, None if it is off."""
-        if not self.spec_augment:
-            return None
-        return SpecAugment(self.freq_masks, self.freq_width, self.time_masks, self.time_width, self.time_share)
-
-
 ASR_CTC = (SpeechDataArguments, ModelArguments, AugmentationArguments, EMATrainingArguments, PseudoLabelArguments)
 """The arguments of `build_asr_ctc`, for `parse`."""
 
@@ -142,40 +82,23 @@ def build_asr_ctc(
     """
     if data.unlabelled is not None and model.model_config is not None and pseudo.pl_start <= 0:
         raise ValueError("pl_start must be above 0: a model from scratch has nothing to teach at reference step 0")
-    limits: dict[str, Any] = {"min_seconds": data.min_seconds, "max_seconds": data.max_seconds or math.inf}
 
-    def load(source: str, limit: int | None, texts: bool = True) -> Dataset:
-        dataset = load_speech(source, audio_column=data.audio_column, text_column=data.text_column if texts else None)
-        dataset = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
-        return _with_texts(dataset, data) if texts else dataset
-
-    def prepare(source: str, dataset: Dataset, texts: bool = True, **limits: float) -> Dataset:
-        try:
-            return prepare_ctc(
-                dataset,
-                processor,
-                audio_column=data.audio_column,
-                text_column=data.text_column if texts else None,
-                num_proc=data.num_proc,
-                **limits,
-            )
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+    def prepare(dataset: Dataset, text_column: str | None, **limits: float) -> Dataset:
+        return prepare_ctc(
+            dataset,
+            processor,
+            audio_column=data.audio_column,
+            text_column=text_column,
+            num_proc=data.num_proc,
+            **limits,
+        )
 
     config = None if model.model_config is None else new_config(model.model_config)
     with args.main_process_first(desc="preparing speech"):
-        labelled = load(data.labelled, data.max_labelled)
+        labelled = load_rows(data, data.labelled, data.max_labelled)
         processor = _processor(model, config, labelled[data.text_column])
-        train = prepare(data.labelled, labelled, **limits)
-        sets = {
-            name: longest_first(prepare(source, load(source, data.max_evaluation)))
-            for name, source in data.evaluation_sources().items()
-        }
-        unlabelled = None
-        if data.unlabelled is not None:
-            loaded = load(data.unlabelled, data.max_unlabelled, texts=False)
-            unlabelled = prepare(data.unlabelled, loaded, texts=False, **limits)
-    if augmentation.spec_augment and "input_features" not in train.column_names:
+        sets = prepare_sets(data, labelled, prepare)
+    if augmentation.spec_augment and "input_features" not in sets.labelled.column_names:
         raise ValueError(
             "spec_augment masks log-mel features, and this model reads samples: set spec_augment to false"
         )
@@ -184,26 +107,15 @@ def build_asr_ctc(
     shared: dict[str, Any] = {
         "model": network,
         "args": args,
-        "train_dataset": drop_unfitting(network, train, data.labelled),
-        "eval_dataset": sets.get("", sets or None),
+        "train_dataset": drop_unfitting(network, sets.labelled, data.labelled),
+        "eval_dataset": sets.eval_dataset,
         "processing_class": processor,
         "compute_metrics": CTCMetrics(processor.tokenizer, processor.tokenizer.pad_token_id).compute,
         "augmentation": augmentation.build(),
     }
-    if unlabelled is None:
+    if sets.unlabelled is None:
         return EMATrainer(**shared)
-    return PseudoLabelTrainer(**shared, unlabeled_dataset=unlabelled, pseudo_label_args=pseudo)
-
-
-def _with_texts(dataset: Dataset, data: SpeechDataArguments) -> Dataset:
-    """The data set with normalised texts."""
-    if data.text_case == "keep" and not data.remove_characters:
-        return dataset
-    table = str.maketrans("", "", data.remove_characters)
-    cases: dict[str, Callable[[str], str]] = {"keep": str, "lower": str.lower, "upper": str.upper}
-    texts = [cases[data.text_case](text.translate(table)) for text in dataset[data.text_column]]
-    # A column of its own: mapping would write the audio once more.
-    return dataset.remove_columns(data.text_column).add_column(data.text_column, texts)
+    return PseudoLabelTrainer(**shared, unlabeled_dataset=sets.unlabelled, pseudo_label_args=pseudo)
 
 
 def new_config(text: str) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_ema_scaling.recipe.asr_ctc import ASR_CTC, build_asr_ctc
+from hf_ema_scaling.recipe.asr_seq2seq import ASR_SEQ2SEQ, build_asr_seq2seq
 from hf_ema_scaling.recipe.byol import BYOL, build_byol
 from hf_ema_scaling.recipe.config import KIND_KEY, close_names, read_mapping
 from hf_ema_scaling.recipe.supervised import SUPERVISED, build_supervised
@@ -33,6 +34,7 @@ class RecipeKind:
 
 RECIPES: dict[str, RecipeKind] = {
     "asr_ctc": RecipeKind(ASR_CTC, build_asr_ctc),
+    "asr_seq2seq": RecipeKind(ASR_SEQ2SEQ, build_asr_seq2seq),
     "byol": RecipeKind(BYOL, build_byol),
     "supervised": RecipeKind(SUPERVISED, build_supervised),
     "text_classification": RecipeKind(TEXT_CLASSIFICATION, build_text_classification),

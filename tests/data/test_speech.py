@@ -13,7 +13,8 @@ import torch
 from datasets import Audio, Dataset, Features, List, Value
 from transformers import AutoProcessor, Wav2Vec2FeatureExtractor
 
-from hf_ema_scaling.data.speech import AudioError, SpecAugment, build_character_processor, prepare_ctc, read_audio
+from hf_ema_scaling.data.speech import AudioError, SpecAugment, build_character_processor, read_audio
+from hf_ema_scaling.data.speech_rows import prepare_ctc
 from hf_ema_scaling.data.wav import missing_bytes
 
 
