@@ -14,6 +14,7 @@ from hf_ema_scaling.recipe.config import KIND_KEY, close_names, read_mapping
 from hf_ema_scaling.recipe.supervised import SUPERVISED, build_supervised
 from hf_ema_scaling.recipe.text_classification import TEXT_CLASSIFICATION, build_text_classification
 from hf_ema_scaling.recipe.token_classification import TOKEN_CLASSIFICATION, build_token_classification
+from hf_ema_scaling.recipe.translation import TRANSLATION, build_translation
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 
 DEFAULT_KIND = "asr_ctc"
@@ -39,6 +40,7 @@ RECIPES: dict[str, RecipeKind] = {
     "supervised": RecipeKind(SUPERVISED, build_supervised),
     "text_classification": RecipeKind(TEXT_CLASSIFICATION, build_text_classification),
     "token_classification": RecipeKind(TOKEN_CLASSIFICATION, build_token_classification),
+    "translation": RecipeKind(TRANSLATION, build_translation),
 }
 
 

@@ -13,6 +13,7 @@ from hf_ema_scaling.training.mixin import EMATrainerMixin
 COLUMNS = {
     "wer": "WER",
     "cer": "CER",
+    "exact_match": "exact",
     "probe_accuracy": "probe accuracy",
     "f1": "F1",
     "precision": "precision",

@@ -95,7 +95,7 @@ def load_words(source: str, *, word_column: str = "tokens", tag_column: str | No
         NotImplementedError: for a URL: streaming is not supported yet.
     """
     wanted = [word_column] if tag_column is None else [word_column, tag_column]
-    dataset = _found(source, wanted, "word_column and tag_column", _word_rows).select_columns(wanted)
+    dataset = _found(source, wanted, "word_column and tag_column", _manifest_rows).select_columns(wanted)
     number = 0
     for rows in dataset.iter(batch_size=1000):
         for row in range(len(rows[word_column])):
@@ -110,6 +110,35 @@ def load_words(source: str, *, word_column: str = "tokens", tag_column: str | No
             if not isinstance(tags, list) or len(tags) != len(words):
                 found = len(tags) if isinstance(tags, list) else repr(tags)
                 raise ValueError(f"{source}, row {number}: {len(words)} words, but {found} tags")
+    return dataset
+
+
+def load_pairs(source: str, *, source_column: str = "source", target_column: str | None = "target") -> Dataset:
+    """Texts and their translations, in the order they have in a source.
+
+    Args:
+        source: as in `TranslationDataArguments`; local where the path, or what stands before its last colon, exists.
+        source_column: column of the texts; `translation.en` for the part `en` of a column of mappings.
+        target_column: column of their translations; None where there are none or they must not be read.
+
+    Returns:
+        A map-style data set with these columns only.
+
+    Raises:
+        FileNotFoundError: for a local source that is not there.
+        ValueError: for a source that cannot be loaded, has no rows, or lacks a column, and for a row with a text that
+            is empty or no string.
+        NotImplementedError: for a URL: streaming is not supported yet.
+    """
+    wanted = [source_column] if target_column is None else [source_column, target_column]
+    dataset = _found(source, wanted, "source_column and target_column", _manifest_rows).select_columns(wanted)
+    first = 1
+    for rows in dataset.iter(batch_size=1000):
+        for column in wanted:
+            for number, text in enumerate(rows[column], start=first):
+                if not isinstance(text, str) or not text.strip():
+                    raise ValueError(f"{source}, row {number}: {column} is {text!r}, no text: leave such rows out")
+        first += len(rows[source_column])
     return dataset
 
 
@@ -134,6 +163,8 @@ def _found(
         raise FileNotFoundError(f"{source}: no such file or folder, seen from {Path.cwd()}")
     else:
         dataset = _from_hub(source)
+    if any("." in name and name not in dataset.column_names for name in wanted):
+        dataset = dataset.flatten()
     missing = [name for name in wanted if name not in dataset.column_names]
     if missing:
         raise ValueError(
@@ -209,7 +240,7 @@ def _text_rows(path: Path, split: str | None, wanted: list[str]) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def _word_rows(path: Path, split: str | None, wanted: list[str]) -> Dataset:
+def _manifest_rows(path: Path, split: str | None, wanted: list[str]) -> Dataset:
     path = path if split is None else path / split
     if not path.is_file() or path.suffix.lower() == ".csv":
         raise ValueError(f"{path} is neither a file .jsonl nor a folder that save_to_disk of `datasets` has written")
