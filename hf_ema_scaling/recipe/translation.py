@@ -193,7 +193,7 @@ def _tokenizer(model: TranslatorArguments, texts: list[str]) -> Any:
 def _network(model: TranslatorArguments, tokenizer: Any) -> Any:
     if model.model_config is None:
         # The checkpoint's own dtype would have the optimizer work in bfloat16 too.
-        return AutoModelForSeq2SeqLM.from_pretrained(model.model_name_or_path, dtype=torch.float32)
+        return AutoModelForSeq2SeqLM.from_pretrained(str(model.model_name_or_path), dtype=torch.float32)
     config = new_config(model.model_config)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "pad", "eos")}
     for name, value in {**ids, "decoder_start_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}.items():
