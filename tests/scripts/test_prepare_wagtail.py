@@ -48,7 +48,7 @@ def test_catalogues_are_read_as_gettext_reads_them(order: str) -> None:
     assert found == {"Save": "Enregistrer", "Open": "Ouvrir", "%d page": "%d page fr"}
     theirs = gettext.GNUTranslations(io.BytesIO(content))
     assert theirs.gettext("Save") == found["Save"] and theirs.pgettext("menu", "Open") == found["Open"]
-    with pytest.raises(ValueError, match="no .mo file: it begins with 504b0304"):
+    with pytest.raises(ValueError, match=r"no \.mo file: it begins with 504b0304"):
         script.read_catalogue(b"PK\x03\x04")
 
 
