@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -114,6 +114,54 @@ class CTCMetrics:
         return [
             self.tokenizer.decode(row[keep].tolist(), group_tokens=False) for row, keep in zip(ids, kept, strict=True)
         ]
+
+
+def exact_match(references: Sequence[str], predictions: Sequence[str]) -> float:
+    """Share of the rows whose prediction is the reference, in [0, 1]; errors as of `word_error_rate`."""
+    wanted, found = _checked(references, predictions)
+    return sum(one == other for one, other in zip(wanted, found, strict=True)) / len(wanted)
+
+
+class TextMetrics:
+    """Metrics of texts that a model generated, for `Trainer(compute_metrics=TextMetrics(...).compute)`.
+
+    Both sides are decoded without special tokens, normalised, and their white space made single spaces.
+
+    Args:
+        tokenizer: decodes the ids.
+        rates: functions of references and predictions, such as `word_error_rate`, by the names of their metrics.
+        normalise: what is done to the texts of both sides, such as making them lower case.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        rates: Mapping[str, Callable[[Sequence[str], Sequence[str]], float]],
+        normalise: Callable[[str], str] = str,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.rates = dict(rates)
+        self.normalise = normalise
+
+    def compute(self, eval_prediction: EvalPrediction) -> dict[str, float]:
+        """The metrics of `predictions` and `label_ids`, int arrays (rows, tokens); -100 is padding.
+
+        Raises:
+            ValueError: when the predictions are no ids (logits, say), or all references are empty.
+        """
+        references = self._texts(eval_prediction.label_ids, "label_ids")
+        predictions = self._texts(eval_prediction.predictions, "predictions")
+        return {name: rate(references, predictions) for name, rate in self.rates.items()}
+
+    def _texts(self, rows: Any, name: str) -> list[str]:
+        ids = np.asarray(rows)
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(
+                f"{name} must be generated ids (rows, tokens), got {ids.dtype} of shape {ids.shape}: set "
+                "predict_with_generate"
+            )
+        texts = [self.tokenizer.decode(row[row >= 0].tolist(), skip_special_tokens=True) for row in ids]
+        return [" ".join(self.normalise(text).split()) for text in texts]
 
 
 class ClassificationMetrics:

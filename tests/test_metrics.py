@@ -12,9 +12,11 @@ from hf_ema_scaling.metrics import (
     CharacterErrorRate,
     ClassificationMetrics,
     CTCMetrics,
+    TextMetrics,
     TokenMetrics,
     WordErrorRate,
     character_error_rate,
+    exact_match,
     word_error_rate,
 )
 
@@ -147,3 +149,27 @@ def test_what_has_no_f1_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             metrics.compute(EvalPrediction(predictions=broken, label_ids=tags))
+
+
+class Words:
+    """A tokenizer: id 2 is the end, the others are words."""
+
+    names = ("Open", "door.", "", "the", "open", "door")
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return "  ".join(self.names[i] for i in ids if i != 2)
+
+
+def test_metrics_of_generated_texts_normalise_both_sides() -> None:
+    rates = {"wer": word_error_rate, "exact_match": exact_match}
+    found = EvalPrediction(
+        predictions=np.array([[4, 3, 5, 2, -100], [4, 3, 3, 5, 2]]),
+        label_ids=np.array([[0, 3, 1, 2], [4, 5, 2, -100]]),
+    )
+    metrics = TextMetrics(Words(), rates, lambda text: text.lower().replace(".", ""))
+    assert metrics.compute(found) == {"wer": 2 / 5, "exact_match": 1 / 2}
+    assert TextMetrics(Words(), rates).compute(found) == {"wer": 4 / 5, "exact_match": 0.0}
+    logits = EvalPrediction(predictions=np.zeros((2, 3, 4)), label_ids=np.zeros((2, 3), dtype=int))
+    with pytest.raises(ValueError, match=r"predictions must be generated ids .* set predict_with_generate"):
+        metrics.compute(logits)

@@ -9,7 +9,7 @@ from typing import Any
 
 RAISE, SKIP = "raise", "skip"
 CHOICES = (RAISE, SKIP)
-UNWANTED = ("too_short", "too_long", "empty_text", "silent", "no_features")
+UNWANTED = ("too_short", "too_long", "empty_text", "too_many_tokens", "silent", "no_features")
 """Reasons of rows that are in order and still of no use: dropped and counted whatever `on_bad_item` says."""
 NAMED = 5
 """How many skipped items a log names."""

@@ -194,3 +194,39 @@ class CTCCollator:
         if "labels" in rows[0]:
             batch["labels"] = pad_labels([row["labels"] for row in rows])
         return batch
+
+
+class WindowCollator:
+    """Fills rows of features up to the fixed window of the model (Whisper's 30 s), and pads their labels.
+
+    Rows are `input_features` (frames, bins), cut by `prepare_seq2seq` behind one frame of padding, which is repeated:
+    what the window is padded with depends on the loudest frame of the utterance.
+
+    Args:
+        frames: of the window.
+    """
+
+    def __init__(self, frames: int) -> None:
+        self.frames = frames
+
+    def __call__(self, rows: Sequence[Example]) -> dict[str, Tensor]:
+        """`input_features` float32 (rows, bins, frames of the window) and `labels` int64, padded with -100.
+
+        Raises:
+            ValueError: for a row without features or with more frames than the window, or one that is not finite.
+        """
+        features = []
+        for number, row in enumerate(rows):
+            if "input_features" not in row:
+                raise ValueError(f"a row needs 'input_features', got {sorted(row)}")
+            values = np.asarray(row["input_features"], dtype=np.float32)
+            if not 0 < len(values) <= self.frames or not np.isfinite(values).all():
+                raise ValueError(
+                    f"row {number} of the batch has {len(values)} frames, of at most {self.frames}, or values that "
+                    "are not finite"
+                )
+            features.append(np.pad(values, ((0, self.frames - len(values)), (0, 0)), mode="edge").T)
+        batch = {"input_features": torch.from_numpy(np.stack(features))}
+        if "labels" in rows[0]:
+            batch["labels"] = pad_labels([row["labels"] for row in rows])
+        return batch

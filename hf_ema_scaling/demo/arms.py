@@ -24,7 +24,8 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
 
 from hf_ema_scaling.data.collator import MicroBatch
-from hf_ema_scaling.data.speech import SpecAugment, build_character_processor, longest_first, prepare_ctc
+from hf_ema_scaling.data.speech import SpecAugment, build_character_processor
+from hf_ema_scaling.data.speech_rows import longest_first, prepare_ctc
 from hf_ema_scaling.data.synthetic import SyntheticCorpusConfig, build_corpus
 from hf_ema_scaling.labels import PseudoLabel
 from hf_ema_scaling.metrics import CTCMetrics

@@ -11,6 +11,7 @@ from typing import Any
 COLUMNS = {
     "wer": "WER",
     "cer": "CER",
+    "exact_match": "exact",
     "probe_accuracy": "probe accuracy",
     "f1": "F1",
     "precision": "precision",

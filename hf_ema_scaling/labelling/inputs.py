@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_ema_scaling.data.audio import read_audio
 from hf_ema_scaling.data.bad_items import BadItemError, text_of
 from hf_ema_scaling.data.collator import CTCCollator
-from hf_ema_scaling.data.speech import check_seconds, features_of
+from hf_ema_scaling.data.speech_rows import check_seconds, features_of
 from hf_ema_scaling.labelling.heads import SPEECH, Head
 from hf_ema_scaling.labels.ctc import frames_of, sees_padding
 

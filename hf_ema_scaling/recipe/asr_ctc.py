@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import (
     CONFIG_MAPPING,
     AutoFeatureExtractor,
@@ -20,81 +20,16 @@ from transformers import (
     set_seed,
 )
 
-from hf_ema_scaling.data.bad_items import check_choice
-from hf_ema_scaling.data.speech import SpecAugment, build_character_processor, longest_first, prepare_ctc
-from hf_ema_scaling.data.speech_views import AdditiveNoise, SpeedPerturbation
-from hf_ema_scaling.data.views import Augmentation, Chain
+from hf_ema_scaling.data.speech import build_character_processor
+from hf_ema_scaling.data.speech_rows import ctc_ids, prepare_ctc
 from hf_ema_scaling.labels import blank_id
 from hf_ema_scaling.metrics import CTCMetrics
 from hf_ema_scaling.recipe.config import close_names
-from hf_ema_scaling.recipe.sources import load_speech, named_sources
-from hf_ema_scaling.recipe.speech_streams import fitting_rows_of, prepare_ctc_stream, stream_speech
+from hf_ema_scaling.recipe.speech import AugmentationArguments, SpeechDataArguments, load_transcribed, prepare_sets
+from hf_ema_scaling.recipe.speech_streams import fitting_rows_of, stream_sets
 from hf_ema_scaling.training import EMATrainer, EMATrainingArguments, PseudoLabelArguments, PseudoLabelTrainer
 from hf_ema_scaling.training.checks import drop_unfitting
 from hf_ema_scaling.training.mixin import EMATrainerMixin
-
-
-@dataclass
-class SpeechDataArguments:
-    """Where speech comes from. A source is written in one of these ways (see `load_speech`).
-
-    `data/train.jsonl`: a manifest, one JSON object per line, audio paths relative to the manifest;
-    `data/folder`: an audio folder (`metadata.jsonl` or `metadata.csv` with `file_name`, or audio files alone), or a
-    saved `datasets` folder, there also `data/folder:split`;
-    `owner/name:split`, `owner/name:config:split`: the Hub; splits are joined by `+`.
-    """
-
-    labelled: str = field(metadata={"help": "Source of labelled speech."})
-    unlabelled: str | None = field(
-        default=None,
-        metadata={"help": "Source of unlabelled speech; its texts are never read. Turns pseudo-labels on."},
-    )
-    evaluation: str | None = field(
-        default=None, metadata={"help": "Source of evaluation speech, or several: a mapping of names to sources."}
-    )
-    audio_column: str = field(default="audio", metadata={"help": "Column with the audio, in every source."})
-    text_column: str = field(default="text", metadata={"help": "Column with the transcript."})
-    text_case: str = field(default="keep", metadata={"help": "keep, lower or upper."})
-    remove_characters: str = field(default="", metadata={"help": "Characters taken out of every text, as one string."})
-    min_seconds: float = field(default=0.0, metadata={"help": "Shorter training audio is dropped."})
-    max_seconds: float | None = field(default=None, metadata={"help": "Longer training audio is dropped."})
-    max_labelled: int | None = field(default=None, metadata={"help": "Use the first so many rows only."})
-    max_unlabelled: int | None = field(default=None, metadata={"help": "Use the first so many rows only."})
-    max_evaluation: int | None = field(default=None, metadata={"help": "Use the first so many rows of each set only."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that compute features."})
-    on_bad_item: str = field(
-        default="raise",
-        metadata={
-            "help": "raise or skip: what to do with rows that are broken (audio that cannot be read, a text outside "
-            "the vocabulary, a line that is no row); skipped ones are counted by reason and named in the log."
-        },
-    )
-
-    streaming: bool = field(
-        default=False,
-        metadata={
-            "help": "Read training speech row by row and compute features as it is read, in the place of preparing "
-            "all of it first. Evaluation speech is prepared all the same."
-        },
-    )
-    shuffle_buffer: int = field(
-        default=1000, metadata={"help": "With streaming: rows (not decoded) of which the next is drawn; 0 for none."}
-    )
-
-    def __post_init__(self) -> None:
-        check_choice(self.on_bad_item)
-        if self.shuffle_buffer < 0:
-            raise ValueError(f"shuffle_buffer must not be negative, got {self.shuffle_buffer}")
-        if self.text_case not in ("keep", "lower", "upper"):
-            raise ValueError(f"text_case must be keep, lower or upper, got {self.text_case!r}")
-        for name in ("max_labelled", "max_unlabelled", "max_evaluation"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-
-    def evaluation_sources(self) -> dict[str, str]:
-        """Sources by name; a single one has the name ''."""
-        return named_sources(self.evaluation)
 
 
 @dataclass
@@ -129,42 +64,6 @@ class ModelArguments:
             )
 
 
-@dataclass
-class AugmentationArguments:
-    """Views of the student's input from `augment_start` on: speed, then noise, then SpecAugment (bins and frames)."""
-
-    spec_augment: bool = field(default=True, metadata={"help": "Mask bands and spans of log-mel features."})
-    freq_masks: int = field(default=2, metadata={"help": "Masks over bins."})
-    freq_width: int = field(default=15, metadata={"help": "Widest mask over bins."})
-    time_masks: int = field(default=2, metadata={"help": "Masks over frames."})
-    time_width: int = field(default=20, metadata={"help": "Widest mask over frames."})
-    time_share: float = field(default=0.2, metadata={"help": "Widest mask over frames, as a share of the utterance."})
-
-    speeds: list[float] = field(
-        default_factory=list,
-        metadata={
-            "help": "Speeds with equal chances, such as 0.9 1.0 1.1; none: speech is left at its speed. Rows whose "
-            "label would not fit the frames of faster speech stay at their own."
-        },
-    )
-    noise: float = field(default=0.0, metadata={"help": "Probability with which a row gets white noise."})
-    noise_snr_min: float = field(default=10.0, metadata={"help": "Lowest ratio of signal to noise, in dB."})
-    noise_snr_max: float = field(default=30.0, metadata={"help": "Highest ratio of signal to noise, in dB."})
-
-    def build(self) -> Augmentation | None:
-        """The augmentation, None if all is off."""
-        views: list[Augmentation] = []
-        if self.speeds:
-            views.append(SpeedPerturbation(self.speeds))
-        if self.noise:
-            views.append(AdditiveNoise(self.noise, (self.noise_snr_min, self.noise_snr_max)))
-        if self.spec_augment:
-            views.append(
-                SpecAugment(self.freq_masks, self.freq_width, self.time_masks, self.time_width, self.time_share)
-            )
-        return Chain(*views) if len(views) > 1 else next(iter(views), None)
-
-
 ASR_CTC = (SpeechDataArguments, ModelArguments, AugmentationArguments, EMATrainingArguments, PseudoLabelArguments)
 """The arguments of `build_asr_ctc`, for `parse`."""
 
@@ -186,107 +85,46 @@ def build_asr_ctc(
     """
     if data.unlabelled is not None and model.model_config is not None and pseudo.pl_start <= 0:
         raise ValueError("pl_start must be above 0: a model from scratch has nothing to teach at reference step 0")
-    if data.streaming and data.num_proc:
-        raise ValueError(f"num_proc={data.num_proc} prepares features before the run, streaming computes them in it")
-    limits: dict[str, Any] = {"min_seconds": data.min_seconds, "max_seconds": data.max_seconds or math.inf}
 
-    def load(source: str, limit: int | None, texts: bool = True) -> Dataset:
-        dataset = load_speech(
-            source,
+    def prepare(dataset: Dataset, text_column: str | None, **limits: float) -> Dataset:
+        return prepare_ctc(
+            dataset,
+            processor,
             audio_column=data.audio_column,
-            text_column=data.text_column if texts else None,
+            text_column=text_column,
+            num_proc=data.num_proc,
             on_bad_item=data.on_bad_item,
+            **limits,
         )
-        dataset = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
-        return _with_texts(dataset, data) if texts else dataset
-
-    def stream(source: str, limit: int | None, texts: bool = True) -> IterableDataset:
-        column = data.text_column if texts else None
-        columns: dict[str, Any] = {"audio_column": data.audio_column, "text_column": column}
-        rows = stream_speech(source, **columns, shards=args.world_size)
-        rows = rows if limit is None else rows.take(limit)
-        rows = rows.map(_text_normaliser(data)) if texts else rows
-        if data.shuffle_buffer:
-            seed = args.seed if args.data_seed is None else args.data_seed
-            rows = rows.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
-        return prepare_ctc_stream(rows, processor, name=source, on_bad_item=data.on_bad_item, **columns, **limits)
-
-    def prepare(source: str, dataset: Dataset, texts: bool = True, **limits: float) -> Dataset:
-        try:
-            return prepare_ctc(
-                dataset,
-                processor,
-                audio_column=data.audio_column,
-                text_column=data.text_column if texts else None,
-                num_proc=data.num_proc,
-                on_bad_item=data.on_bad_item,
-                **limits,
-            )
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
 
     config = None if model.model_config is None else new_config(model.model_config)
     with args.main_process_first(desc="preparing speech"):
-        train: Any
         if data.streaming:
             processor = _processor(model, config, None)
-            train = stream(data.labelled, data.max_labelled)
+            target = partial(ctc_ids, tokenizer=processor.tokenizer)
+            sets = stream_sets(data, args, processor.feature_extractor, target, prepare)
         else:
-            labelled = load(data.labelled, data.max_labelled)
+            labelled = load_transcribed(data, data.labelled, data.max_labelled)
             texts = [text for text in labelled[data.text_column] if isinstance(text, str)]
             processor = _processor(model, config, texts)
-            train = prepare(data.labelled, labelled, **limits)
-        sets = {
-            name: longest_first(prepare(source, load(source, data.max_evaluation)))
-            for name, source in data.evaluation_sources().items()
-        }
-        unlabelled: Any = None
-        if data.unlabelled is not None and data.streaming:
-            unlabelled = stream(data.unlabelled, data.max_unlabelled, texts=False)
-        elif data.unlabelled is not None:
-            loaded = load(data.unlabelled, data.max_unlabelled, texts=False)
-            unlabelled = prepare(data.unlabelled, loaded, texts=False, **limits)
-    if augmentation.spec_augment and processor.feature_extractor.model_input_names[0] != "input_features":
-        raise ValueError(
-            "spec_augment masks log-mel features, and this model reads samples: set spec_augment to false"
-        )
+            sets = prepare_sets(data, labelled, prepare)
+    augmentation.check(processor.feature_extractor)
     set_seed(args.seed if model.init_seed is None else model.init_seed)
     network = _network(model, config, processor.tokenizer)
+    fitting: Any = fitting_rows_of if data.streaming else drop_unfitting
     shared: dict[str, Any] = {
         "model": network,
         "args": args,
-        "train_dataset": (fitting_rows_of if data.streaming else drop_unfitting)(network, train, data.labelled),
-        "eval_dataset": sets.get("", sets or None),
+        "train_dataset": fitting(network, sets.labelled, data.labelled),
+        "eval_dataset": sets.eval_dataset,
         "processing_class": processor,
         "compute_metrics": CTCMetrics(processor.tokenizer, blank_id(network.config)).compute,
         "augmentation": augmentation.build(),
     }
-    if unlabelled is None:
+    if sets.unlabelled is None:
         return EMATrainer(**shared)
-    unlabelled = drop_unfitting(network, unlabelled, str(data.unlabelled))
+    unlabelled = fitting(network, sets.unlabelled, str(data.unlabelled))
     return PseudoLabelTrainer(**shared, unlabeled_dataset=unlabelled, pseudo_label_args=pseudo)
-
-
-def _with_texts(dataset: Dataset, data: SpeechDataArguments) -> Dataset:
-    """The data set with normalised texts."""
-    if data.text_case == "keep" and not data.remove_characters:
-        return dataset
-    normalised = _text_normaliser(data)
-    texts = [normalised({data.text_column: text})[data.text_column] for text in dataset[data.text_column]]
-    # A column of its own: mapping would write the audio once more.
-    return dataset.remove_columns(data.text_column).add_column(data.text_column, texts)
-
-
-def _text_normaliser(data: SpeechDataArguments) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """What makes the text column of a row; what is no text is left for the checks to come."""
-    table = str.maketrans("", "", data.remove_characters)
-    cases: dict[str, Callable[[str], str]] = {"keep": str, "lower": str.lower, "upper": str.upper}
-
-    def normalised(row: Mapping[str, Any]) -> dict[str, Any]:
-        text = row[data.text_column]
-        return {data.text_column: cases[data.text_case](text.translate(table)) if isinstance(text, str) else text}
-
-    return normalised
 
 
 def new_config(text: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,25 @@ def read_manifest(path: Path, bad: BadItems) -> list[dict[str, Any]]:
             is decoded.
     """
     return list(_csv_rows(path, bad) if path.suffix.lower() == ".csv" else _json_rows(path, bad))
+
+
+def wanted_columns(row: Mapping[str, Any], wanted: Sequence[str], arguments: str) -> dict[str, Any]:
+    """The values of some columns.
+
+    Args:
+        row: of a manifest.
+        wanted: the columns.
+        arguments: that name them, for the message.
+
+    Raises:
+        BadItemError: when one is missing ("no_column").
+    """
+    missing = [column for column in wanted if column not in row]
+    if missing:
+        raise BadItemError(
+            f"no {', '.join(missing)}; it has {', '.join(map(str, row))}. Name the columns by {arguments}", "no_column"
+        )
+    return {column: row[column] for column in wanted}
 
 
 def _json_rows(path: Path, bad: BadItems) -> Iterator[dict[str, Any]]:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_ema_scaling.recipe.asr_ctc import ASR_CTC, build_asr_ctc
+from hf_ema_scaling.recipe.asr_seq2seq import ASR_SEQ2SEQ, build_asr_seq2seq
 from hf_ema_scaling.recipe.byol import BYOL, build_byol
 from hf_ema_scaling.recipe.config import KIND_KEY, close_names, read_mapping
 from hf_ema_scaling.recipe.supervised import SUPERVISED, build_supervised
 from hf_ema_scaling.recipe.text_classification import TEXT_CLASSIFICATION, build_text_classification
 from hf_ema_scaling.recipe.token_classification import TOKEN_CLASSIFICATION, build_token_classification
+from hf_ema_scaling.recipe.translation import TRANSLATION, build_translation
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 
 DEFAULT_KIND = "asr_ctc"
@@ -33,10 +35,12 @@ class RecipeKind:
 
 RECIPES: dict[str, RecipeKind] = {
     "asr_ctc": RecipeKind(ASR_CTC, build_asr_ctc),
+    "asr_seq2seq": RecipeKind(ASR_SEQ2SEQ, build_asr_seq2seq),
     "byol": RecipeKind(BYOL, build_byol),
     "supervised": RecipeKind(SUPERVISED, build_supervised),
     "text_classification": RecipeKind(TEXT_CLASSIFICATION, build_text_classification),
     "token_classification": RecipeKind(TOKEN_CLASSIFICATION, build_token_classification),
+    "translation": RecipeKind(TRANSLATION, build_translation),
 }
 
 

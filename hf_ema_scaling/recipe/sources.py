@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import soundfile
 from datasets import Audio, Dataset, DatasetDict, load_dataset, load_from_disk
 
-from hf_ema_scaling.data.audio import is_file
 from hf_ema_scaling.data.bad_items import RAISE, BadItemError, BadItems, text_of
 from hf_ema_scaling.data.speech import quiet_unless_terminal
 from hf_ema_scaling.data.text import label_name
-from hf_ema_scaling.recipe.manifests import read_manifest
+from hf_ema_scaling.recipe.manifests import read_manifest, wanted_columns
+from hf_ema_scaling.recipe.speech_files import speech_files
 
 logger = logging.getLogger(__name__)
 
 TEXT_ARGUMENTS, WORD_ARGUMENTS = "text_column and label_column", "word_column and tag_column"
+PAIR_ARGUMENTS = "source_column and target_column"
 LABELLED_RECORD = "labelling.json"
 """Marks a folder that `hf-ema-scaling label` wrote."""
 
@@ -55,7 +54,7 @@ def load_speech(
     """
     wanted = [audio_column, *([] if text_column is None else [text_column])]
     wanted += [name for name in keep if name not in wanted]
-    files = partial(_speech_files, bad=BadItems(on_bad_item), texts=[] if text_column is None else [text_column])
+    files = partial(speech_files, bad=BadItems(on_bad_item), texts=[] if text_column is None else [text_column])
     dataset = _found(source, wanted, "audio_column and text_column", files)
     if isinstance(dataset.features[audio_column], Audio):
         dataset = dataset.cast_column(audio_column, Audio(decode=False))
@@ -132,11 +131,49 @@ def _check_text(
     Raises:
         BadItemError: when the text or the label is none.
     """
-    if not text_of(row[text_column], text_column).strip():
-        raise BadItemError(f"{text_column} is empty: leave such rows out", "empty_text")
+    _check_texts([text_column], row)
     if label_column is None:
         return dict(row)
     return {**row, label_column: label_name(row[label_column], feature)}
+
+
+def _check_texts(columns: Sequence[str], row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row as it is.
+
+    Raises:
+        BadItemError: when one of its texts is none.
+    """
+    for column in columns:
+        if not text_of(row[column], column).strip():
+            raise BadItemError(f"{column} is empty: leave such rows out", "empty_text")
+    return dict(row)
+
+
+def load_pairs(
+    source: str, *, source_column: str = "source", target_column: str | None = "target", on_bad_item: str = RAISE
+) -> Dataset:
+    """Texts and their translations, in the order they have in a source.
+
+    Args:
+        source: as in `TranslationDataArguments`; local where the path, or what stands before its last colon, exists.
+        source_column: column of the texts; `translation.en` for the part `en` of a column of mappings.
+        target_column: column of their translations; None where there are none or they must not be read.
+        on_bad_item: `raise` an error for a row with a text that is empty, null or no string, and for a line of a
+            manifest that is no row, or `skip` it, counted by reason and named in the log.
+
+    Returns:
+        A map-style data set with these columns only.
+
+    Raises:
+        FileNotFoundError: for a local source that is not there.
+        ValueError: for a source that cannot be loaded, has no rows, or lacks a column, and for a bad row.
+        NotImplementedError: for a URL: streaming is not supported yet.
+    """
+    wanted = [source_column] if target_column is None else [source_column, target_column]
+    check = partial(_check_texts, wanted)
+    rows_of = partial(_manifest_rows, bad=BadItems(on_bad_item), check=check, arguments=PAIR_ARGUMENTS)
+    dataset = _found(source, wanted, PAIR_ARGUMENTS, rows_of).select_columns(wanted)
+    return _checked_rows(dataset, source, check, on_bad_item)
 
 
 def load_words(
@@ -208,6 +245,8 @@ def _found(
         raise FileNotFoundError(f"{source}: no such file or folder, seen from {Path.cwd()}")
     else:
         dataset = _from_hub(source)
+    if any("." in name and name not in dataset.column_names for name in wanted):
+        dataset = dataset.flatten()
     missing = [name for name in wanted if name not in dataset.column_names]
     if missing:
         raise ValueError(
@@ -286,7 +325,7 @@ def _manifest_rows(
     columns: dict[str, list[Any]] = {column: [] for column in wanted}
     for number, row in enumerate(rows, start=1):
         try:
-            kept = check(_columns(row, wanted, arguments))
+            kept = check(wanted_columns(row, wanted, arguments))
         except BadItemError as error:
             bad.add(error.of(f"{path}, row {number}"))
             continue
@@ -304,74 +343,3 @@ def _word_rows(path: Path, split: str | None, wanted: list[str], **options: Any)
         return _manifest_rows(path, split, wanted, **options)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"{file}: the rows hold values of different kinds ({error})") from error
-
-
-def _columns(row: Mapping[str, Any], wanted: list[str], arguments: str) -> dict[str, Any]:
-    missing = [column for column in wanted if column not in row]
-    if missing:
-        raise BadItemError(
-            f"no {', '.join(missing)}; it has {', '.join(map(str, row))}. Name the columns by {arguments}", "no_column"
-        )
-    return {column: row[column] for column in wanted}
-
-
-def _speech_files(path: Path, split: str | None, wanted: list[str], *, bad: BadItems, texts: list[str]) -> Dataset:
-    if split is not None:
-        path = path / split
-    if path.is_file():
-        rows, folder, name = read_manifest(path, bad), path.parent, wanted[0]
-    elif found := [path / name for name in ("metadata.jsonl", "metadata.csv") if (path / name).is_file()]:
-        folder, name, path = path, "file_name", found[0]
-        rows = read_manifest(path, bad)
-    else:
-        suffixes = {f".{kind.lower()}" for kind in soundfile.available_formats()} | {".mp3", ".opus"}
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
-        folder, name = path, "file_name"
-        rows = [{name: str(file.relative_to(path))} for file in files]
-    return _of_files(path, folder, name, rows, wanted, bad, texts)
-
-
-def _of_files(
-    path: Path,
-    folder: Path,
-    name: str,
-    rows: list[dict[str, Any]],
-    wanted: list[str],
-    bad: BadItems,
-    texts: list[str],
-) -> Dataset:
-    """Rows that name audio files as a data set in the cache of `datasets`, anew whenever a row or a file changes."""
-    if not rows and not bad.counts:
-        raise ValueError(f"{path}: no rows")
-    columns, kept = [name, *wanted[1:]], []
-    for number, row in enumerate(rows, start=1):
-        try:
-            found = _columns(row, columns, "audio_column and text_column")
-            file = found.pop(name)
-            if not isinstance(file, str):
-                raise BadItemError(f"{name} is {'null' if file is None else repr(file)[:60]}, no path", "no_audio")
-            values = {wanted[0]: file, **found}
-            for column in texts:
-                text_of(values[column], column)
-            kept.append(values)
-        except BadItemError as error:
-            bad.add(error.of(f"{path}, row {number}"))
-    bad.log(logger, str(path), bad.counts.total() + len(kept))
-    for row in kept:
-        row[wanted[0]] = str((folder / row[wanted[0]]).absolute())
-    absent = [row[wanted[0]] for row in kept if not is_file(row[wanted[0]])]
-    if absent and bad.on_bad_item == RAISE:
-        raise FileNotFoundError(
-            f"{path}: {len(absent)} of {len(kept)} audio files are not there, first {absent[0]}; paths are relative "
-            f"to {folder}"
-        )
-    key = hashlib.sha256()
-    for row in kept:
-        stat = Path(row[wanted[0]]).stat() if is_file(row[wanted[0]]) else None
-        key.update(json.dumps([row, *((stat.st_size, stat.st_mtime_ns) if stat else ())]).encode())
-    with quiet_unless_terminal():
-        return Dataset.from_generator(_rows, gen_kwargs={"rows": kept}, fingerprint=key.hexdigest()[:32])
-
-
-def _rows(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    yield from rows

@@ -3,20 +3,71 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Audio, IterableDataset, concatenate_datasets, load_dataset
+from transformers import TrainingArguments
 
-from hf_ema_scaling.data.bad_items import RAISE
-from hf_ema_scaling.data.speech import _prepare_row
+from hf_ema_scaling.data.bad_items import RAISE, BadItemError
+from hf_ema_scaling.data.speech_rows import prepare_row, target_ids
 from hf_ema_scaling.labels.ctc import frames_of, min_ctc_frames
 from hf_ema_scaling.recipe.sources import load_speech
+from hf_ema_scaling.recipe.speech import Prepare, SpeechDataArguments, SpeechSets, prepare_evaluation
 
 logger = logging.getLogger(__name__)
+
+
+def stream_sets(
+    data: SpeechDataArguments,
+    args: TrainingArguments,
+    extractor: Any,
+    target: Callable[[str], Sequence[int]],
+    prepare: Prepare,
+    *,
+    max_tokens: int | None = None,
+) -> SpeechSets:
+    """As `prepare_sets`, with streams to train on; evaluation sets are prepared all the same.
+
+    Args:
+        data: where speech comes from.
+        args: with the seed of the shuffle buffer and the number of processes.
+        extractor: a feature extractor.
+        target: the ids that are to be learnt for a text.
+        prepare: makes the rows of evaluation sets.
+        max_tokens: most ids of a text; None for no limit.
+
+    Raises:
+        ValueError, FileNotFoundError: as `prepare_sets`.
+    """
+    seed = args.seed if args.data_seed is None else args.data_seed
+
+    def stream(source: str, limit: int | None, text_column: str | None) -> IterableDataset:
+        rows = stream_speech(source, audio_column=data.audio_column, text_column=text_column, shards=args.world_size)
+        rows = rows if limit is None else rows.take(limit)
+        if text_column is not None:
+            rows = rows.map(lambda row: {text_column: data.normalised(row[text_column])})
+        if data.shuffle_buffer:
+            rows = rows.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
+        return prepare_stream(
+            rows,
+            extractor,
+            target,
+            name=source,
+            audio_column=data.audio_column,
+            text_column=text_column,
+            max_tokens=max_tokens,
+            on_bad_item=data.on_bad_item,
+            **data.limits(),
+        )
+
+    train = stream(data.labelled, data.max_labelled, data.text_column)
+    sets = prepare_evaluation(data, prepare)
+    unlabelled = None if data.unlabelled is None else stream(data.unlabelled, data.max_unlabelled, None)
+    return SpeechSets(train, unlabelled, sets)
 
 
 def stream_speech(
@@ -57,37 +108,48 @@ def stream_speech(
     return dataset.select_columns(wanted)
 
 
-def prepare_ctc_stream(
+def prepare_stream(
     dataset: IterableDataset,
-    processor: Any,
+    extractor: Any,
+    target: Callable[[str], Sequence[int]],
     *,
     name: str,
     audio_column: str = "audio",
     text_column: str | None = "text",
     min_seconds: float = 0.0,
     max_seconds: float = float("inf"),
+    max_tokens: int | None = None,
     on_bad_item: str = RAISE,
 ) -> IterableDataset:
-    """The rows a CTC model trains on, each computed when it is read; otherwise as `prepare_ctc`.
+    """The rows a recogniser trains on, each computed when it is read; otherwise as `prepare_ctc`, `prepare_seq2seq`.
 
-    What `prepare_ctc` drops is left out here too; the first row of each reason is logged, how many there are is not
-    known.
+    What these drop is left out here too; the first row of each reason is logged, how many there are is not known.
 
     Args:
         dataset: audio as in `read_audio`, and texts.
-        processor: a processor.
+        extractor: a feature extractor.
+        target: the ids that are to be learnt for a text.
         name: of the source, for messages.
         audio_column: name of the audio column.
         text_column: name of the transcript column; None for unlabelled data, whose rows then hold no `labels`.
         min_seconds: shortest audio kept.
         max_seconds: longest audio kept.
+        max_tokens: most ids of a text; None for no limit.
         on_bad_item: `raise` an error for a row that is broken, naming its place in the stream, or `skip` it.
     """
     missing = np.zeros(0, dtype=np.float32)
 
     def prepared(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        labels: dict[str, Any] = {}
+        bad_texts = {}
+        if text_column is not None:
+            labels["labels"] = []
+            try:
+                labels["labels"] = target_ids(row[text_column], text_column, target, max_tokens)
+            except BadItemError as error:
+                bad_texts[index] = error
         limits = min_seconds, max_seconds
-        return _prepare_row(row, index, processor, audio_column, text_column, limits, missing, on_bad_item)
+        return labels | prepare_row(row, index, extractor, audio_column, bad_texts, limits, missing, on_bad_item)
 
     kept = _Kept(name, lambda row: row["dropped"])
     columns = [audio_column] if text_column is None else [audio_column, text_column]
@@ -96,11 +158,13 @@ def prepare_ctc_stream(
 
 
 def fitting_rows_of(model: torch.nn.Module, dataset: IterableDataset, name: str) -> IterableDataset:
-    """The rows whose labels fit the frames that a CTC model makes of their audio."""
+    """The rows whose labels fit the frames that a CTC model makes of their audio; without labels one is enough."""
 
     def too_long(row: Mapping[str, Any]) -> str:
         inputs = row["input_features"] if "input_features" in row else row["input_values"]
         frames = int(frames_of(model, torch.tensor([len(inputs)])))
+        if "labels" not in row:
+            return "" if frames else "no_features"
         return "labels_need_more_frames" if min_ctc_frames([int(token) for token in row["labels"]]) > frames else ""
 
     return dataset.filter(_Kept(name, too_long))

@@ -15,6 +15,7 @@ from hf_ema_scaling.data.sampler import Draw
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
 from hf_ema_scaling.data.streaming import StreamHead, is_stream
 from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_liveness
+from hf_ema_scaling.labels.decoder import with_decoder_start
 from hf_ema_scaling.training.checks import check_ctc_targets, gradient_difference, gradients
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 
@@ -177,7 +178,7 @@ def check_teacher(trainer: EMATrainerMixin) -> tuple[str, str]:
     inputs = trainer._prepare_inputs(trainer.data_collator([dict(row)]))
     hidden = ("labels", *trainer.columns_for_labeler())
     inputs = {name: value for name, value in inputs.items() if name not in hidden}
-    check_liveness(trainer.model, average, teacher, inputs)
+    check_liveness(trainer.model, average, teacher, with_decoder_start(trainer.model, inputs))
     return PASSED, "its output changes when the student does"
 
 

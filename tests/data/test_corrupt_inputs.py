@@ -28,7 +28,8 @@ from hf_ema_scaling.data.audio import AudioError, read_audio
 from hf_ema_scaling.data.bad_items import BadItemError
 from hf_ema_scaling.data.collator import TwoSourceDataset
 from hf_ema_scaling.data.sampler import Draw
-from hf_ema_scaling.data.speech import build_character_processor, prepare_ctc
+from hf_ema_scaling.data.speech import build_character_processor
+from hf_ema_scaling.data.speech_rows import prepare_ctc
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
 from hf_ema_scaling.data.text import build_word_tokenizer, prepare_classification
 from hf_ema_scaling.recipe import load_speech, load_text

@@ -14,7 +14,8 @@ from datasets import Audio, Dataset, Features, List, Value
 from transformers import AutoProcessor, Wav2Vec2FeatureExtractor
 
 from hf_ema_scaling.data.audio import AudioError, read_audio
-from hf_ema_scaling.data.speech import SpecAugment, build_character_processor, prepare_ctc
+from hf_ema_scaling.data.speech import SpecAugment, build_character_processor
+from hf_ema_scaling.data.speech_rows import prepare_ctc
 from hf_ema_scaling.data.wav import missing_bytes
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_ema_scaling.recipe import ASR_CTC, TEXT_CLASSIFICATION, TOKEN_CLASSIFICATION, parse
+from hf_ema_scaling.recipe import ASR_CTC, ASR_SEQ2SEQ, TEXT_CLASSIFICATION, TOKEN_CLASSIFICATION, TRANSLATION, parse
 from hf_ema_scaling.recipe.asr_ctc import new_config
 from hf_ema_scaling.recipe.config import read_mapping
 from hf_ema_scaling.recipe.planning import plan_recipe
@@ -70,3 +70,24 @@ def test_configs_of_texts(name: str, kind: tuple[type, ...], half_life: float, k
     assert 0 <= views.mask_share < 0.5 and not views.word_dropout
     (plan,) = plan_recipe(CONFIGS / f"{name}.yaml", kappas=[4])
     assert 4 * (1 - plan.recipe.ema_momentum) < 0.201 and plan.stages[-1].start == pseudo.pl_start
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "half_life", "kept"),
+    [
+        ("whisper_asterisk", ASR_SEQ2SEQ, 34.1, 0.039),
+        ("librispeech_whisper", ASR_SEQ2SEQ, 14765, 0.0496),
+        ("wagtail_fr", TRANSLATION, 2207, 0.0024),
+        ("wmt16_ro_en", TRANSLATION, 44317, 0.018),
+    ],
+)
+def test_configs_of_generating_models(name: str, kind: tuple[type, ...], half_life: float, kept: float) -> None:
+    argv = ["--config", str(CONFIGS / f"{name}.yaml"), "--use_cpu", "true", "--bf16", "false", "--output_dir", "o"]
+    data, model, *_, args, pseudo = parse(kind, argv)
+    assert args.half_life(1.0) == pytest.approx(half_life, rel=1e-3)
+    assert args.momentum(1.0) ** pseudo.pl_start == pytest.approx(kept, rel=0.1)
+    room = model.max_label_tokens or data.max_length
+    assert args.predict_with_generate and args.generation_max_length >= room
+    assert named_sources(data.evaluation) and data.unlabelled
+    (plan,) = plan_recipe(CONFIGS / f"{name}.yaml", kappas=[2])
+    assert plan.stages[-1].start == pseudo.pl_start and plan.recipe.max_steps == args.max_steps

@@ -76,6 +76,6 @@ def test_what_streaming_needs(config: Path, tmp_path: Path, manifest: Callable[.
         build(config, tmp_path, *STREAM, "--labelled", "absent.jsonl")
     unknown = manifest(tmp_path / "unknown.jsonl", 4, seed=3, text="ab x")
     with pytest.raises(
-        StreamError, match=r"train_dataset: row 0 \(from 0\) of pass 1 cannot be read .*special tokens"
+        StreamError, match=r"train_dataset: row 0 \(from 0\) of pass 1 cannot be read .*not in the vocabulary: 'x'"
     ):
         build(config, tmp_path, *STREAM, "--labelled", str(unknown)).train()
