@@ -21,7 +21,7 @@ from hf_ema_scaling.recipe.speech_files import speech_files
 logger = logging.getLogger(__name__)
 
 TEXT_ARGUMENTS, WORD_ARGUMENTS = "text_column and label_column", "word_column and tag_column"
-PAIR_ARGUMENTS = "source_column and target_column"
+PAIR_ARGUMENTS = "text_column and target_column"
 LABELLED_RECORD = "labelling.json"
 """Marks a folder that `hf-ema-scaling label` wrote."""
 
@@ -150,13 +150,13 @@ def _check_texts(columns: Sequence[str], row: Mapping[str, Any]) -> dict[str, An
 
 
 def load_pairs(
-    source: str, *, source_column: str = "source", target_column: str | None = "target", on_bad_item: str = RAISE
+    source: str, *, text_column: str = "source", target_column: str | None = "target", on_bad_item: str = RAISE
 ) -> Dataset:
     """Texts and their translations, in the order they have in a source.
 
     Args:
         source: as in `TranslationDataArguments`; local where the path, or what stands before its last colon, exists.
-        source_column: column of the texts; `translation.en` for the part `en` of a column of mappings.
+        text_column: column of the texts; `translation.en` for the part `en` of a column of mappings.
         target_column: column of their translations; None where there are none or they must not be read.
         on_bad_item: `raise` an error for a row with a text that is empty, null or no string, and for a line of a
             manifest that is no row, or `skip` it, counted by reason and named in the log.
@@ -169,7 +169,7 @@ def load_pairs(
         ValueError: for a source that cannot be loaded, has no rows, or lacks a column, and for a bad row.
         NotImplementedError: for a URL: streaming is not supported yet.
     """
-    wanted = [source_column] if target_column is None else [source_column, target_column]
+    wanted = [text_column] if target_column is None else [text_column, target_column]
     check = partial(_check_texts, wanted)
     rows_of = partial(_manifest_rows, bad=BadItems(on_bad_item), check=check, arguments=PAIR_ARGUMENTS)
     dataset = _found(source, wanted, PAIR_ARGUMENTS, rows_of).select_columns(wanted)

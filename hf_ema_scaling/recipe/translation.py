@@ -39,7 +39,7 @@ class TranslationDataArguments:
     evaluation: str | None = field(
         default=None, metadata={"help": "Source of evaluation pairs, or several: a mapping of names to sources."}
     )
-    source_column: str = field(
+    text_column: str = field(
         default="source",
         metadata={"help": "Column with the text; translation.en for the part en of a column of mappings."},
     )
@@ -136,9 +136,7 @@ def build_translation(
 
     def load(source: str, limit: int | None, targets: bool = True) -> Dataset:
         column = data.target_column if targets else None
-        dataset = load_pairs(
-            source, source_column=data.source_column, target_column=column, on_bad_item=data.on_bad_item
-        )
+        dataset = load_pairs(source, text_column=data.text_column, target_column=column, on_bad_item=data.on_bad_item)
         return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
     def prepare(source: str, dataset: Dataset, targets: bool = True) -> Dataset:
@@ -147,7 +145,7 @@ def build_translation(
                 dataset,
                 tokenizer,
                 target,
-                source_column=data.source_column,
+                source_column=data.text_column,
                 target_column=data.target_column if targets else None,
                 prefix=model.source_prefix,
                 max_length=data.max_length,
@@ -160,8 +158,8 @@ def build_translation(
     with args.main_process_first(desc="preparing texts"):
         labelled = load(data.labelled, data.max_labelled)
         free = None if data.unlabelled is None else load(data.unlabelled, data.max_unlabelled, targets=False)
-        texts = [*labelled[data.source_column], *labelled[data.target_column]]
-        tokenizer = _tokenizer(model, texts if free is None else [*texts, *free[data.source_column]])
+        texts = [*labelled[data.text_column], *labelled[data.target_column]]
+        tokenizer = _tokenizer(model, texts if free is None else [*texts, *free[data.text_column]])
         set_seed(args.seed if model.init_seed is None else model.init_seed)
         network = _network(model, tokenizer)
         labeler = labeler_of(

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import Speech2TextFeatureExtractor
 
+from hf_ema_scaling.data.bad_items import BadItemError
 from hf_ema_scaling.data.collator import WindowCollator
 from hf_ema_scaling.data.speech import SpecAugment
 from hf_ema_scaling.data.speech_rows import prepare_seq2seq, window_frames
@@ -91,3 +92,33 @@ def test_specaugment_of_windows_is_that_of_frames_turned() -> None:
     found = SpecAugment(freq_width=8, bins_first=True)({"input_features": features}, [1, 2, 3])["input_features"]
     assert torch.equal(found, turned.transpose(1, 2))
     assert not torch.equal(found, features)
+
+
+def refusing(text: str) -> list[int]:
+    if "<" in text:
+        raise BadItemError(f"text {text!r} holds a mark", "special_tokens")
+    return letters(text)
+
+
+def test_broken_rows_are_errors_or_skipped(caplog: pytest.LogCaptureFixture) -> None:
+    dataset = speech(*[0.5] * 5).remove_columns("text").add_column("text", ["a", "<", None, "b", "abcdef"])
+    audio = dataset["audio"][:]
+    audio[3]["sampling_rate"] = 0
+    dataset = dataset.remove_columns("audio").add_column("audio", audio)
+
+    def prepare(rows: Dataset, choice: str) -> Dataset:
+        return prepare_seq2seq(rows, tiny_whisper.extractor(), refusing, max_tokens=7, on_bad_item=choice)
+
+    for row, message in ((1, "row 2: text '<' holds a mark"), (2, "row 2: text is null"), (3, "row 2: audio array")):
+        with pytest.raises(BadItemError, match=message):
+            prepare(dataset.select([0, row]), "raise")
+    with caplog.at_level(logging.WARNING):
+        prepared = prepare(dataset, "skip")
+    assert [row.tolist() for row in prepared["labels"]] == [[9, 97, 2]]
+    assert "dropped 4 of 5 rows: 1 bad_rate, 1 no_text, 1 special_tokens, 1 too_many_tokens; first: row 2" in (
+        caplog.text
+    )
+    # Too many tokens are no damage: dropped whatever on_bad_item says.
+    assert len(prepare(dataset.select([0, 4]), "raise")) == 1
+    with pytest.raises(ValueError, match="on_bad_item must be raise or skip, got 'drop'"):
+        prepare(dataset, "drop")

@@ -5,6 +5,7 @@ import logging
 import pytest
 from datasets import Dataset
 
+from hf_ema_scaling.data.bad_items import BadItemError
 from hf_ema_scaling.data.translation import build_subword_tokenizer, prepare_pairs
 
 TEXTS = ["Save the page", "Enregistrer la page", "%(count)s pages", "Déjà vu"]
@@ -49,3 +50,24 @@ def test_rows_are_ids_lengths_and_targets(caplog: pytest.LogCaptureFixture) -> N
     assert free["length"][:] == [8, 14, 7, 7] and "labels" not in free.column_names
     with pytest.raises(ValueError, match="all 4 rows are longer than 2 tokens"):
         prepare(None, length=2)
+
+
+def test_translations_that_are_refused_are_errors_or_skipped(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = build_subword_tokenizer(["a"], vocabulary_size=260)
+    dataset = Dataset.from_dict({"en": ["a", "ab", "abc"], "fr": ["x", "<", "y"]})
+
+    def target(text: str) -> list[int]:
+        if text == "<":
+            raise BadItemError("a mark", "special_tokens")
+        return [ord(text)]
+
+    def prepare(choice: str) -> Dataset:
+        columns = {"source_column": "en", "target_column": "fr"}
+        return prepare_pairs(dataset, tokenizer, target, max_length=9, on_bad_item=choice, **columns)
+
+    with pytest.raises(BadItemError, match="row 2: a mark"):
+        prepare("raise")
+    with caplog.at_level(logging.WARNING):
+        prepared = prepare("skip")
+    assert prepared["labels"][:] == [[120], [121]] and prepared["length"][:] == [3, 5]
+    assert "fr: skipped 1 of 3 rows (1 special_tokens); first: row 2: a mark" in caplog.text

@@ -198,3 +198,61 @@ def test_texts_of_unlabelled_speech_are_never_read(recipe: Path, corpus: Path, t
     assert trainer.unlabeled_dataset.column_names == ["input_features", "duration"]
     draws = [draw for draw in trainer.sampler.draws(1, 0) if draw.source == UNLABELLED]
     assert draws and all("labels" not in trainer.run_dataset()[draw][1] for draw in draws)
+
+
+STREAM = ("--streaming", "true", "--shuffle_buffer", "0")
+
+
+def test_streamed_rows_are_the_prepared_ones(recipe: Path, tmp_path: Path) -> None:
+    short = ("--window_seconds", "1", "--max_label_tokens", "8")
+    prepared, streamed = build(recipe, tmp_path, *short), build(recipe, tmp_path, *short, *STREAM)
+    for stored, stream in (
+        (prepared.train_dataset, streamed.train_dataset),
+        (prepared.unlabelled_data()[0], streamed.unlabelled_data()[0]),
+    ):
+        rows: list[Any] = list(stream)
+        assert 0 < len(rows) == len(stored)
+        for row, expected in zip(rows, stored, strict=True):
+            assert row.keys() == expected.keys()
+            for name, value in expected.items():
+                # In the cache durations have 32 bits.
+                assert np.array_equal(np.asarray(row[name], dtype=value.dtype), value)
+
+
+def test_a_streamed_run_resumes_on_the_same_bits(recipe: Path, tmp_path: Path) -> None:
+    more = (*STREAM, "--max_steps", "4", "--pl_start", "2", "--save_strategy", "steps", "--save_steps", "2")
+    more = (*more, "--evaluation", "null")
+    run(build(recipe, tmp_path / "through", *more))
+    checkpoint = str(tmp_path / "through" / "checkpoint-2")
+    assert run(build(recipe, tmp_path / "resumed", *more, "--resume_from_checkpoint", checkpoint))
+    for folder in ("", "ema"):
+        files = [tmp_path / name / folder / "model.safetensors" for name in ("through", "resumed")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_views_of_windows(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"speeds=\[0.9\] change how long speech is"):
+        build(recipe, tmp_path, "--speeds", "0.9")
+    trainer = build(recipe, tmp_path, "--noise", "1", "--evaluation", "null")
+    batch = trainer.data_collator([dict(trainer.train_dataset[0])])
+    seen = trainer.augmentation({"input_features": batch["input_features"]}, [5])["input_features"]
+    assert seen.shape == batch["input_features"].shape == (1, 4, 200)
+    assert (seen != batch["input_features"]).all()
+    # Some bins of all frames, or all bins of some frames, are masked.
+    masked = seen[0] == 0
+    assert masked.any() and torch.equal(masked, masked.all(0)[None] | masked.all(1)[:, None])
+
+
+def test_broken_rows_are_skipped_where_the_recipe_says_so(
+    recipe: Path, tmp_path: Path, manifest: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = manifest(tmp_path / "labelled.jsonl", 4, seed=4)
+    (tmp_path / "wav/labelled2.wav").write_bytes(b"RIFF")
+    path.write_text(path.read_text() + "not JSON\n")
+    source = ("--labelled", str(path), "--evaluation", "null")
+    with pytest.raises(ValueError, match=r"labelled.jsonl, line 5: not JSON"):
+        build(recipe, tmp_path / "out", *source)
+    with caplog.at_level("WARNING"):
+        trainer = build(recipe, tmp_path / "out", *source, "--on_bad_item", "skip")
+    assert len(trainer.train_dataset) == 3
+    assert "1 not_a_row" in caplog.text and "1 unreadable" in caplog.text

@@ -121,12 +121,12 @@ def test_pairs_in_mappings_of_languages(tmp_path: Path) -> None:
     rows = {"translation": [{"en": "page", "fr": "page"}, {"en": "save", "fr": " "}]}
     folder = tmp_path / "saved"
     Dataset.from_dict(rows, features=Features({"translation": Translation(["en", "fr"])})).save_to_disk(str(folder))
-    found = load_pairs(str(folder), source_column="translation.en", target_column=None)
+    found = load_pairs(str(folder), text_column="translation.en", target_column=None)
     assert found.column_names == ["translation.en"] and found["translation.en"][:] == ["page", "save"]
     with pytest.raises(ValueError, match=r"row 2: translation.fr is empty"):
-        load_pairs(str(folder), source_column="translation.en", target_column="translation.fr")
+        load_pairs(str(folder), text_column="translation.en", target_column="translation.fr")
     with pytest.raises(ValueError, match=r"no column translation.de; it has translation.en, translation.fr"):
-        load_pairs(str(folder), source_column="translation.de", target_column=None)
+        load_pairs(str(folder), text_column="translation.de", target_column=None)
 
 
 @pytest.mark.parametrize(
@@ -143,3 +143,18 @@ def test_pairs_in_mappings_of_languages(tmp_path: Path) -> None:
 def test_refused(recipe: Path, tmp_path: Path, argv: tuple[str, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build(recipe, tmp_path, *argv)
+
+
+def test_broken_pairs_are_skipped_where_the_recipe_says_so(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = ['{"source": "the page", "target": "la page"}', "{}", '{"source": "save", "target": "a</s>b"}', "no JSON"]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join([*lines, '{"source": "page", "target": null}']), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"pairs.jsonl, line 4: not JSON"):
+        build(recipe, tmp_path / "out", "--labelled", str(path))
+    with caplog.at_level("WARNING"):
+        trainer = build(recipe, tmp_path / "out", "--labelled", str(path), "--on_bad_item", "skip")
+    assert [trainer.processing_class.decode(row["labels"]).strip() for row in trainer.train_dataset] == ["la page</s>"]
+    assert "skipped 3 of 5 rows (1 no_column, 1 no_text, 1 not_a_row)" in caplog.text
+    assert "target: skipped 1 of 2 rows (1 special_tokens); first: row 2: text 'a</s>b' holds" in caplog.text
