@@ -136,7 +136,7 @@ def test_the_checks_of_a_recipe(recipe: Path, tmp_path: Path) -> None:
         ({"tokens": ["a", " "], "ner_tags": ["O", "O"]}, "test.jsonl, row 2: the word ' ' is empty or no string"),
         ({"tokens": ["a", "b"], "ner_tags": ["O"]}, "test.jsonl, row 2: 2 words, but 1 tags"),
         ({"tokens": ["a"], "ner_tags": None}, "test.jsonl, row 2: 1 words, but None tags"),
-        ({"tokens": "a", "ner_tags": ["O"]}, "test.jsonl: the rows hold values of different kinds"),
+        ({"tokens": "a", "ner_tags": ["O"]}, "test.jsonl, row 2: tokens is .a., not a list of words"),
         ({"tokens": ["a"], "ner_tags": ["B-x"]}, "test.jsonl: row 2: the tag 'B-x' is none of O, B-person"),
     ],
 )
