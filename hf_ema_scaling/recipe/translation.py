@@ -26,7 +26,7 @@ from hf_ema_scaling.training.seq2seq import EMASeq2SeqTrainer, PseudoLabelSeq2Se
 class TranslationDataArguments:
     """Where texts and their translations come from. A source is written in one of these ways (see `load_pairs`).
 
-    `data/train.jsonl`: a manifest, one JSON object per line;
+    `data/train.jsonl`, `data/train.csv`: a manifest, one JSON object per line or a table with a header;
     `data/folder`, `data/folder:split`: a saved `datasets` folder;
     `owner/name:split`, `owner/name:config:split`: the Hub; splits are joined by `+`.
     """
