@@ -128,7 +128,7 @@ class LabelRecord:
 
     def logs(self, gather: Gather) -> dict[str, float]:
         """Metrics of all processes since the last call."""
-        self._total_ledger(gather)
+        self.total_ledger(gather)
         return _metrics(*self.statistics.take_log(gather))
 
     def window(self, gather: Gather) -> tuple[LabelCounts, dict[str, float]]:
@@ -136,13 +136,14 @@ class LabelRecord:
         counts, metrics = self.statistics.take_window(gather)
         return counts, _metrics(counts, metrics)
 
-    def _total_ledger(self, gather: Gather) -> None:
+    def total_ledger(self, gather: Gather) -> None:
+        """Sum the ledger over processes."""
         self.ledger.load_state_dict(*gather(self.own.state_dict()))
 
     def state_dict(self, gather: Gather | None) -> dict[str, Any]:
         """All counts, of all processes where `gather` collects them."""
         if gather is not None:
-            self._total_ledger(gather)
+            self.total_ledger(gather)
         return {"labels": self.statistics.state_dict(gather), "ledger": self.ledger.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], *, main: bool) -> None:
@@ -166,6 +167,6 @@ class SaveLedger(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Sum over processes, and write."""
-        self.trainer.record.state_dict(self.trainer.gather)
+        self.trainer.record.total_ledger(self.trainer.gather)
         if args.should_save:
             self.trainer.ledger.save(str(args.output_dir))
