@@ -85,13 +85,11 @@ def decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
     if own is not None:
         return own(labels=labels)
     shift = _module_shift(plain)
-    if shift is None:
+    if shift is None or wraps_last_token(plain):
         raise TypeError(
             f"no rule is known by which {type(plain).__name__} shifts labels into decoder inputs: let the data "
             "collator add decoder_input_ids, or give the model a method prepare_decoder_input_ids_from_labels(labels)"
         )
-    if wraps_last_token(model):
-        return shift(labels, plain.config.pad_token_id)
     start = getattr(plain.config, "decoder_start_token_id", None)
     start = decoder_start(model) if start is None else start
     padding = getattr(plain.config, "pad_token_id", None)
