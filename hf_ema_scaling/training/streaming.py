@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+FIRST_ROWS = 8
+"""By which streams of several processes are compared: other orders may share the first row."""
 NAMES = {LABELLED: "train_dataset", UNLABELLED: "unlabeled_dataset"}
 
 
@@ -154,10 +156,12 @@ def _refuse_different(accelerator: Accelerator, streams: Mapping[int, Any]) -> N
     if accelerator.num_processes == 1:
         return
     for kind, data in streams.items():
-        mine = torch.tensor([row_digest(StreamHead(data, NAMES[kind])[0])], device=accelerator.device)
+        head = StreamHead(data, NAMES[kind])
+        rows = [head[number] for number in range(head.at_most(FIRST_ROWS))]
+        mine = torch.tensor([row_digest(rows)], device=accelerator.device)
         if len(set(accelerator.gather(mine).tolist())) > 1:
             raise ValueError(
-                f"{NAMES[kind]} begins with another row on each process, so shares of it would overlap: give every "
+                f"{NAMES[kind]} begins with other rows on each process, so shares of it would overlap: give every "
                 "shuffle a fixed seed, and do not split the stream by rank yourself"
             )
 

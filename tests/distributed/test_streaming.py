@@ -110,7 +110,7 @@ def test_shares_of_other_processes_are_not_continued(launched: Launched) -> None
 
 def test_streams_must_be_the_same_on_all_processes(launched: Launched) -> None:
     for rank in launched[0]:
-        assert "train_dataset begins with another row on each process" in rank["unlike"]
+        assert "train_dataset begins with other rows on each process" in rank["unlike"]
         assert "fixed seed" in rank["unlike"]
 
 
