@@ -21,6 +21,7 @@ _HOME = {
     "scale_momentum": "scaling",
     "EMATeacher": "ema",
     "WeightAverage": "ema",
+    "SkipWatch": "ema.skipped",
     "register_average": "ema",
     "CTCLabeler": "labels",
     "Labeler": "labels",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from hf_ema_scaling.ema import EMATeacher as EMATeacher
     from hf_ema_scaling.ema import WeightAverage as WeightAverage
     from hf_ema_scaling.ema import register_average as register_average
+    from hf_ema_scaling.ema.skipped import SkipWatch as SkipWatch
     from hf_ema_scaling.labels import CausalLMLabeler as CausalLMLabeler
     from hf_ema_scaling.labels import ClassLabeler as ClassLabeler
     from hf_ema_scaling.labels import CTCLabeler as CTCLabeler

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from hf_ema_scaling import EMATeacher, ReferenceClock, WeightAverage, register_average
+from hf_ema_scaling import EMATeacher, ReferenceClock, SkipWatch, WeightAverage, register_average
 from hf_ema_scaling.ema import save_average
 from hf_ema_scaling.scaling import OptimizerValues, scaling_rule
 
@@ -148,6 +148,7 @@ def main(
         accelerator.load_state(str(checkpoint))
         accelerator.print(f"resumed {checkpoint} at reference step {clock.position:g}")
     units = loader.total_batch_size  # of one step, over all processes
+    watch = SkipWatch()
     step = round(clock.units / units)
     while clock.position < reference_steps:
         epoch, done = divmod(step, len(loader))
@@ -158,10 +159,11 @@ def main(
             set_seed(SEED + 1 + step, device_specific=True)
             teaches = teacher if clock.position >= PL_START else None
             accelerator.backward(batch_loss(model, teaches, batch_rows, batch_labels))
+            watch.before_step(optimizer)
             optimizer.step()
             optimizer.zero_grad()
             taken = clock.advance(units)
-            if not accelerator.optimizer_step_was_skipped:
+            if not watch.was_skipped(optimizer):
                 average.update(model, MOMENTUM, taken)
             step += 1
             if (step * kappa) % save_every == 0:

@@ -55,14 +55,24 @@ def register_average(
     average, clock = WeightAverage(model), ReferenceClock(64)
     register_average(accelerator, model, average, clock)
 
+    watch = SkipWatch()  # accelerate's own flag is wrong for fused optimizers
+
     for batch in loader:
         ...
+        watch.before_step(optimizer)
         optimizer.step()
         kappa = clock.advance(samples_of_this_step_on_all_processes)
-        if not accelerator.optimizer_step_was_skipped:
+        if not watch.was_skipped(optimizer):
             average.update(model, momentum, kappa)
-    accelerator.save_state("checkpoint")
+    accelerator.save_state(f"checkpoint-{step}.partial")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        os.rename(f"checkpoint-{step}.partial", f"checkpoint-{step}")
     ```
+
+    Save into a folder that is not there yet, as above: accelerate writes student and average one after the other, and
+    a process that is killed between them would leave those of two steps in an older folder. BatchNorm's statistics are
+    each process's own here; give all processes those of one before updates, if the model has them.
 
     The average becomes the folder `ema` of the checkpoint: safetensors and JSON, complete or absent, and for a
     transformers model what `from_pretrained` loads. The number of updates and the clock's units go with it. With

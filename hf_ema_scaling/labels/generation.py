@@ -247,7 +247,9 @@ def generated_label(
     elif room is not None and len(target) > room:
         reason = "too_long"
     confidence = min(math.exp(log_probability), 1.0)
-    return PseudoLabel(tuple(target), confidence, reason, scores={"log_probability": log_probability, **scores})
+    return PseudoLabel(
+        tuple(target), confidence, reason, scores={"log_probability": log_probability, "ended": float(ended), **scores}
+    )
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, device: torch.device | str | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from hf_ema_scaling.labels.filter_base import Row, in_range
 LOG_PROBABILITY = "log_probability"
 """Name of a score: mean log-probability per token, in nats."""
 ENTROPY = "entropy"
-"""Mean entropy per token, or of the classes, in nats."""
+"""Entropy of the classes over its largest value: 0 for a certain label, 1 for one that could be any class."""
 NO_SPEECH = "no_speech"
 """Probability that nobody speaks."""
 ENDED = "ended"
@@ -68,7 +68,7 @@ class NoSpeech:
 
 @dataclass(frozen=True)
 class Entropy:
-    """`entropy`: above `maximum` nats."""
+    """`entropy`: above `maximum`, as a share of the largest there can be."""
 
     maximum: float
     reason: ClassVar[str] = "entropy"

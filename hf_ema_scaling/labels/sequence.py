@@ -119,9 +119,9 @@ class ClassLabeler(_SequenceLabeler):
 class MultiLabelLabeler(_SequenceLabeler):
     """Any number of classes per row, each by the sigmoid of its own logit p.
 
-    `ids` are the classes whose p is at least their threshold, maybe none; soft labels also have every p as `values`.
-    The confidence is the mean over classes of max(p, 1 - p), so at least 0.5. Scores, means over classes in [0, 1]:
-    "entropy", of each yes or no in bits, and "margin", |2p - 1|.
+    `ids` are the classes whose p is at least their threshold, maybe none; `values` are a zero or one for each class,
+    or every p for soft labels. The confidence is the mean over classes of max(p, 1 - p), so at least 0.5. Scores are
+    means over classes in [0, 1]: "entropy", of each yes or no in bits, and "margin", |2p - 1|.
 
     Targets: float32 `(rows, classes)`, of zeros and ones, or the p of soft labels. Dropped rows have zeros.
 
@@ -155,7 +155,7 @@ class MultiLabelLabeler(_SequenceLabeler):
             PseudoLabel(
                 tuple(yes.nonzero().flatten().tolist()),
                 sure,
-                values=tuple(row) if self.soft else (),
+                values=tuple(row if self.soft else yes.double().tolist()),
                 scores={"entropy": entropy, "margin": margin},
             )
             for yes, sure, row, entropy, margin in zip(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderModelOutput
 
+from hf_ema_scaling.ema import EMATeacher
 from hf_ema_scaling.labels.base import PseudoLabel
 from hf_ema_scaling.labels.ctc import ctc_frame_lengths, unwrapped
 
@@ -58,13 +59,14 @@ class TransducerLabeler:
             RuntimeError: when the teacher is in train mode.
             ValueError: when logits are NaN.
         """
-        model = unwrapped(teacher)
-        if model.training:
-            raise RuntimeError("the teacher is in train mode, so its labels are random: call teacher.eval() first")
         inputs = {name: batch[name] for name in SPEECH_INPUTS if name in batch}
-        with torch.no_grad():
-            encoded = model.get_audio_features(**inputs).pooler_output
-            tokens, scores, taken = self._decode(model, encoded, ctc_frame_lengths(model, inputs).to(encoded.device))
+        if isinstance(teacher, EMATeacher):
+            tokens, scores, taken = teacher.apply(self._labelled, **inputs)
+        else:
+            if unwrapped(teacher).training:
+                raise RuntimeError("the teacher is in train mode, so its labels are random: call teacher.eval() first")
+            with torch.no_grad():
+                tokens, scores, taken = self._labelled(teacher, **inputs)
         labels = []
         for ids, logs, steps in zip(tokens.tolist(), scores.tolist(), taken.tolist(), strict=True):
             kept = tuple(token for token in ids[:steps] if token not in self.special_ids)
@@ -80,6 +82,11 @@ class TransducerLabeler:
             row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
         padded = padded.to(inputs["input_features"].device)
         return {**inputs, "labels": padded, "decoder_input_ids": decoder_inputs(padded, self.blank_id)}
+
+    def _labelled(self, teacher: Any, **inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        model = unwrapped(teacher)
+        encoded = model.get_audio_features(**inputs).pooler_output
+        return self._decode(model, encoded, ctc_frame_lengths(model, inputs).to(encoded.device))
 
     def _decode(self, model: Any, encoded: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens and their log-probabilities (rows, decisions), and the number of decisions of each row."""

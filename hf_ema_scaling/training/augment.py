@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hf_ema_scaling.data.views import Augmentation, changes_length
 from hf_ema_scaling.labels.ctc import ctc_frame_lengths
-from hf_ema_scaling.training.losses import is_token_classifier
+from hf_ema_scaling.training.losses import labels_by_token
 
 # Seeds of one run do not meet those of another as long as a run draws fewer items than this.
 SEEDS_PER_RUN = 2**40
@@ -48,12 +48,12 @@ def augment(
 
 
 def refuse_augmentation(augmentation: Augmentation | None, model: nn.Module) -> None:
-    """Refuses a view that moves tokens, where labels are by token.
+    """Refuses a view that moves tokens, where labels are by token: of token classifiers and causal language models.
 
     Raises:
         ValueError: see above.
     """
-    if augmentation is not None and changes_length(augmentation) and is_token_classifier(model):
+    if augmentation is not None and changes_length(augmentation) and labels_by_token(model):
         raise ValueError(
             f"{type(augmentation).__name__} drops or moves tokens, and the labels of {type(model).__name__} are by "
             "token: use a view that keeps every token in its place, such as TokenMasking"

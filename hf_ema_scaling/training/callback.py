@@ -16,11 +16,11 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from hf_ema_scaling.ema import EMATeacher, WeightAverage
 from hf_ema_scaling.ema.export import export_average
 from hf_ema_scaling.ema.shadow import BufferPolicy
+from hf_ema_scaling.ema.skipped import SkipWatch
 from hf_ema_scaling.scaling import ReferenceClock, ema_weight, momentum_from_half_life, scale_momentum
 from hf_ema_scaling.training.callback_checkpoints import CheckpointedAverage, OnMissing
-from hf_ema_scaling.training.checks import LivenessWatch
+from hf_ema_scaling.training.checks import LivenessWatch, has_batch_statistics, share_statistics
 from hf_ema_scaling.training.stock import (
-    SkipWatch,
     learns,
     loader_batch_size,
     nonfinite_parameter,
@@ -295,6 +295,8 @@ class EMACallback(CheckpointedAverage):
                 above 0.
         """
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
+        if args.world_size > 1 and has_batch_statistics(model):
+            share_statistics(model)
         begin = self._clock.position
         kappa = self._clock.advance(self._batch * (self._accumulated + 1))
         self._accumulated = 0

@@ -22,6 +22,7 @@ from hf_ema_scaling.labels.filter_base import SECONDS, SOURCE, TEXT, Decode, Fil
 from hf_ema_scaling.labels.filters import FilterChain, build_filters
 from hf_ema_scaling.labels.fitting import fit_filters
 from hf_ema_scaling.labels.score_filters import Confidence
+from hf_ema_scaling.labels.transducer import TRANSDUCERS
 from hf_ema_scaling.training.arguments import PseudoLabelArguments
 
 FIT_ROWS = 10_000
@@ -154,7 +155,7 @@ def decoder(model: Any, processing_class: Any, *, ctc: bool) -> Decode | None:
     if decode is None or any(name in names.values() for names in classifiers):
         return None
     # Label ids have been collapsed: another merge would take doubled letters for one.
-    options = {"group_tokens": False} if ctc else {"skip_special_tokens": True}
+    options = {"group_tokens": False} if ctc or name in TRANSDUCERS else {"skip_special_tokens": True}
     return lambda ids: decode(list(ids), **options)
 
 

@@ -145,6 +145,12 @@ def is_token_classifier(model: nn.Module) -> bool:
     return class_of(base_of(model)).__name__ in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values()
 
 
+def labels_by_token(model: nn.Module) -> bool:
+    """Whether every label belongs to one token of the input: token classifiers, and causal language models."""
+    causal = class_of(base_of(model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return is_token_classifier(model) or (causal and not is_encoder_decoder(model))
+
+
 def loss_for(model: nn.Module) -> ExampleLoss:
     """The per-example loss of a transformers model, by the kind of its head.
 

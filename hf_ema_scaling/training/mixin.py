@@ -21,6 +21,7 @@ from hf_ema_scaling.data.sampler import SampledStep, ScheduledBatchSampler
 from hf_ema_scaling.data.views import Augmentation, changes_length
 from hf_ema_scaling.ema import WeightAverage, gathered, load_average, save_average, unwrap
 from hf_ema_scaling.ema.adapter_storage import load_added_adapter
+from hf_ema_scaling.ema.skipped import SkipWatch
 from hf_ema_scaling.labels.decoder import with_decoder_inputs
 from hf_ema_scaling.scaling import OptimizerValues, ScalingPlan
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
@@ -50,7 +51,7 @@ from hf_ema_scaling.training.run_state import RunState, optimizer_family, run_st
 from hf_ema_scaling.training.scheduler import PlanScheduler
 from hf_ema_scaling.training.sharded import check_optimizer_state, refuse_resume, without_sync
 from hf_ema_scaling.training.signals import StopOnSigterm
-from hf_ema_scaling.training.stock import SkipWatch, learns
+from hf_ema_scaling.training.stock import learns
 from hf_ema_scaling.training.streaming import save_places, stream_loader
 from hf_ema_scaling.training.tracking import scalar_logs
 

@@ -68,33 +68,6 @@ def nonfinite_parameter(model: nn.Module) -> str | None:
     return next(name for (name, _), good in zip(named, finite.tolist(), strict=True) if not good)
 
 
-def loss_scale(optimizer: Any) -> float | None:
-    """The fp16 loss scale of a prepared optimizer; None without one."""
-    scaler = getattr(optimizer, "scaler", None)
-    return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else None
-
-
-class SkipWatch:
-    """Tells whether an optimizer step was skipped by fp16 loss scaling, at both doors of the library.
-
-    accelerate's own flag stays False for optimizers that unscale inside their step, as fused AdamW does, the default
-    (huggingface/accelerate#4242), so the scale is compared too: an overflow lowers it, nothing else does.
-    """
-
-    def __init__(self) -> None:
-        self._scale: float | None = None
-
-    def before_step(self, optimizer: Any) -> None:
-        """Remembers the loss scale of a prepared optimizer."""
-        self._scale = loss_scale(optimizer)
-
-    def was_skipped(self, optimizer: Any) -> bool:
-        """Whether the step since `before_step` was skipped."""
-        after = loss_scale(optimizer)
-        lowered = self._scale is not None and after is not None and after < self._scale
-        return lowered or bool(getattr(optimizer, "step_was_skipped", False))
-
-
 def warn_of_half_precision(model: nn.Module) -> None:
     """Warns if trainable parameters are in half precision, saying what is lost and the way out."""
     half = {p.dtype: name for name, p in model.named_parameters() if p.requires_grad and p.dtype in HALF_PRECISION}

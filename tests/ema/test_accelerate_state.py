@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from transformers import BertForSequenceClassification
 
@@ -20,9 +20,12 @@ RHO = 0.9
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerator() -> Iterator[None]:
+    # accumulate() asks GradientState, which outlives the others.
     AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 class Loop:

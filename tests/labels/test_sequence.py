@@ -22,11 +22,13 @@ from transformers import (
 
 from hf_ema_scaling.labels import (
     ClassLabeler,
+    FilterChain,
     Labeler,
     MakesTargets,
     MultiLabelLabeler,
     PseudoLabel,
     RegressionLabeler,
+    Row,
     labeler_for,
 )
 
@@ -193,3 +195,10 @@ def test_what_does_not_fit_is_refused() -> None:
     torch.manual_seed(0)
     with pytest.raises(RuntimeError, match="train mode"):
         ClassLabeler(3).label(bert().train(), padded(5, 0))
+
+
+def test_no_class_at_all_is_a_label_and_not_an_empty_one() -> None:
+    (label,) = MultiLabelLabeler(3).from_logits(torch.tensor([[-9.0, -9.0, -9.0]]))
+    assert label.ids == () and label.values == (0.0, 0.0, 0.0)
+    (kept,) = FilterChain([]).judge([label], lambda number: Row(label))
+    assert kept.kept and MultiLabelLabeler(3).with_targets({}, [kept])["labels"].tolist() == [[0.0] * 3]

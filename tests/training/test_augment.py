@@ -10,11 +10,13 @@ import pytest
 import torch
 from tiny import arguments, at_fixed_weights, difference, parakeet, speech, wav2vec2
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_ema_scaling.data.speech import SpecAugment
 from hf_ema_scaling.data.speech_views import SpeedPerturbation
+from hf_ema_scaling.data.text_views import TokenMasking, WordDropout
 from hf_ema_scaling.labels import ctc_frame_lengths
-from hf_ema_scaling.training.augment import SEEDS_PER_RUN, augment, keep_fitting
+from hf_ema_scaling.training.augment import SEEDS_PER_RUN, augment, keep_fitting, refuse_augmentation
 
 
 def test_rows_before_the_start_are_left_alone_and_seeds_are_positions() -> None:
@@ -130,3 +132,12 @@ def test_a_step_of_faster_speech_never_has_an_infinite_loss(tmp_path: Path) -> N
     assert all(torch.isfinite(gradient).all() for gradient in gradients[1].values())
     assert difference(gradients[0], gradients[1]) == 0.0
     assert difference(gradients[0], gradients[2]) > 0.1
+
+
+def test_views_that_move_tokens_are_refused_for_causal_language_models() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1, n_positions=8))
+    with pytest.raises(
+        ValueError, match="WordDropout drops or moves tokens, and the labels of GPT2LMHeadModel are by"
+    ):
+        refuse_augmentation(WordDropout(0.5, pad_id=0), model)
+    refuse_augmentation(TokenMasking(0.5, mask_id=1, special_ids=[0]), model)

@@ -13,8 +13,8 @@ from tiny import same_bits
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hf_ema_scaling.ema.skipped import SkipWatch
 from hf_ema_scaling.training.callback import EMACallback
-from hf_ema_scaling.training.stock import SkipWatch
 
 SKIPPED = {1, 3}
 OPTIMIZERS = ["adamw_torch_fused", "adamw_torch", "sgd"]

@@ -10,9 +10,10 @@ import torch
 from datasets import Dataset
 from transducers import BLANK, PAD, build
 
-from hf_ema_scaling import EMATrainer, PseudoLabelArguments, PseudoLabelTrainer
+from hf_ema_scaling import EMATeacher, EMATrainer, PseudoLabelArguments, PseudoLabelTrainer, WeightAverage
 from hf_ema_scaling.data import CTCCollator
 from hf_ema_scaling.labels.transducer import TransducerLabeler, decoder_inputs
+from hf_ema_scaling.training.label_judge import decoder
 from hf_ema_scaling.training.losses import loss_for
 
 
@@ -68,3 +69,27 @@ def test_a_run_learns_from_labels_of_the_average(head: str, tmp_path: Path) -> N
     logs = [row for row in made.state.log_history if "pseudo/kept" in row]
     assert len(logs) == 3 and logs[0]["pseudo/kept"] > 0
     assert loss_for(model) is made.example_loss
+
+
+@pytest.mark.parametrize("head", ["rnnt", "tdt"])
+def test_a_teacher_in_half_precision_labels_too(head: str) -> None:
+    model = build(head)
+    average = WeightAverage(model)
+    inputs = CTCCollator()([dict(row) for row in speech(4, labels=False)])
+    labeler = TransducerLabeler(BLANK)
+    full, half = (EMATeacher(model, average, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    wanted, found = labeler.label(full, inputs), labeler.label(half, inputs)
+    assert [label.confidence for label in found] == pytest.approx([label.confidence for label in wanted], abs=0.05)
+    assert labeler.label(model, inputs) == wanted
+
+
+def test_doubled_letters_of_a_transducer_stay() -> None:
+    class Merging:
+        """Merges repeats unless it is told not to, as Parakeet's tokenizer."""
+
+        def decode(self, ids: list[int], group_tokens: bool = True) -> str:
+            kept = [i for place, i in enumerate(ids) if not group_tokens or place == 0 or i != ids[place - 1]]
+            return "".join("abcdefgh"[i] for i in kept)
+
+    decode = decoder(build("tdt"), Merging(), ctc=False)
+    assert decode is not None and decode([1, 3, 3, 4]) == "bdde"
