@@ -98,4 +98,4 @@ def test_likelihoods_by_hand() -> None:
 def test_reasons(ended: bool, text: list[int], room: int | None, reason: str | None) -> None:
     label = generated_label([5, 2], text=text, ended=ended, room=room, log_probability=-0.5, scores={"copy": 0.25})
     assert (label.reason, label.ids, label.confidence) == (reason, (5, 2), math.exp(-0.5))
-    assert label.scores == {"log_probability": -0.5, "copy": 0.25}
+    assert label.scores == {"log_probability": -0.5, "ended": float(ended), "copy": 0.25}

@@ -64,8 +64,8 @@ def test_text_scores_count_text_tokens_on_both_sides() -> None:
 
 
 def test_only_text_has_scores_of_the_source() -> None:
-    assert set(labelled("t5")[3][0].scores) == {"log_probability", "length_ratio", "copy"}
-    assert set(labelled("moonshine")[3][0].scores) == {"log_probability"}
+    assert set(labelled("t5")[3][0].scores) == {"log_probability", "ended", "length_ratio", "copy"}
+    assert set(labelled("moonshine")[3][0].scores) == {"log_probability", "ended"}
 
 
 def test_a_label_that_the_student_has_no_room_for_is_too_long() -> None:

@@ -115,7 +115,7 @@ def test_several_classes_are_those_above_their_thresholds(head: Any) -> None:
     chosen = p >= np.array(thresholds)
     assert 0 < chosen.sum() < chosen.size
     assert [label.ids for label in labels] == [tuple(np.flatnonzero(row)) for row in chosen]
-    assert all(label.values == () for label in labels)
+    assert [label.values for label in labels] == [tuple(row) for row in chosen.astype(float).tolist()]
     assert target_of(hard, labels).tolist() == chosen.astype(float).tolist()
     np.testing.assert_allclose([x.confidence for x in labels], np.maximum(p, 1 - p).mean(1), atol=1e-6)
     bits = -(p * np.log2(p) + (1 - p) * np.log2(1 - p)).mean(1)
