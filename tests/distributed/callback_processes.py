@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from stock_runs import Recorder, Sentences, arguments, bert, callback
+from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
@@ -23,6 +24,17 @@ class Preempted(TrainerCallback):
     def on_optimizer_step(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
         if state.global_step == 4:
             self.manager.is_checkpoint_requested = True
+
+
+class Normalised(nn.Module):
+    """A model with batch statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(3), nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.head(self.norm(x)).square().mean()}
 
 
 def main(folder: Path) -> None:
@@ -76,6 +88,14 @@ def main(folder: Path) -> None:
         warnings.simplefilter("always")
         run("whole", [rebuilt], resume=str(folder / "whole" / "checkpoint-3"), save_strategy="no")
     seen["rebuilt"] = {"slow": tensors(rebuilt), "said": sum("is rebuilt" in str(w.message) for w in caught)}
+
+    # Each process sees other rows, and so other statistics, until the next forward pass shares them.
+    statistics = callback()
+    args = arguments(folder / "batch_norm", max_steps=3, save_strategy="no")
+    rows = [{"x": torch.randn(3, generator=torch.Generator().manual_seed(number)) * number} for number in range(48)]
+    torch.manual_seed(0)
+    Trainer(Normalised(), args, train_dataset=rows, callbacks=[statistics]).train()
+    seen["batch_norm"] = tensors(statistics)
     torch.save(seen, folder / f"{rank}.pt")
 
 

@@ -27,6 +27,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
 def test_both_processes_hold_the_same_averages(launched: tuple[Path, list[dict[str, Any]]]) -> None:
     _, (first, second) = launched
     assert tiny.same_bits(first, second)
+    assert first["batch_norm"]["norm.running_mean"].abs().max() > 0.1
 
 
 def test_kappa_counts_both_processes(launched: tuple[Path, list[dict[str, Any]]]) -> None:
