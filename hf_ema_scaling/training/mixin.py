@@ -258,7 +258,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
             self._ensure_average()
             self.load_counters({})
         else:
-            self._tr_loss += self._resumed.loss
+            self._tr_loss += self._resumed.loss_of(self.accelerator.process_index, self.accelerator.num_processes)
             self._globalstep_last_logged = self._resumed.last_logged
             self.load_counters(self._resumed.counters)
         self._logged_before = self._globalstep_last_logged
@@ -451,14 +451,16 @@ class EMATrainerMixin(BothWeightsEvaluation):
     def _run_state(self) -> RunState:
         done = self.state.global_step
         running = self.is_in_train and hasattr(self, "_tr_loss")
-        loss = float(self.accelerator.gather(self._tr_loss.reshape(1)).mean()) if running else 0.0
+        losses = self.accelerator.gather(self._tr_loss.reshape(1)) if running else torch.zeros(1)
+        losses = losses.nan_to_num(0.0, 0.0, 0.0)
         return RunState(
             global_step=done,
             clock=float(self.sampler.stream.clock(int(self.sampler.positions[done]))),
             borders=self.sampler.done(done).to_json(),
             identity=self._laid_out().identity,
             recipe=asdict(self.plan.recipe),
-            loss=loss if math.isfinite(loss) else 0.0,
+            loss=float(losses.mean()),
+            losses=losses.tolist(),
             last_logged=self._globalstep_last_logged if running else done,
             counters=self.counters(),
         )

@@ -30,7 +30,8 @@ class RunState:
         borders: the steps done, as `StepBorders.to_json`; a resumed run keeps them.
         identity: `RunLayout.identity`.
         recipe: the recipe at the reference batch, as a dictionary.
-        loss: sum of the losses since the last log.
+        loss: sum of the losses since the last log, a mean over processes.
+        losses: the same of each process, so that as many processes go on with the very bits.
         last_logged: optimizer step of the last log.
         counters: what is counted between logs.
         checkpoint: the folder that this was read from; not part of the state.
@@ -42,6 +43,7 @@ class RunState:
     identity: dict[str, Any]
     recipe: dict[str, Any]
     loss: float = 0.0
+    losses: list[float] = field(default_factory=list)
     last_logged: int = 0
     counters: dict[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
@@ -51,6 +53,10 @@ class RunState:
         state = asdict(self)
         del state["checkpoint"]
         return state
+
+    def loss_of(self, process: int, processes: int) -> float:
+        """What one of so many processes goes on with."""
+        return self.losses[process] if len(self.losses) == processes else self.loss
 
     @property
     def done(self) -> StepBorders:
