@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from hf_ema_scaling.ema import unwrap
 from hf_ema_scaling.ema.adapters import base_of
 from hf_ema_scaling.ema.sharding import class_of
-from hf_ema_scaling.labels.transducer import TRANSDUCERS, decoder_inputs
+
+TRANSDUCERS = frozenset({"ParakeetForRNNT", "ParakeetForTDT"})
+"""Classes of transformers whose decoder reads the label so far, and whose loss is over a lattice."""
 
 
 def bare(model: Any) -> Any:
@@ -95,6 +97,16 @@ def decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
     padding = getattr(plain.config, "pad_token_id", None)
     # Padding lies behind the label and is read by no position that enters the loss, so any id will do (Moonshine).
     return shift(labels, start if padding is None else padding, start)
+
+
+def decoder_inputs(labels: Tensor, blank: int) -> Tensor:
+    """What the decoder of a transducer reads for these labels: the blank, then the label; int64 `(rows, tokens + 1)`.
+
+    Args:
+        labels: int64 `(rows, tokens)`, padded with -100, which is never read: losses stop at the label's length.
+        blank: id of the blank.
+    """
+    return torch.nn.functional.pad(labels.masked_fill(labels < 0, blank), (1, 0), value=blank)
 
 
 def with_decoder_inputs(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:

@@ -19,10 +19,11 @@ from hf_ema_scaling.ema.adapters import base_of
 from hf_ema_scaling.ema.sharding import class_of
 from hf_ema_scaling.labels.base import Labeler
 from hf_ema_scaling.labels.ctc import CTCLabeler, blank_id, non_target_ids
+from hf_ema_scaling.labels.decoder import TRANSDUCERS
 from hf_ema_scaling.labels.generative import generative_labeler_for
 from hf_ema_scaling.labels.sequence import ClassLabeler, MultiLabelLabeler, RegressionLabeler
 from hf_ema_scaling.labels.tokens import TokenLabeler
-from hf_ema_scaling.labels.transducer import TRANSDUCERS, TransducerLabeler
+from hf_ema_scaling.labels.transducer import TransducerLabeler
 
 
 def ctc_labeler(config: Any, processing_class: Any, **options: Any) -> CTCLabeler:

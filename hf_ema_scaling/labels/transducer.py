@@ -9,23 +9,12 @@ import torch
 from torch import Tensor
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderModelOutput
 
-from hf_ema_scaling.ema import EMATeacher
 from hf_ema_scaling.labels.base import PseudoLabel
-from hf_ema_scaling.labels.ctc import ctc_frame_lengths, unwrapped
+from hf_ema_scaling.labels.ctc import ctc_frame_lengths
+from hf_ema_scaling.labels.decoder import decoder_inputs
+from hf_ema_scaling.labels.generation import call, padded
 
-TRANSDUCERS = frozenset({"ParakeetForRNNT", "ParakeetForTDT"})
-"""Names of model classes."""
 SPEECH_INPUTS = ("input_features", "attention_mask")
-
-
-def decoder_inputs(labels: Tensor, blank: int) -> Tensor:
-    """What the decoder of a transducer reads for these labels: the blank, then the label; int64 `(rows, tokens + 1)`.
-
-    Args:
-        labels: int64 `(rows, tokens)`, padded with -100, which is never read: losses stop at the label's length.
-        blank: id of the blank.
-    """
-    return torch.nn.functional.pad(labels.masked_fill(labels < 0, blank), (1, 0), value=blank)
 
 
 class TransducerLabeler:
@@ -60,13 +49,7 @@ class TransducerLabeler:
             ValueError: when logits are NaN.
         """
         inputs = {name: batch[name] for name in SPEECH_INPUTS if name in batch}
-        if isinstance(teacher, EMATeacher):
-            tokens, scores, taken = teacher.apply(self._labelled, **inputs)
-        else:
-            if unwrapped(teacher).training:
-                raise RuntimeError("the teacher is in train mode, so its labels are random: call teacher.eval() first")
-            with torch.no_grad():
-                tokens, scores, taken = self._labelled(teacher, **inputs)
+        tokens, scores, taken = call(teacher, self._labelled, **inputs)
         labels = []
         for ids, logs, steps in zip(tokens.tolist(), scores.tolist(), taken.tolist(), strict=True):
             kept = tuple(token for token in ids[:steps] if token not in self.special_ids)
@@ -77,14 +60,10 @@ class TransducerLabeler:
     def with_targets(self, inputs: Mapping[str, Tensor], labels: Sequence[PseudoLabel]) -> dict[str, Tensor]:
         """The inputs with `labels`, padded with -100, and the `decoder_input_ids` that go with them."""
         rows = [label.ids if label.kept else () for label in labels]
-        padded = torch.full((len(rows), max([1, *map(len, rows)])), -100, dtype=torch.long)
-        for row, ids in zip(padded, rows, strict=True):
-            row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
-        padded = padded.to(inputs["input_features"].device)
-        return {**inputs, "labels": padded, "decoder_input_ids": decoder_inputs(padded, self.blank_id)}
+        targets = padded(rows, -100, inputs["input_features"].device)
+        return {**inputs, "labels": targets, "decoder_input_ids": decoder_inputs(targets, self.blank_id)}
 
-    def _labelled(self, teacher: Any, **inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        model = unwrapped(teacher)
+    def _labelled(self, model: Any, **inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         encoded = model.get_audio_features(**inputs).pooler_output
         return self._decode(model, encoded, ctc_frame_lengths(model, inputs).to(encoded.device))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,15 @@ def _check_words(word_column: str, tag_column: str | None, row: Mapping[str, Any
         found = len(tags) if isinstance(tags, list) else f"{tags!r:.60}"
         raise BadItemError(f"{len(words)} words, but {found} tags", "no_label")
     return dict(row)
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Inside, errors about values name the source."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def named_sources(text: str | None) -> dict[str, str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,7 +14,7 @@ from hf_ema_scaling.data.speech import SpecAugment
 from hf_ema_scaling.data.speech_rows import longest_first
 from hf_ema_scaling.data.speech_views import AdditiveNoise, SpeedPerturbation
 from hf_ema_scaling.data.views import Augmentation, Chain
-from hf_ema_scaling.recipe.sources import load_speech, named_sources
+from hf_ema_scaling.recipe.sources import load_speech, named_sources, naming
 
 
 @dataclass
@@ -216,13 +215,13 @@ def prepare_sets(data: SpeechDataArguments, labelled: Dataset, prepare: Prepare)
         ValueError, FileNotFoundError, NotImplementedError: for what cannot be used, naming its source.
     """
     limits = data.limits()
-    with _naming(data.labelled):
+    with naming(data.labelled):
         train = prepare(labelled, data.text_column, **limits)
     sets = prepare_evaluation(data, prepare)
     if data.unlabelled is None:
         return SpeechSets(train, None, sets)
     rows = load_transcribed(data, data.unlabelled, data.max_unlabelled, texts=False)
-    with _naming(data.unlabelled):
+    with naming(data.unlabelled):
         return SpeechSets(train, prepare(rows, None, **limits), sets)
 
 
@@ -231,15 +230,6 @@ def prepare_evaluation(data: SpeechDataArguments, prepare: Prepare) -> dict[str,
     sets = {}
     for name, source in data.evaluation_sources().items():
         rows = load_transcribed(data, source, data.max_evaluation)
-        with _naming(source):
+        with naming(source):
             sets[name] = longest_first(prepare(rows, data.text_column))
     return sets
-
-
-@contextmanager
-def _naming(source: str) -> Iterator[None]:
-    """Inside, errors about values name the source."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error

@@ -14,7 +14,7 @@ from hf_ema_scaling.data.bad_items import check_choice
 from hf_ema_scaling.data.text import WordNoise, build_word_tokenizer, class_names, prepare_classification
 from hf_ema_scaling.metrics import ClassificationMetrics
 from hf_ema_scaling.recipe.asr_ctc import new_config
-from hf_ema_scaling.recipe.sources import load_text, named_sources
+from hf_ema_scaling.recipe.sources import load_text, named_sources, naming
 from hf_ema_scaling.training import EMATrainingArguments
 
 CLEAN, CORRUPTED = "clean", "corrupted"
@@ -170,7 +170,7 @@ def prepare_texts(
         return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
     def prepare(source: str, dataset: Dataset, labels: bool = True) -> Dataset:
-        try:
+        with naming(source):
             return prepare_classification(
                 dataset,
                 tokenizer,
@@ -181,8 +181,6 @@ def prepare_texts(
                 length_column=args.length_column_name,
                 on_bad_item=data.on_bad_item,
             )
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
 
     config = None if model.model_config is None else new_config(model.model_config)
     with args.main_process_first(desc="preparing texts"):

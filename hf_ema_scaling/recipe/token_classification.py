@@ -13,7 +13,7 @@ from hf_ema_scaling.data.tokens import TokenCollator, prepare_tokens, tag_names
 from hf_ema_scaling.labels import labeler_for
 from hf_ema_scaling.metrics import TokenMetrics
 from hf_ema_scaling.recipe.asr_ctc import new_config
-from hf_ema_scaling.recipe.sources import load_words, named_sources
+from hf_ema_scaling.recipe.sources import load_words, named_sources, naming
 from hf_ema_scaling.recipe.text_views import TextViewArguments
 from hf_ema_scaling.recipe.texts import ClassifierArguments, build_network, build_tokenizer, check_length
 from hf_ema_scaling.training import EMATrainer, EMATrainingArguments, PseudoLabelArguments, PseudoLabelTrainer
@@ -104,7 +104,7 @@ def build_token_classification(
         return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
     def prepare(source: str, dataset: Dataset, tags: bool = True) -> Dataset:
-        try:
+        with naming(source):
             return prepare_tokens(
                 dataset,
                 tokenizer,
@@ -115,8 +115,6 @@ def build_token_classification(
                 label_all_tokens=data.label_all_tokens,
                 length_column=args.length_column_name,
             )
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
 
     def drawn(rows: Dataset) -> Dataset:
         if data.labelled_rows is None:

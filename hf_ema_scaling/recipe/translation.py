@@ -15,7 +15,7 @@ from hf_ema_scaling.data.translation import build_subword_tokenizer, prepare_pai
 from hf_ema_scaling.metrics import TextMetrics, character_error_rate, exact_match
 from hf_ema_scaling.recipe.asr_ctc import new_config
 from hf_ema_scaling.recipe.generating import GeneratingTrainingArguments, labeler_of
-from hf_ema_scaling.recipe.sources import load_pairs, named_sources
+from hf_ema_scaling.recipe.sources import load_pairs, named_sources, naming
 from hf_ema_scaling.recipe.text_views import TextViewArguments
 from hf_ema_scaling.training import PseudoLabelArguments
 from hf_ema_scaling.training.mixin import EMATrainerMixin
@@ -140,7 +140,7 @@ def build_translation(
         return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
     def prepare(source: str, dataset: Dataset, targets: bool = True) -> Dataset:
-        try:
+        with naming(source):
             return prepare_pairs(
                 dataset,
                 tokenizer,
@@ -152,8 +152,6 @@ def build_translation(
                 length_column=args.length_column_name,
                 on_bad_item=data.on_bad_item,
             )
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
 
     with args.main_process_first(desc="preparing texts"):
         labelled = load(data.labelled, data.max_labelled)

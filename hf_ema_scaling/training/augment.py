@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from hf_ema_scaling.data.views import Augmentation, changes_length
 from hf_ema_scaling.labels.ctc import ctc_frame_lengths
+from hf_ema_scaling.training.checks import ctc_target_frames
 from hf_ema_scaling.training.losses import labels_by_token
 
 # Seeds of one run do not meet those of another as long as a run draws fewer items than this.
@@ -74,8 +75,7 @@ def keep_fitting(model: nn.Module, clean: dict[str, Any], augmented: dict[str, A
     """
     if augmented is clean:
         return clean
-    tokens = labels >= 0
-    needed = tokens.sum(-1) + ((labels[:, 1:] == labels[:, :-1]) & tokens[:, 1:]).sum(-1)
+    needed = ctc_target_frames(labels)
     frames = ctc_frame_lengths(model, augmented).to(needed.device)
     rows = (frames < needed.clamp(min=1)).nonzero().flatten().tolist()
     if not rows:

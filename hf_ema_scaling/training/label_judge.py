@@ -18,11 +18,11 @@ from hf_ema_scaling.data.streaming import is_stream
 from hf_ema_scaling.ema.adapters import base_of
 from hf_ema_scaling.ema.sharding import class_of
 from hf_ema_scaling.labels.base import PseudoLabel
+from hf_ema_scaling.labels.decoder import TRANSDUCERS
 from hf_ema_scaling.labels.filter_base import SECONDS, SOURCE, TEXT, Decode, Filter, Row
 from hf_ema_scaling.labels.filters import FilterChain, build_filters
 from hf_ema_scaling.labels.fitting import fit_filters
 from hf_ema_scaling.labels.score_filters import Confidence
-from hf_ema_scaling.labels.transducer import TRANSDUCERS
 from hf_ema_scaling.training.arguments import PseudoLabelArguments
 
 FIT_ROWS = 10_000

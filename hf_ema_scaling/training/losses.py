@@ -25,8 +25,7 @@ from transformers.models.auto.modeling_auto import (
 from hf_ema_scaling.ema.adapters import base_of
 from hf_ema_scaling.ema.sharding import class_of
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths
-from hf_ema_scaling.labels.decoder import is_encoder_decoder
-from hf_ema_scaling.labels.transducer import TRANSDUCERS
+from hf_ema_scaling.labels.decoder import TRANSDUCERS, is_encoder_decoder
 from hf_ema_scaling.training.transducer_loss import transducer_losses
 
 ExampleLoss = Callable[[nn.Module, Mapping[str, Tensor], Tensor, Tensor], Tensor]
