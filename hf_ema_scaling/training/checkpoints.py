@@ -1,19 +1,10 @@
-"""Checkpoints that are complete or not one at all: how they are committed, and which one a run resumes from.
-
-Trainer assembles `checkpoint-N/` in place, writes `trainer_state.json` last and then deletes older checkpoints. Here
-that file is the **commit**: it appears by a rename, after everything else in the folder is on the disk and every
-process has written its part, and before anything is deleted. A folder without it is what a killed save left behind.
-"""
+"""Which checkpoint a run resumes from, and what keeps it from resuming from one."""
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-import shutil
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,24 +12,19 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from hf_ema_scaling.ema import AverageStateError, WeightAverage, load_average
-from hf_ema_scaling.ema.durable import flush, flush_names, rename
 from hf_ema_scaling.ema.storage import check_average
 from hf_ema_scaling.training.run_state import read_run_state
 
 if TYPE_CHECKING:
-    from hf_ema_scaling.training.arguments import EMATrainingArguments
-    from hf_ema_scaling.training.mixin import EMATrainerMixin
+    from hf_ema_scaling.training.averaged_steps import AveragedSteps
 
 logger = logging.get_logger(__name__)
 
 EMA_FOLDER = "ema"
-# Written by Trainer's just-in-time checkpoints until after older checkpoints are gone; the commit says more.
-JIT_MARK = "checkpoint-is-incomplete.txt"
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, SafetensorError, zipfile.BadZipFile)
 
 
@@ -46,90 +32,7 @@ class IncompleteCheckpointError(ValueError):
     """A checkpoint lacks what resuming needs; the message names it."""
 
 
-# ---- Writing
-
-
-@contextmanager
-def committed(trainer: EMATrainerMixin, trial: Any) -> Iterator[None]:
-    """Inside, Trainer saves a checkpoint; it commits it, or leaves nothing of it when an error ends it.
-
-    What already lies in the folder (the same step of an earlier attempt) is deleted first: a half of each would pass
-    for a whole. With `save_total_limit`, incomplete checkpoints are deleted after the commit, so that none takes the
-    place of a complete one among those that Trainer keeps.
-
-    Args:
-        trainer: The trainer that saves; the same on every process.
-        trial: Of a hyper-parameter search.
-    """
-    state, writes = trainer.state, trainer.args.should_save
-    folder = Path(trainer._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-    if writes:
-        _clear(folder)
-    trainer.accelerator.wait_for_everyone()
-    # Trainer calls it when all else is written, and then deletes older checkpoints.
-    commit = functools.partial(_commit, state, trainer.args)
-    state.save_to_json = commit  # type: ignore[method-assign]
-    try:
-        yield
-    except BaseException as error:
-        # After the commit (while it is pushed, say) it stays.
-        if writes and not (folder / TRAINER_STATE_NAME).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            error.add_note(_not_saved(folder))
-        raise
-    finally:
-        del state.save_to_json
-
-
-def _commit(state: TrainerState, args: EMATrainingArguments, json_path: str) -> None:
-    path = Path(json_path)
-    partial = path.with_name(f".{path.name}.partial")
-    type(state).save_to_json(state, str(partial))
-    flush(path.parent)
-    rename(partial, path)
-    flush_names(path.parent.parent)
-    if not args.save_total_limit:
-        return
-    average = args.on_missing_average == "raise"
-    for other in _checkpoints(path.parent.parent):
-        if other == path.parent or str(other) == state.best_model_checkpoint:
-            continue
-        # The full check reads everything: only for what Trainer may take for the newest, by its number.
-        if checkpoint_step(other) > checkpoint_step(path.parent) and not args.save_only_model:
-            faults = what_is_missing(other, average=average)
-        else:
-            faults = _faults_of(other, [TRAINER_STATE_NAME])
-        if faults:
-            logger.warning(f"Deleting {other}, which is not complete: {'; '.join(faults)}.")
-            shutil.rmtree(other, ignore_errors=True)
-
-
-def _clear(folder: Path) -> None:
-    if not folder.is_dir():
-        return
-    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # first of all, it is no checkpoint any more
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name != JIT_MARK:
-            entry.unlink()
-
-
-def _not_saved(folder: Path) -> str:
-    complete = (path for path in reversed(_checkpoints(folder.parent)) if not what_is_missing(path))
-    newest = next(complete, None)
-    free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
-    return f"{folder} was not saved and its parts were deleted; {free / 1e9:.1f} GB are free there. " + (
-        "No earlier checkpoint is complete."
-        if newest is None
-        else f"{newest.name} is complete: train(resume_from_checkpoint=True) continues from it."
-    )
-
-
-# ---- Finding
-
-
-def checkpoint_to_resume(trainer: EMATrainerMixin, given: str | bool | None) -> str | None:
+def checkpoint_to_resume(trainer: AveragedSteps, given: str | bool | None) -> str | None:
     """The checkpoint that `train(resume_from_checkpoint=given)` resumes, verified; the main process decides for all.
 
     Args:
@@ -161,7 +64,7 @@ def checkpoint_to_resume(trainer: EMATrainerMixin, given: str | bool | None) -> 
     return str(answer[0])
 
 
-def restored_average(trainer: EMATrainerMixin, checkpoint: str | Path) -> WeightAverage:
+def restored_average(trainer: AveragedSteps, checkpoint: str | Path) -> WeightAverage:
     """The average in a checkpoint; with `on_missing_average="rebuild"` a new one of the student where it is lost.
 
     Args:
@@ -171,7 +74,7 @@ def restored_average(trainer: EMATrainerMixin, checkpoint: str | Path) -> Weight
     Raises:
         AverageStateError: It is missing or damaged, and not to be rebuilt.
     """
-    average = trainer._ensure_average()
+    average = trainer.ensure_average()
     try:
         load_average(Path(checkpoint) / EMA_FOLDER, trainer.model, average)
     except AverageStateError as error:
@@ -179,7 +82,7 @@ def restored_average(trainer: EMATrainerMixin, checkpoint: str | Path) -> Weight
             raise
         logger.warning(f"The average is rebuilt from the student's weights in {checkpoint}. {error}")
         trainer.average = None
-        average = trainer._ensure_average()
+        average = trainer.ensure_average()
     return average
 
 
@@ -195,7 +98,7 @@ def newest_complete_checkpoint(output_dir: str | Path, *, average: bool = True) 
         IncompleteCheckpointError: None is complete; the message says of each what is missing.
     """
     passed_over: list[str] = []
-    for checkpoint in reversed(_checkpoints(Path(output_dir))):
+    for checkpoint in reversed(checkpoints_in(Path(output_dir))):
         missing = what_is_missing(checkpoint, average=average)
         if not missing:
             if passed_over:
@@ -282,13 +185,14 @@ def _trainers_faults(folder: Path) -> list[str]:
         found.append(f"{SCHEDULER_NAME} is missing")
     if not any(name.startswith("rng_state") for name in names):
         found.append("rng_state.pth is missing")
-    found.extend(_faults_of(folder, sorted(names)))
+    found.extend(faults_of(folder, sorted(names)))
     if not found and _global_step(folder) is None:
         found.append(f"{TRAINER_STATE_NAME} has no global_step")
     return found
 
 
-def _faults_of(folder: Path, names: list[str]) -> list[str]:
+def faults_of(folder: Path, names: list[str]) -> list[str]:
+    """What is missing or unreadable of the named files of a folder."""
     found = []
     for name in names:
         if name.startswith("."):
@@ -332,7 +236,7 @@ def _global_step(folder: Path) -> int | None:
         return None
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     """The folders `checkpoint-N`, by their number."""
     if not folder.is_dir():
         return []

@@ -1,8 +1,9 @@
-"""Evaluation of both weight sets, student and average, on the loss of training."""
+"""Evaluation of both weight sets, student and average, on the loss of training; and the best model by either."""
 
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_ema_scaling.data.collator import pad_labels
-from hf_ema_scaling.ema import WeightAverage
+from hf_ema_scaling.ema import WeightAverage, load_average
+from hf_ema_scaling.ema.adapter_storage import load_added_adapter
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths, greedy_ctc
 from hf_ema_scaling.labels.decoder import with_decoder_inputs, with_decoder_start
 from hf_ema_scaling.training.arguments import EMATrainingArguments
@@ -27,8 +29,11 @@ class BothWeightsEvaluation(Trainer):
     average: WeightAverage | None
     example_loss: ExampleLoss
     ctc: bool
-    _student: WeightAverage | None
-    """The student, while the model holds the best average."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._student: WeightAverage | None = None
+        """The student, while the model holds the best average."""
 
     def prediction_step(
         self,
@@ -97,3 +102,15 @@ class BothWeightsEvaluation(Trainer):
     def _as_student(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model holds the student, also after the best average was loaded into it."""
         return contextlib.nullcontext() if self._student is None else self._student.swapped(self.model)
+
+    def _load_best_model(self) -> None:
+        """The best checkpoint's pair of weights: its average in `average`, and in the model what the metric named."""
+        if not load_added_adapter(self.model, self.state.best_model_checkpoint or ""):
+            super()._load_best_model()
+        if self.average is None or self.state.best_model_checkpoint is None:
+            return
+        load_average(Path(self.state.best_model_checkpoint) / "ema", self.model, self.average)
+        metric = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if metric.startswith("ema_"):
+            self._student = WeightAverage(self.model, share_frozen=False)
+            self.average.copy_to(self.model)

@@ -20,7 +20,7 @@ from hf_ema_scaling.data.streaming import StreamHead, StreamReader, is_stream, r
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 
 if TYPE_CHECKING:
-    from hf_ema_scaling.training.mixin import EMATrainerMixin
+    from hf_ema_scaling.training.reference_run import ReferenceRun
 
 logger = logging.get_logger(__name__)
 
@@ -98,7 +98,7 @@ def _refuse_passes(args: EMATrainingArguments) -> None:
         )
 
 
-def stream_loader(trainer: EMATrainerMixin, rows: TwoSourceDataset) -> DataLoader[Any] | None:
+def stream_loader(trainer: ReferenceRun, rows: TwoSourceDataset) -> DataLoader[Any] | None:
     """The loader of a run with streamed data, at the place of the checkpoint that it resumes; None without streams."""
     unlabelled, _ = trainer.unlabelled_data()
     streams = {

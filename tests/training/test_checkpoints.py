@@ -20,11 +20,11 @@ from transformers import EvalPrediction, TrainerCallback
 from hf_ema_scaling.ema import AverageStateError
 from hf_ema_scaling.training import checkpoints
 from hf_ema_scaling.training.checkpoints import (
-    JIT_MARK,
     IncompleteCheckpointError,
     newest_complete_checkpoint,
     what_is_missing,
 )
+from hf_ema_scaling.training.commit import JIT_MARK
 
 STEPS = 6
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
+from transformers import TrainerCallback
 
 
 def run(folder: Path, **changes: Any) -> Any:
@@ -115,3 +116,49 @@ def test_the_logged_loss_is_the_mean_example_loss_of_the_steps_since_the_last_lo
     # Three steps of four are one pass over the twelve rows.
     expected = made.evaluate(data)["eval_loss"]
     assert logged == pytest.approx(expected, rel=1e-5)
+
+
+class Stop(TrainerCallback):
+    """Raises the stop flag at an event of the optimizer step with this number."""
+
+    def __init__(self, event: str, step: int) -> None:
+        self.step = step
+        setattr(self, event, self._raise)
+
+    def _raise(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            control.should_training_stop = True
+
+
+@pytest.mark.parametrize(
+    ("event", "step"), [("on_step_end", 2), ("on_step_end", 4), ("on_log", 4), ("on_evaluate", 4), ("on_save", 4)]
+)
+def test_whoever_raises_the_stop_flag_is_heard_at_that_step(tmp_path: Path, event: str, step: int) -> None:
+    """By a trainer with all the callbacks there are, before and after its teacher has begun to label."""
+    labelled: list[int] = []
+
+    class Labeler(tiny.ContentLabeler):
+        def label(self, teacher: Any, batch: Any) -> Any:
+            labelled.append(made.state.global_step)
+            return super().label(teacher, batch)
+
+    strategies = dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), "steps")
+    steps = dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), 1)
+    made = tiny.trainer(
+        tiny.wav2vec2(),
+        tiny.arguments(tmp_path, max_steps=6, **strategies, **steps),
+        tiny.speech(12),
+        eval_dataset=tiny.speech(3, 2),
+        unlabeled_dataset=tiny.speech(12, 1, labels=False),
+        pseudo_label_args=tiny.pseudo(pl_start=2.0),
+        labeler=Labeler(),
+        callbacks=[Stop(event, step)],
+    )
+    made.train()
+    assert made.state.global_step == made.average.num_updates == len(made.recorder.weights) == step
+    assert sorted(set(labelled)) == list(range(2, step))
+    assert made.recorder.clocks("log") == made.recorder.clocks("evaluate") == list(range(1, step + 1))
+    # The flag is no part of the checkpoint that was saved while it was up.
+    made.remove_callback(Stop)
+    made.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert made.state.global_step == made.average.num_updates == 6

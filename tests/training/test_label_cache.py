@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from hf_ema_scaling.labels import PseudoLabel
 from hf_ema_scaling.labels.cache import CACHE_NAME, LabelCacheError
@@ -133,6 +134,48 @@ def test_labels_used_are_those_made_when_their_item_entered(
         assert entry["cache/relabelled"] == len(events) / len(ages)
         assert entry["cache/size"] == (pool.held(positions[-1] + 1) >= 0).sum()
     assert logs[-1]["cache/size"] == pool.size == 12
+
+
+class RowLabeler:
+    """Which rows of the unlabelled set were labelled, step by step."""
+
+    def __init__(self, data: Any) -> None:
+        self.row_of = {round(float(row["input_values"][0]), 6): number for number, row in enumerate(data)}
+        self.trainer: Any = None
+        self.rows: dict[int, list[int]] = {}
+
+    def label(self, teacher: Callable[..., Any], batch: Mapping[str, Tensor]) -> list[PseudoLabel]:
+        rows = [self.row_of[round(float(values[0]), 6)] for values in batch["input_values"]]
+        self.rows.setdefault(self.trainer.state.global_step, []).extend(rows)
+        return [PseudoLabel((1 + row % 7,), 0.5) for row in rows]
+
+
+@pytest.mark.parametrize("kappa", [1.0, 3.0])
+def test_one_iterator_serves_the_run_and_each_relabelling_goes_on_where_the_last_one_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kappa: float
+) -> None:
+    """A new iterator for each would label the first rows over and over, and read them from disk anew."""
+    opened: list[int] = []
+    begin = DataLoader.__iter__
+
+    def counted(self: DataLoader[Any]) -> Any:
+        opened.append(len(labeler.rows))
+        return begin(self)
+
+    monkeypatch.setattr(DataLoader, "__iter__", counted)
+    labeler = RowLabeler(tiny.speech(20, 1, labels=False))
+    made = trainer_of(tmp_path, labeler, kappa=kappa, pl={"cache_refresh": 0.5})
+    labeler.trainer = made
+    made.train()
+    assert opened == [0]
+    assert sum(step >= 2 + CACHE for step in labeler.rows) > 2  # more than the filling of the cache
+    times = dict.fromkeys(range(20), 0)
+    for step in sorted(labeler.rows):
+        for row in labeler.rows[step]:
+            times[row] += 1
+        # Every row in turn: none a second time before all were labelled once.
+        assert max(times.values()) - min(times.values()) <= 1, step
+    assert max(times.values()) == 2
 
 
 def test_a_kappa_step_is_the_mean_of_its_reference_steps_while_the_weight_rises(tmp_path: Path) -> None:

@@ -15,8 +15,11 @@ from torch import nn
 from transformers import BertForSequenceClassification, EvalPrediction, Trainer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from hf_ema_scaling.training.byol import BYOLTrainer
 from hf_ema_scaling.training.losses import classification_losses
 from hf_ema_scaling.training.mixin import EMATrainerMixin
+from hf_ema_scaling.training.seq2seq import EMASeq2SeqTrainer, PseudoLabelSeq2SeqTrainer
+from hf_ema_scaling.training.trainer import EMATrainer
 
 DEV = {"a": tiny.sentences(5, 11), "b": tiny.sentences(7, 12)}
 
@@ -401,16 +404,31 @@ def test_transformers_still_has_the_parameters_that_are_relied_on(name: str) -> 
     assert list(inspect.signature(getattr(Trainer, name)).parameters) == RELIED_ON[name]
 
 
-def test_every_overridden_method_of_trainer_is_listed() -> None:
-    overridden = {
-        name
-        for name, value in vars(EMATrainerMixin).items()
+def overrides(kind: type) -> dict[str, Any]:
+    """What a class itself puts in the place of Trainer's methods; `train` passes on whatever it is given."""
+    return {
+        name: value
+        for name, value in vars(kind).items()
         if inspect.isfunction(value) and hasattr(Trainer, name) and name not in ("__init__", "train")
     }
-    assert overridden <= RELIED_ON.keys()
-    for name in overridden:
-        ours = list(inspect.signature(getattr(EMATrainerMixin, name)).parameters)
-        assert ours == RELIED_ON[name], name
+
+
+def test_every_overridden_method_of_trainer_is_listed() -> None:
+    parts = [kind for kind in EMATrainerMixin.__mro__ if kind.__module__.startswith("hf_ema_scaling")]
+    assert len(parts) == 6
+    found = [(name, value) for kind in parts for name, value in overrides(kind).items()]
+    assert {"_save_checkpoint", "evaluation_loop", "training_step", "create_scheduler"} < {name for name, _ in found}
+    for name, ours in found:
+        assert name in RELIED_ON, name
+        assert list(inspect.signature(ours).parameters) == RELIED_ON[name], name
+
+
+@pytest.mark.parametrize("kind", [BYOLTrainer, EMASeq2SeqTrainer, EMATrainer, PseudoLabelSeq2SeqTrainer])
+def test_the_trainers_override_no_private_method_of_trainer(kind: type) -> None:
+    made_of = set(EMATrainerMixin.__mro__)
+    own = [part for part in kind.__mro__ if part.__module__.startswith("hf_ema_scaling") and part not in made_of]
+    assert kind in own
+    assert not [name for part in own for name in overrides(part) if name.startswith("_")]
 
 
 def test_the_number_of_samples_is_the_fourth_of_trainers_initial_values() -> None:
