@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import zipfile
 from pathlib import Path
+
+import torch
+
+UNREADABLE_ZIP = (OSError, ValueError, EOFError, zipfile.BadZipFile)
+"""What `check_zip` raises."""
 
 
 def flush(path: str | Path) -> None:
@@ -45,3 +51,16 @@ def flush_names(folder: str | Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def check_zip(path: str | Path) -> None:
+    """Verifies the CRC-32 of every record in a file that `torch.save` wrote.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        OSError, ValueError, EOFError, zipfile.BadZipFile: It is torn or damaged.
+    """
+    with zipfile.ZipFile(path) as file:
+        broken = file.testzip() if torch.serialization.get_crc32_options() else None
+    if broken is not None:
+        raise ValueError(f"wrong CRC-32 of its record {broken}")

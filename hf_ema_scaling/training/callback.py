@@ -17,8 +17,9 @@ from hf_ema_scaling.ema import EMATeacher, WeightAverage
 from hf_ema_scaling.ema.export import export_average
 from hf_ema_scaling.ema.shadow import BufferPolicy
 from hf_ema_scaling.ema.skipped import SkipWatch
+from hf_ema_scaling.ema.storage import OnMissing
 from hf_ema_scaling.scaling import ReferenceClock, ema_weight, momentum_from_half_life, scale_momentum
-from hf_ema_scaling.training.callback_checkpoints import CheckpointedAverage, OnMissing
+from hf_ema_scaling.training.callback_checkpoints import CheckpointedAverage
 from hf_ema_scaling.training.checks import LivenessWatch, has_batch_statistics, share_statistics
 from hf_ema_scaling.training.stock import (
     learns,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from accelerate.utils import gather_object
 from torch import nn
@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_ema_scaling.ema import EMATeacher, WeightAverage, save_average
 from hf_ema_scaling.ema.folders import folder_name
+from hf_ema_scaling.ema.storage import OnMissing
 from hf_ema_scaling.scaling import ReferenceClock
 from hf_ema_scaling.training.callback_files import (
     NoAverageError,
@@ -24,8 +25,6 @@ from hf_ema_scaling.training.callback_files import (
     read_average,
     written_checkpoint,
 )
-
-OnMissing = Literal["raise", "rebuild"]
 
 # The last run of every callback, to find two that keep their averages in the same folder of one. A run is one state.
 _RUNS: weakref.WeakKeyDictionary[CheckpointedAverage, weakref.ref[TrainerState]] = weakref.WeakKeyDictionary()

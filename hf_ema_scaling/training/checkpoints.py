@@ -11,13 +11,11 @@ import functools
 import json
 import re
 import shutil
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -26,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from hf_ema_scaling.ema import AverageStateError, WeightAverage, load_average
-from hf_ema_scaling.ema.durable import flush, flush_names, rename
+from hf_ema_scaling.ema.durable import UNREADABLE_ZIP, check_zip, flush, flush_names, rename
 from hf_ema_scaling.ema.storage import check_average
 from hf_ema_scaling.training.run_state import read_run_state
 
@@ -39,7 +37,7 @@ logger = logging.get_logger(__name__)
 EMA_FOLDER = "ema"
 # Written by Trainer's just-in-time checkpoints until after older checkpoints are gone; the commit says more.
 JIT_MARK = "checkpoint-is-incomplete.txt"
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, SafetensorError, zipfile.BadZipFile)
+UNREADABLE = (KeyError, TypeError, SafetensorError, *UNREADABLE_ZIP)
 
 
 class IncompleteCheckpointError(ValueError):
@@ -314,10 +312,7 @@ def _verify(path: Path) -> list[str]:
         with safe_open(path, "pt"):
             pass
     elif path.suffix in (".pt", ".pth") and path.is_file():
-        with zipfile.ZipFile(path) as file:
-            broken = file.testzip() if torch.serialization.get_crc32_options() else None
-        if broken is not None:
-            raise ValueError(f"wrong CRC-32 of its record {broken}")
+        check_zip(path)
     return []
 
 
