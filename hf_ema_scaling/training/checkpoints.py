@@ -7,6 +7,7 @@ process has written its part, and before anything is deleted. A folder without i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
@@ -27,6 +28,7 @@ from hf_ema_scaling.ema import AverageStateError, WeightAverage, load_average
 from hf_ema_scaling.ema.durable import UNREADABLE_ZIP, check_zip, flush, flush_names, rename
 from hf_ema_scaling.ema.storage import check_average
 from hf_ema_scaling.training.run_state import read_run_state
+from hf_ema_scaling.training.student_files import student_faults
 
 if TYPE_CHECKING:
     from hf_ema_scaling.training.arguments import EMATrainingArguments
@@ -89,7 +91,7 @@ def _commit(state: TrainerState, args: EMATrainingArguments, json_path: str) -> 
     if not args.save_total_limit:
         return
     average = args.on_missing_average == "raise"
-    for other in _checkpoints(path.parent.parent):
+    for other in checkpoints_in(path.parent.parent):
         if other == path.parent or str(other) == state.best_model_checkpoint:
             continue
         # The full check reads everything: only for what Trainer may take for the newest, by its number.
@@ -114,7 +116,7 @@ def _clear(folder: Path) -> None:
 
 
 def _not_saved(folder: Path) -> str:
-    complete = (path for path in reversed(_checkpoints(folder.parent)) if not what_is_missing(path))
+    complete = (path for path in reversed(checkpoints_in(folder.parent)) if not what_is_missing(path))
     newest = next(complete, None)
     free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
     return f"{folder} was not saved and its parts were deleted; {free / 1e9:.1f} GB are free there. " + (
@@ -193,7 +195,7 @@ def newest_complete_checkpoint(output_dir: str | Path, *, average: bool = True) 
         IncompleteCheckpointError: None is complete; the message says of each what is missing.
     """
     passed_over: list[str] = []
-    for checkpoint in reversed(_checkpoints(Path(output_dir))):
+    for checkpoint in reversed(checkpoints_in(Path(output_dir))):
         missing = what_is_missing(checkpoint, average=average)
         if not missing:
             if passed_over:
@@ -211,8 +213,8 @@ def newest_complete_checkpoint(output_dir: str | Path, *, average: bool = True) 
 def what_is_missing(checkpoint: str | Path, *, average: bool = True) -> list[str]:
     """What keeps a run from resuming from a checkpoint; empty when it is complete.
 
-    Verifies that JSON parses, that safetensors files have the length their headers say, the CRC-32 of every record in
-    PyTorch's files, and with `average` the checksums of the average's tensors.
+    Verifies that JSON parses, that safetensors files have the length their headers say, the CRC-32 of the student's
+    files and of every record in PyTorch's, and with `average` the checksums of the average's tensors.
 
     Args:
         checkpoint: The folder.
@@ -274,7 +276,7 @@ def _trainers_faults(folder: Path) -> list[str]:
         found.append(f"{TRAINER_STATE_NAME} is missing: its saving did not finish")
     if not any(name.endswith(".safetensors") for name in names | _adapters(folder)) and not deepspeed | bool(sharded):
         found.append(f"{SAFE_WEIGHTS_NAME} is missing")
-    if not deepspeed | bool(sharded) and not {OPTIMIZER_NAME, "optimizer.bin"} & names:
+    if not deepspeed | bool(sharded) and not {OPTIMIZER_NAME, OPTIMIZER_NAME_BIN} & names:
         found.append(f"{OPTIMIZER_NAME} is missing (no optimizer state: save_only_model?)")
     if not deepspeed and SCHEDULER_NAME not in names:
         found.append(f"{SCHEDULER_NAME} is missing")
@@ -283,6 +285,10 @@ def _trainers_faults(folder: Path) -> list[str]:
     found.extend(_faults_of(folder, sorted(names)))
     if not found and _global_step(folder) is None:
         found.append(f"{TRAINER_STATE_NAME} has no global_step")
+    if not found:
+        # Where the run state is lost with the average, so are the student's checksums.
+        with contextlib.suppress(AverageStateError):
+            found.extend(student_faults(folder, read_run_state(folder).student))
     return found
 
 
@@ -311,7 +317,7 @@ def _verify(path: Path) -> list[str]:
     elif path.suffix == ".safetensors":
         with safe_open(path, "pt"):
             pass
-    elif path.suffix in (".pt", ".pth") and path.is_file():
+    elif (path.suffix in (".pt", ".pth") or path.name == OPTIMIZER_NAME_BIN) and path.is_file():
         check_zip(path)
     return []
 
@@ -327,7 +333,7 @@ def _global_step(folder: Path) -> int | None:
         return None
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     """The folders `checkpoint-N`, by their number."""
     if not folder.is_dir():
         return []

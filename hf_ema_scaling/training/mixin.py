@@ -50,9 +50,10 @@ from hf_ema_scaling.training.publishing import push_checkpoint, push_trained
 from hf_ema_scaling.training.run_state import RunState, optimizer_family, run_state_to_resume
 from hf_ema_scaling.training.scheduler import PlanScheduler
 from hf_ema_scaling.training.sharded import check_optimizer_state, refuse_resume, without_sync
-from hf_ema_scaling.training.signals import StopOnSigterm
+from hf_ema_scaling.training.signals import StopOnSigterm, take_over_just_in_time
 from hf_ema_scaling.training.stock import learns
 from hf_ema_scaling.training.streaming import save_places, stream_loader
+from hf_ema_scaling.training.student_files import student_checksums
 from hf_ema_scaling.training.tracking import scalar_logs
 
 logger = logging.get_logger(__name__)
@@ -120,6 +121,7 @@ class EMATrainerMixin(BothWeightsEvaluation):
         self._places: str | None = None
         self._sigterm = StopOnSigterm(self.accelerator)
         self.pop_callback(DefaultFlowCallback)
+        take_over_just_in_time(self)
         show_scaling(self)
         self.callback_handler.callbacks[:0] = [ReferenceFlow(self), AverageUpdate(self), self._sigterm]
         self.layout: RunLayout | None = self._lay_out(None) if self.train_dataset is not None else None
@@ -203,6 +205,10 @@ class EMATrainerMixin(BothWeightsEvaluation):
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As Trainer; while it trains, the workers leave SIGTERM to this process."""
+        return self._sigterm.shield(super().get_eval_dataloader(eval_dataset))
 
     def run_dataset(self) -> TwoSourceDataset:
         """The rows of the run by `Draw`, without the columns that nobody takes."""
@@ -431,9 +437,11 @@ class EMATrainerMixin(BothWeightsEvaluation):
         with self._as_student():
             super().save_model(output_dir, _internal_call=True)
         if self.average is not None:
-            folder = Path(output_dir or self.args.output_dir or ".") / "ema"
-            saved: dict[str, Any] = {"state": self._run_state().to_dict(), "processing_class": self.processing_class}
-            save_average(folder, self.model, self.average, write=self.args.should_save, **saved)
+            folder, state = Path(output_dir or self.args.output_dir or "."), self._run_state()
+            if self.args.should_save:
+                state.student = student_checksums(folder)
+            saved: dict[str, Any] = {"state": state.to_dict(), "processing_class": self.processing_class}
+            save_average(folder / "ema", self.model, self.average, write=self.args.should_save, **saved)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
