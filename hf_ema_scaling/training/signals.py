@@ -102,11 +102,12 @@ class StopOnSigterm(TrainerCallback):
 
     def shield(self, loader: Any) -> Any:
         """Lets the workers of an evaluation's `DataLoader` survive, too, and returns it."""
-        lasting = loader.num_workers > 0 and loader.persistent_workers and hasattr(signal, "sigwaitinfo")
-        before = loader.worker_init_fn
+        inner = getattr(loader, "base_dataloader", loader)  # that of accelerate's wrapper starts the workers
+        lasting = inner.num_workers > 0 and inner.persistent_workers and hasattr(signal, "sigwaitinfo")
+        before = inner.worker_init_fn
         shielded = getattr(before, "func", None) is _leave_to_parent_and
         if (self.worker_init_fn is not None or lasting) and not shielded:
-            loader.worker_init_fn = functools.partial(_leave_to_parent_and, before)
+            inner.worker_init_fn = functools.partial(_leave_to_parent_and, before)
         return loader
 
     def _install(self) -> Callable[..., Any] | int | None:
