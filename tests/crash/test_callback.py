@@ -39,7 +39,7 @@ def test_killed_at_any_moment_a_run_with_the_callback_goes_on_as_if_nothing_had_
     for number in range(KILLS):
         folder, how = tmp_path / str(number), kinds[number % len(kinds)]
         if how == "time":
-            status = lives.live(folder, kind="callback", kill_after=chance.uniform(0.3, 0.9) * seconds)
+            status = lives.live(folder, kind="callback", kill_after=chance.uniform(0.1, 0.6) * seconds)
         else:
             # In the first save there is nothing to resume from yet: not every kill should come there.
             among = tensors[3:] if how == "torn" else range(points // 8, points)

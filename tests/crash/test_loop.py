@@ -34,7 +34,7 @@ def test_killed_at_any_moment_the_script_goes_on_as_if_nothing_had_happened(live
     for number in range(KILLS):
         folder, how = tmp_path / str(number), kinds[number % len(kinds)]
         if how == "time":
-            status = lives.live(folder, kind="loop", kill_after=chance.uniform(0.2, 0.9) * seconds)
+            status = lives.live(folder, kind="loop", kill_after=chance.uniform(0.1, 0.6) * seconds)
         else:
             at = chance.choice(tensors if how == "torn" else range(1, points))
             status = lives.live(folder, kind="loop", kill_at=at, share=chance.random())

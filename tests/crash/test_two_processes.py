@@ -58,7 +58,7 @@ def test_two_processes_killed_at_any_moment_go_on_as_if_nothing_had_happened(liv
         folder = tmp_path / str(number)
         points, tensors = ends[rank]
         if how == "time":
-            status = lives.live(folder, processes=2, kill_after=chance.uniform(0.3, 0.8) * seconds)
+            status = lives.live(folder, processes=2, kill_after=chance.uniform(0.2, 0.6) * seconds)
         else:
             at = chance.choice(tensors[len(tensors) // 4 :] if how == "torn" else range(points // 4, points))
             status = lives.live(folder, processes=2, rank=rank, kill_at=at, share=chance.random())
