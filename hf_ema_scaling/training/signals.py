@@ -42,6 +42,18 @@ def _leave_to_parent_and(before: Callable[[int], Any] | None, worker: int) -> No
         before(worker)
 
 
+def _starts_workers(loader: Any) -> Any:
+    return getattr(loader, "base_dataloader", loader)  # inside accelerate's wrapper
+
+
+def shield_workers(loader: Any) -> None:
+    """Lets the workers that a `DataLoader` will start survive SIGTERM, where Python can (Linux)."""
+    inner = _starts_workers(loader)
+    before = inner.worker_init_fn
+    if hasattr(signal, "sigwaitinfo") and getattr(before, "func", None) is not _leave_to_parent_and:
+        inner.worker_init_fn = functools.partial(_leave_to_parent_and, before)
+
+
 class StopOnSigterm(TrainerCallback):
     """On SIGTERM: finishes the optimizer step, saves a complete checkpoint, stops, and ends the process as told.
 
@@ -102,12 +114,9 @@ class StopOnSigterm(TrainerCallback):
 
     def shield(self, loader: Any) -> Any:
         """Lets the workers of an evaluation's `DataLoader` survive, too, and returns it."""
-        inner = getattr(loader, "base_dataloader", loader)  # that of accelerate's wrapper starts the workers
-        lasting = inner.num_workers > 0 and inner.persistent_workers and hasattr(signal, "sigwaitinfo")
-        before = inner.worker_init_fn
-        shielded = getattr(before, "func", None) is _leave_to_parent_and
-        if (self.worker_init_fn is not None or lasting) and not shielded:
-            inner.worker_init_fn = functools.partial(_leave_to_parent_and, before)
+        inner = _starts_workers(loader)
+        if self._active or (inner.num_workers > 0 and inner.persistent_workers):
+            shield_workers(loader)
         return loader
 
     def _install(self) -> Callable[..., Any] | int | None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import shutil
+import signal
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -349,6 +352,26 @@ def test_a_just_in_time_checkpoint_has_the_average(
     assert (resumed.average.num_updates, resumed.clock) == (6, 6.0)
     # Where the checkpoint comes after the forward pass of the next step, so does its random state.
     assert same(clones(resumed), clones(whole)) == (saved_in != "on_pre_optimizer_step")
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
+def test_a_just_in_time_checkpoint_comes_also_where_the_workers_are_told(tmp_path: Path) -> None:
+    """As they are by a scheduler that sends SIGTERM to every process there is."""
+    average, told = callback(), []
+    more = {"enable_jit_checkpoint": True, "dataloader_num_workers": 1, "dataloader_prefetch_factor": 1}
+
+    class ToAll(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                told.extend(str(worker.pid) for worker in multiprocessing.active_children())
+                subprocess.run(["kill", "-TERM", *told], check=True)
+                jit.jit_manager.is_checkpoint_requested = True  # which Trainer does some seconds after the signal
+
+    run = trainer(average, tmp_path, ToAll(), **more)
+    jit: Any = next(c for c in run.callback_handler.callbacks if isinstance(c, JITCheckpointCallback))
+    run.train()
+    assert len(told) == 1 and average.global_step == 3
+    assert average.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
 
 
 def test_the_end_of_a_run_writes_into_no_checkpoint_of_another(tmp_path: Path) -> None:
