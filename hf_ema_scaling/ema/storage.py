@@ -8,7 +8,7 @@ import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +28,8 @@ from hf_ema_scaling.ema.teacher import inference_config
 
 STATE_NAME = "ema_state.json"
 FORMAT_VERSION = 1
+OnMissing = Literal["raise", "rebuild"]
+"""What to do when the average to resume is missing or damaged."""
 
 
 class AverageStateError(RuntimeError):
@@ -157,6 +159,18 @@ def load_average(folder: str | Path, model: nn.Module, average: WeightAverage) -
         average.gathered = float(record.get("gathered", 0.0))
     average.rebind(model)
     state: dict[str, Any] = record["state"]
+    return state
+
+
+def read_state(folder: str | Path) -> dict[str, Any]:
+    """The caller's `state` in a saved average, whose weights are not read.
+
+    Raises:
+        AverageStateError: The folder or `ema_state.json` is missing or damaged.
+    """
+    folder = Path(folder)
+    _put_back(folder)
+    state: dict[str, Any] = _read_record(folder)["state"]
     return state
 
 

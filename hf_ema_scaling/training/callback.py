@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_ema_scaling.ema import EMATeacher, WeightAverage
 from hf_ema_scaling.ema.export import export_average
 from hf_ema_scaling.ema.shadow import BufferPolicy
 from hf_ema_scaling.ema.skipped import SkipWatch
+from hf_ema_scaling.ema.storage import OnMissing
 from hf_ema_scaling.scaling import ReferenceClock, ema_weight, momentum_from_half_life, scale_momentum
-from hf_ema_scaling.training.callback_checkpoints import CheckpointedAverage, OnMissing
+from hf_ema_scaling.training.callback_checkpoints import CheckpointedAverage
 from hf_ema_scaling.training.checks import LivenessWatch, has_batch_statistics, share_statistics
+from hf_ema_scaling.training.signals import shield_workers
 from hf_ema_scaling.training.stock import (
     learns,
     loader_batch_size,
@@ -51,7 +54,9 @@ class EMACallback(CheckpointedAverage):
 
     Checkpoints: `checkpoint-N/ema/` is a complete `from_pretrained` folder of the average plus `ema_state.json`;
     `checkpoint-N/` itself stays the student. `train(resume_from_checkpoint=...)` continues the average bit for bit.
-    Just-in-time checkpoints and the checkpoints in the trial folders of a hyper-parameter search have it too.
+    Just-in-time checkpoints and the checkpoints in the trial folders of a hyper-parameter search have it too; with
+    `enable_jit_checkpoint` the workers that load training data survive a SIGTERM to the whole process group. After a
+    crash, `train(resume_from_checkpoint=average.newest_checkpoint(output_dir))` goes on from the newest complete one.
 
     Several averages of one run: give each callback but one a `name`, and so a folder `ema-<name>`; each resumes,
     exports and teaches on its own.
@@ -228,6 +233,9 @@ class EMACallback(CheckpointedAverage):
         model: nn.Module = kwargs["model"]
         refuse_unsupported(args, model)
         self._claim_folder(state)
+        if args.enable_jit_checkpoint and isinstance(kwargs.get("train_dataloader"), DataLoader):
+            # Schedulers send SIGTERM to every process there is; a worker's death would come before the checkpoint.
+            shield_workers(kwargs["train_dataloader"])
         batch = loader_batch_size(kwargs.get("train_dataloader"), args.world_size)
         # Nothing else tells a new attempt after an out-of-memory error from a second train().
         attempt = bool(self._running and args.auto_find_batch_size and batch < self._batch)
