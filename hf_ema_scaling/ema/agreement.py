@@ -13,7 +13,7 @@ from hf_ema_scaling.ema.average import WeightAverage
 from hf_ema_scaling.ema.differences import attributes, described, differences
 from hf_ema_scaling.ema.names import canonical_name, unwrap
 from hf_ema_scaling.ema.outputs import apart, difference, floats
-from hf_ema_scaling.ema.sharding import reshard
+from hf_ema_scaling.ema.sharding import class_of, reshard
 from hf_ema_scaling.ema.teacher import DeadTeacherError, EMATeacher
 from hf_ema_scaling.ema.trial import in_mode, rng_devices, seed
 
@@ -145,7 +145,7 @@ def _place(student: nn.Module, where: str | None) -> str:
     if where is None:
         return ""
     parts = {canonical_name(name): part for name, part in student.named_modules()}
-    return f", and part first in what {where or 'the model as a whole'} ({type(parts[where]).__name__}) returns"
+    return f", and part first in what {where or 'the model as a whole'} ({class_of(parts[where]).__name__}) returns"
 
 
 def _tolerance(student: nn.Module, teacher: EMATeacher) -> float:
