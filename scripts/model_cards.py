@@ -49,8 +49,8 @@ MODELS = {
             language=("en",),
             license="apache-2.0",
             tags=("sentiment",),
-            limits="A small model from scratch that shows averaging, not the state of its task. The sentences are those "
-            "of the VADER corpus (MIT; C.J. Hutto and E.E. Gilbert, ICWSM 2014), without the neutral ones.",
+            limits="A small model from scratch that shows averaging, not the state of its task. The sentences are "
+            "those of the VADER corpus (MIT; C.J. Hutto and E.E. Gilbert, ICWSM 2014), without the neutral ones.",
         ),
         ("metrics", "average"),
     ),
@@ -60,8 +60,8 @@ MODELS = {
             title="byol-digits",
             license="apache-2.0",
             tags=("byol", "self-supervised"),
-            limits="An encoder of 8x8 images, for a linear probe. The images are the digits that come with scikit-learn "
-            "(BSD-3-Clause; from the UCI repository, CC-BY-4.0).",
+            limits="An encoder of 8x8 images, for a linear probe. The images are the digits that come with "
+            "scikit-learn (BSD-3-Clause; from the UCI repository, CC-BY-4.0).",
         ),
         ("metrics", "average"),
     ),

@@ -309,8 +309,8 @@ def _prepared(
 ) -> Dataset:
     """Rows of features, durations and, where there are any, labels, without those that cannot be used."""
     if labels is not None:
-        # Not a column of texts: tokenizers change as they work, and the cache would not know the data again. Added before
-        # other columns go: `datasets` cannot add to a saved data set that a column in memory was taken out of.
+        # Not a column of texts: tokenizers change as they work, and the cache would not know the data again. Added
+        # before other columns go: `datasets` cannot add to a saved data set that a column in memory was taken out of.
         if "labels" in dataset.column_names:
             dataset = dataset.rename_column("labels", "labels of the data set")
         dataset = dataset.add_column("labels", labels, feature=Ids)
