@@ -30,10 +30,17 @@ from hf_ema_scaling.training.seq2seq import PseudoLabelSeq2SeqTrainer
 from hf_ema_scaling.training.seq2seq_arguments import EMASeq2SeqTrainingArguments
 from hf_ema_scaling.training.trainer import PseudoLabelTrainer
 
+
+def classifier() -> Any:
+    model = tiny.bert()
+    model.config.problem_type = "single_label_classification"
+    return model
+
+
 HEADS = {
     "ctc": (tiny.wav2vec2, "lm_head"),
     "batch norm": (tiny.parakeet, "ctc_head"),
-    "classifier": (tiny.bert, "classifier"),
+    "classifier": (classifier, "classifier"),
     "causal": (tiny_generation.gpt2, "lm_head"),
     "seq2seq": (tiny_generation.t5, "lm_head"),
     "speech seq2seq": (tiny_generation.whisper, "proj_out"),
