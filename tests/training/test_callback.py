@@ -410,6 +410,17 @@ def test_nonfinite_parameter(dtype: torch.dtype) -> None:
     assert nonfinite_parameter(model) is None
 
 
+def test_nonfinite_parameter_of_several_dtypes() -> None:
+    model = nn.Sequential(nn.Linear(3, 3).double(), nn.Linear(3, 3).bfloat16(), nn.Linear(3, 3))
+    with torch.no_grad():
+        model[0].weight.fill_(1e300)
+        assert nonfinite_parameter(model) is None
+        model[2].weight[0, 0] = math.nan
+        assert nonfinite_parameter(model) == "2.weight"
+        model[0].bias[2] = math.inf
+    assert nonfinite_parameter(model) == "0.bias"
+
+
 def started(model: nn.Module, folder: Path, **changes: Any) -> tuple[EMACallback, TrainingArguments, TrainerState]:
     average, args, state = callback(), arguments(folder, **changes), TrainerState()
     loader = prepare_data_loader(DataLoader(Sentences(), batch_size=4), num_processes=1, process_index=0)
