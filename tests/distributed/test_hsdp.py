@@ -10,6 +10,7 @@ import launch
 import pytest
 import tiny
 import torch
+from agreement import close
 from transformers import BertForSequenceClassification
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -17,9 +18,6 @@ import hsdp_processes
 import sharded_processes
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
-TOLERANCE = 3e-5
-"""As in `test_fsdp.py`."""
 
 Launched = tuple[Path, int, list[dict[str, Any]]]
 
@@ -30,14 +28,6 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("hsdp")
     launch.on_processes(2 * shards, hsdp_processes.__file__, str(folder), str(shards))
     return folder, shards, launch.results(folder, 2 * shards)
-
-
-def close(found: dict[str, Any], alone: Any) -> None:
-    for key in ("gradients", "weights", "averages"):
-        expected = getattr(alone.recorder, key)
-        assert len(found[key]) == len(expected) > 0
-        for one, two in zip(expected, found[key], strict=True):
-            assert tiny.difference(one, two) < TOLERANCE, key
 
 
 def test_copies_of_shards_train_as_one_process_does(launched: Launched, tmp_path: Path) -> None:
