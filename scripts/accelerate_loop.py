@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from hf_ema_scaling import EMATeacher, ReferenceClock, SkipWatch, WeightAverage, register_average
-from hf_ema_scaling.ema import save_average
+from hf_ema_scaling.ema import check_agreement, check_liveness, save_average
 from hf_ema_scaling.scaling import OptimizerValues, scaling_rule
 
 # The recipe, at the reference batch.
@@ -142,6 +142,11 @@ def main(
     clock = ReferenceClock(REFERENCE_BATCH)
     register_average(accelerator, model, average, clock)
     teacher = EMATeacher(model, average, factory=lambda: Net(dropout)) if pseudo_labels else None
+    if teacher is not None:
+        # Before the first label: the teacher is the network with other weights, and those are its own.
+        few = {"rows": rows[:4].to(accelerator.device)}
+        check_agreement(model, average, teacher, few)
+        check_liveness(model, average, teacher, few)
 
     if resume:
         checkpoint = newest(folder)

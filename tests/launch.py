@@ -22,7 +22,8 @@ def _environment() -> dict[str, str]:
     return os.environ | own
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -53,7 +54,7 @@ def on_processes(count: int, script: str, *arguments: str) -> list[str]:
     """Runs `python script arguments` so many times, as the ranks of one group; what each printed."""
     common = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "ACCELERATE_USE_CPU": "true",
@@ -75,5 +76,5 @@ def by_accelerate(script: str, *arguments: str) -> None:
     """
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [*launch, *options, "--main_process_port", str(_free_port()), script, *arguments]
+    command = [*launch, *options, "--main_process_port", str(free_port()), script, *arguments]
     _wait([_start(command, _environment())])

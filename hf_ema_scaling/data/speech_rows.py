@@ -308,7 +308,13 @@ def _prepared(
     on_bad_item: str,
 ) -> Dataset:
     """Rows of features, durations and, where there are any, labels, without those that cannot be used."""
-    dataset = dataset.select_columns([audio_column])
+    if labels is not None:
+        # Not a column of texts: tokenizers change as they work, and the cache would not know the data again. Added
+        # before other columns go: `datasets` cannot add to a saved data set that a column in memory was taken out of.
+        if "labels" in dataset.column_names:
+            dataset = dataset.rename_column("labels", "labels of the data set")
+        dataset = dataset.add_column("labels", labels, feature=Ids)
+    dataset = dataset.select_columns([audio_column, *([] if labels is None else ["labels"])])
     if isinstance(dataset.features[audio_column], Audio):
         dataset = dataset.cast_column(audio_column, Audio(decode=False))
     name = extractor.model_input_names[0]
@@ -317,8 +323,6 @@ def _prepared(
     inputs = List(Value("float32")) if bins is None else Array2D((None, bins), "float32")
     features = {name: inputs, "duration": Value("float32"), "dropped": Value("string"), "why": Value("string")}
     if labels is not None:
-        # Not a column of texts: tokenizers change as they work, and the cache would not know the data again.
-        dataset = dataset.add_column("labels", labels, feature=Ids)
         features["labels"] = Ids
     with quiet_unless_terminal():
         # Through numpy: samples become an array without becoming a Python list first.

@@ -1,10 +1,20 @@
-"""Files that neither a kill nor a power cut can tear: data reaches the disk before the name that promises it."""
+"""Files that neither a kill nor a power cut can tear: data reaches the disk before the name that promises it.
+
+And what tells a whole file from one that others have torn, or a disk has damaged.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import zipfile
+import zlib
 from pathlib import Path
+
+import torch
+
+UNREADABLE_ZIP = (OSError, ValueError, EOFError, zipfile.BadZipFile)
+"""What `check_zip` raises."""
 
 
 def flush(path: str | Path) -> None:
@@ -45,3 +55,29 @@ def flush_names(folder: str | Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def check_zip(path: str | Path) -> None:
+    """Verifies the CRC-32 of every record in a file that `torch.save` wrote.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        OSError, ValueError, EOFError, zipfile.BadZipFile: It is torn or damaged.
+    """
+    with zipfile.ZipFile(path) as file:
+        broken = file.testzip() if torch.serialization.get_crc32_options() else None
+    if broken is not None:
+        raise ValueError(f"wrong CRC-32 of its record {broken}")
+
+
+def file_checksum(path: str | Path) -> str:
+    """CRC-32 of a file's content, as eight hexadecimal digits.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return f"{checksum:08x}"

@@ -39,8 +39,14 @@ class Shadow(dict[str, Tensor]):
         self.persistent: set[str] = set()
 
     def add(self, entry: Entry) -> None:
-        """Take in a tensor of the model: a copy, or the model's own if it is frozen."""
+        """Take in a tensor of the model: a copy, or the model's own if it is frozen.
+
+        Raises:
+            TypeError: It is saved with the model, and quantized by torch or sparse.
+        """
         source = entry.tensor
+        if entry.persistent:
+            check_kind(entry.key, source)
         shared = self._share_frozen and frozen.may_refer(source, adapters=self._adapters)
         self[entry.key] = source if shared else frozen.owned_copy(source, self.dtype_of(entry))
         for slot in entry.slots:
@@ -106,6 +112,21 @@ class Shadow(dict[str, Tensor]):
                     check_placement(key, self[key], entry.tensor)
             matched.append(Entry(key, entry.slots))
         return matched
+
+
+def check_kind(key: str, tensor: Tensor) -> None:
+    """Raises `TypeError` for a tensor that has neither an average nor a place in safetensors."""
+    if tensor.is_quantized:
+        raise TypeError(
+            f"{key!r} is quantized by torch ({tensor.dtype}), which safetensors cannot store: keep its int_repr(), "
+            "scale and zero point as buffers of their own, or register it with persistent=False if it can be made "
+            "anew."
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{key!r} is sparse ({tensor.layout}), which safetensors cannot store: register it dense, or with "
+            "persistent=False if it can be made anew."
+        )
 
 
 def check_shape(key: str, wanted: Tensor, found: Tensor) -> None:

@@ -8,7 +8,7 @@ import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +28,9 @@ from hf_ema_scaling.ema.teacher import inference_config
 
 STATE_NAME = "ema_state.json"
 FORMAT_VERSION = 1
+OnMissing = Literal["raise", "rebuild"]
+"""What to do when the average to resume is missing or damaged."""
+_NO_DTYPE_OF_SAFETENSORS = (torch.complex32, torch.complex128)
 
 
 class AverageStateError(RuntimeError):
@@ -61,7 +64,8 @@ def save_average(
             processes must call this. The one that writes holds the whole average on its CPU meanwhile.
 
     Raises:
-        TypeError, ValueError: `state` is not JSON, or has NaN or infinity; or as `adapter_tensors`.
+        TypeError, ValueError: `state` is not JSON, or has NaN or infinity; a tensor's dtype is none of safetensors; or
+            as `adapter_tensors`.
         NotImplementedError: PEFT adapters that are not stored as they are held.
     """
     folder = Path(folder)
@@ -72,6 +76,7 @@ def save_average(
     kept = {key: tensors.get(key, tensor) for key, tensor in average.tensors().items()}
     if adapters := bool(adapter_configs(inner)):
         kept = {key: kept[key] for key in adapter_names(inner, average, tensors)}
+    _check_dtypes(kept)
     record: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "num_updates": average.num_updates,
@@ -160,6 +165,18 @@ def load_average(folder: str | Path, model: nn.Module, average: WeightAverage) -
     return state
 
 
+def read_state(folder: str | Path) -> dict[str, Any]:
+    """The caller's `state` in a saved average, whose weights are not read.
+
+    Raises:
+        AverageStateError: The folder or `ema_state.json` is missing or damaged.
+    """
+    folder = Path(folder)
+    _put_back(folder)
+    state: dict[str, Any] = _read_record(folder)["state"]
+    return state
+
+
 def check_average(folder: str | Path) -> dict[str, Any]:
     """Reads a saved average without a model and verifies what can be so: every file, and each tensor stored by name.
 
@@ -183,6 +200,15 @@ def check_average(folder: str | Path) -> dict[str, Any]:
             raise _damaged(folder, f"tensor {key!r} is {found}, {STATE_NAME} says {expected}")
     state: dict[str, Any] = record["state"]
     return state
+
+
+def _check_dtypes(tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if tensor.dtype in _NO_DTYPE_OF_SAFETENSORS:
+            raise TypeError(
+                f"{key!r} is {tensor.dtype}, which safetensors cannot store (of complex dtypes only torch.complex64): "
+                "keep its real and imaginary part (torch.view_as_real), or register it with persistent=False."
+            )
 
 
 def _old(folder: Path) -> Path:

@@ -1,10 +1,10 @@
-"""`EMATeacher`: a separate frozen module in eval mode whose weights are the average, and checks that it lives."""
+"""`EMATeacher`: a separate frozen module in eval mode whose weights are the average."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,16 +14,18 @@ from transformers.initialization import no_init_weights
 
 from hf_ema_scaling.ema.adapters import adapter_configs, adapter_module, check_filled
 from hf_ema_scaling.ema.average import WeightAverage
+from hf_ema_scaling.ema.differences import described, differences
 from hf_ema_scaling.ema.forwards import carry_over_forwards
 from hf_ema_scaling.ema.kernels import Pairs
-from hf_ema_scaling.ema.names import local_shard, unwrap
+from hf_ema_scaling.ema.names import unwrap
 from hf_ema_scaling.ema.sharding import class_of
+from hf_ema_scaling.ema.trial import rng_devices
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class DeadTeacherError(RuntimeError):
-    """The teacher does not follow the average, or the average does not follow the student."""
+    """The teacher does not follow the average, the average does not follow the student, or they compute otherwise."""
 
 
 class EMATeacher:
@@ -32,9 +34,12 @@ class EMATeacher:
     The module is built from the class and a deep copy of the configuration (and those of its PEFT adapters), never by
     copying the student, and all its parameters and buffers are the shadow tensors, which for frozen parameters are the
     student's own: labelling costs no second copy of the weights and every update of the average is seen at once. A
-    `forward` that was replaced on the student is carried over, see `ema.forwards`. With a `dtype` that is not the
-    average's the module holds copies in that dtype, which are made anew at a call (or at `module`) if the average was
-    written to since the last; half precision computes under autocast of that dtype, with floating inputs cast to it.
+    `forward` that was replaced on the student is carried over, see `ema.forwards`; hooks, and modules of another class
+    that were put onto the student, are not: `check_agreement` and `check_liveness` say on one batch whether that
+    matters, as the trainers do when they start, and a first call without them warns of what may. With a `dtype` that
+    is not the average's the module holds copies in that dtype, which are made anew at a call (or at `module`) if the
+    average was written to since the last; half precision computes under autocast of that dtype, with floating inputs
+    cast to it.
     Creating it leaves the student's bits and the random state as they were. It is a plain object, so assigning it to
     a model or trainer registers nothing.
 
@@ -42,6 +47,10 @@ class EMATeacher:
     bit from the shards when it is created and by each `refresh()`, which every process must call after an update and
     before it labels. So any process may label anything, in as many forward passes as it likes, without waiting for
     the others; it costs 4 bytes per parameter on each, and one gathering per labelling step.
+
+    Attributes:
+        from_factory: Whether a factory built the module.
+        warned: Whether there is nothing more to warn of at the first call.
 
     Args:
         model: The student, wrapped or not.
@@ -71,7 +80,7 @@ class EMATeacher:
         student = unwrap(model)
         average.rebind(model)
         # Constructors draw random numbers on the CPU even where initialisation is disabled.
-        with torch.random.fork_rng(devices=_rng_devices(average.device)):
+        with torch.random.fork_rng(devices=rng_devices(average.device)):
             module = factory() if factory is not None else _build(student, average)
         mine = {id(tensor) for tensor in (*student.parameters(), *student.buffers())}
         if module is student or any(id(tensor) in mine for tensor in (*module.parameters(), *module.buffers())):
@@ -86,6 +95,9 @@ class EMATeacher:
             for part in _config_parts(self.config):
                 part.dtype = self.dtype
         self._share()
+        self.from_factory = factory is not None
+        self.warned = False
+        self._lacks = described(one for one in differences(student, self._module) if one.doubtful)
 
     @property
     def module(self) -> nn.Module:
@@ -154,6 +166,14 @@ class EMATeacher:
             DeadTeacherError: The module or one of its parts was put in training mode.
         """
         module = self.module
+        if self._lacks and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"The student has what its teacher lacks: {self._lacks}. If that changes outputs, the teacher labels "
+                "by another function: hf_ema_scaling.ema.check_agreement(model, average, teacher, inputs), called "
+                "once before labelling, tells; a `factory=` that returns a model with the same in it is the way out.",
+                stacklevel=3,
+            )
         training = next((name for name, part in module.named_modules() if part.training), None)
         if training is not None:
             raise DeadTeacherError(
@@ -196,114 +216,6 @@ def inference_config(model: PreTrainedModel) -> PreTrainedConfig:
         if getattr(part, "use_cache", None) is False and getattr(type(part), "use_cache", None) is True:
             part.use_cache = True
     return config
-
-
-def check_liveness(model: nn.Module, average: WeightAverage, teacher: EMATeacher, inputs: Mapping[str, Any]) -> None:
-    """Tests the mechanism: perturb the student, update the average, and the teacher's output must change.
-
-    The student, the average, its update count and the random state are put back bit for bit, also on failure. Costs
-    a copy of both sets of weights while it runs.
-
-    Args:
-        model: The student, wrapped or not.
-        average: Its average.
-        teacher: The teacher over that average.
-        inputs: Keyword inputs of one small batch, without labels, on the teacher's device.
-
-    Raises:
-        DeadTeacherError: The output did not change, or the student has nothing trainable.
-    """
-    moving = [local_shard(p) for p in model.parameters() if p.requires_grad and p.is_floating_point()]
-    if not moving:
-        raise DeadTeacherError("The student has no trainable floating-point parameter, so its average never moves.")
-    with torch.no_grad():
-        student = [parameter.detach().clone() for parameter in moving]
-        shadow = {name: t.clone() for name, t in average.tensors().items() if name not in average.references}
-    counts = average.num_updates, average.gathered
-    generator = torch.Generator(moving[0].device).manual_seed(0)
-    with torch.random.fork_rng(devices=_rng_devices(average.device)):
-        before = list(_floats(teacher(**inputs)))
-        try:
-            with torch.no_grad():
-                for parameter in moving:
-                    scale = parameter.abs().float().mean().clamp_min(0.01)
-                    noise = torch.randn(parameter.shape, generator=generator, device=parameter.device) * scale
-                    parameter.add_(noise.to(parameter.dtype))
-            average.blend(model, 0.5)
-            teacher.refresh()
-            after = list(_floats(teacher(**inputs)))
-        finally:
-            with torch.no_grad():
-                for parameter, value in zip(moving, student, strict=True):
-                    parameter.copy_(value)
-            average.load(shadow)
-            average.num_updates, average.gathered = counts
-            teacher.refresh()
-    if not before:
-        raise DeadTeacherError("The teacher returned no floating-point tensor, so its labels cannot be checked.")
-    if len(before) == len(after) and all(_same(a, b) for a, b in zip(before, after, strict=True)):
-        raise DeadTeacherError(
-            "The teacher is dead: its output did not change after the student was perturbed and the average updated. "
-            "Check that the teacher was built from this average and that updates reach it."
-        )
-
-
-def check_parity(
-    teacher: EMATeacher, full: EMATeacher, inputs: Mapping[str, Any], *, tolerance: float | None = None
-) -> float:
-    """Compares the outputs of a half-precision teacher with those of a float32 one, on one batch.
-
-    Args:
-        teacher: The teacher to check.
-        full: A float32 teacher over the same average; over a float32 average it costs no copy.
-        inputs: Keyword inputs of one batch, without labels, on the teachers' device.
-        tolerance: Largest difference allowed. None for 16 units of the dtype's precision: 0.125 for bfloat16, 0.0156
-            for float16.
-
-    Returns:
-        `||half - full|| / ||full||` over all floating-point outputs together, in float64.
-
-    Raises:
-        DeadTeacherError: The difference is above the tolerance, or not a number.
-    """
-    if tolerance is None:
-        tolerance = 16 * torch.finfo(teacher.dtype).eps
-    pairs = list(zip(_floats(full(**inputs)), _floats(teacher(**inputs)), strict=True))
-    apart = math.sqrt(sum(float((b.double() - a.double()).square().sum()) for a, b in pairs))
-    size = math.sqrt(sum(float(a.double().square().sum()) for a, _ in pairs))
-    difference = 0.0 if apart == 0.0 else apart / size if size else math.inf
-    if not difference <= tolerance:
-        raise DeadTeacherError(
-            f"The teacher in {teacher.dtype} does not say what one in torch.float32 says: their outputs differ by "
-            f"{difference:.3g} of their size, {tolerance:.3g} is allowed. Use torch.float32, or torch.bfloat16 where "
-            "values overflow in torch.float16."
-        )
-    return difference
-
-
-def check_moved(model: nn.Module, average: WeightAverage, initial_fingerprint: tuple[int, ...]) -> None:
-    """Verifies by bits that the average has moved since `initial_fingerprint` and is not the student.
-
-    For use after three updates with a momentum above 0 and a learning rate above 0.
-
-    Args:
-        model: The student.
-        average: Its average.
-        initial_fingerprint: `average.fingerprint()` from before those updates.
-
-    Raises:
-        DeadTeacherError: The average did not move, or equals the student.
-    """
-    if average.fingerprint() == initial_fingerprint:
-        raise DeadTeacherError(
-            f"The average has not moved by one bit after {average.num_updates} updates: either updates do not reach "
-            "it, the student's weights do not change, or the momentum is so close to 1 that float32 cannot show it."
-        )
-    if average.equals(model):
-        raise DeadTeacherError(
-            f"The average equals the student after {average.num_updates} updates: the momentum is 0, or the two "
-            "share their tensors."
-        )
 
 
 def _forward(module: nn.Module, *args: Any, **inputs: Any) -> Any:
@@ -366,24 +278,3 @@ def _kept_in_float32(module: nn.Module, dtype: torch.dtype) -> Callable[[str], b
     lists += ["_keep_in_fp32_modules"] if dtype == torch.float16 else []
     kept = {part for name in lists for part in getattr(module, name, None) or ()}
     return lambda name: any(f".{part}." in f".{name}." for part in kept)
-
-
-def _rng_devices(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []
-
-
-def _floats(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output.clone()
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _floats(value)
-    elif isinstance(output, Sequence) and not isinstance(output, str):
-        for value in output:
-            yield from _floats(value)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    # NaN equals NaN here: a teacher that only returns NaN must not pass as one that changed.
-    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from hf_ema_scaling.data.collator import MicroBatch
 from hf_ema_scaling.data.images import ImageRows, RandomViews
 from hf_ema_scaling.data.sampler import Draw
 from hf_ema_scaling.data.stream import LABELLED
-from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_liveness
+from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_agreement, check_liveness
 from hf_ema_scaling.training.arguments import EMATrainingArguments
 from hf_ema_scaling.training.augment import SEEDS_PER_RUN
 from hf_ema_scaling.training.losses import byol_losses
@@ -42,6 +43,7 @@ class BYOLTrainer(EMATrainerMixin):
         args: the recipe at the reference batch, and the batch of this run.
         views: makes the views.
         probe_dataset: map-style rows with `labels`, for the linear probe.
+        teacher_factory: builds the target network where class and configuration do not suffice.
         **kwargs: as for `EMATrainer`, without `example_loss`, `augmentation` and `compute_metrics`.
 
     Raises:
@@ -55,10 +57,12 @@ class BYOLTrainer(EMATrainerMixin):
         *,
         views: RandomViews,
         probe_dataset: ImageRows | None = None,
+        teacher_factory: Callable[[], nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:
         self.views = views
         self.probe_dataset = probe_dataset
+        self.teacher_factory = teacher_factory
         self._target: EMATeacher | None = None
         measure = None if probe_dataset is None else self.measure
         super().__init__(model, args, example_loss=_example_loss, compute_metrics=measure, **kwargs)
@@ -76,20 +80,23 @@ class BYOLTrainer(EMATrainerMixin):
                 )
 
     def begin_training(self) -> None:
-        """Also tests that the target network follows the student."""
+        """Also tests that the target network says what the student would say, and follows it."""
         super().begin_training()
         assert self.average is not None
         row = self.data_collator(
             [{"pixel_values": self.run_dataset()[Draw(LABELLED, 0, 0, 0, 1.0)][1]["pixel_values"]}]
         )
-        check_liveness(self.model, self.average, self.target(), self._prepare_inputs(row))
+        inputs = self._prepare_inputs(row)
+        with self.accelerator.autocast():
+            check_agreement(self.model, self.average, self.target(), inputs)
+        check_liveness(self.model, self.average, self.target(), inputs)
 
     def target(self) -> EMATeacher:
         """The target network over the average's storage; before training, over a copy of the weights as they are."""
         if self.average is None:
-            return EMATeacher(self.model, WeightAverage(self.model))
+            return EMATeacher(self.model, WeightAverage(self.model), factory=self.teacher_factory)
         if self._target is None or self._target.average is not self.average:
-            self._target = EMATeacher(self.model, self.average)
+            self._target = EMATeacher(self.model, self.average, factory=self.teacher_factory)
         return self._target
 
     def label_micro_batches(self, inputs: dict[str, list[MicroBatch]]) -> list[MicroBatch]:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_ema_scaling.ema import EMATeacher, WeightAverage
+from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_agreement, check_liveness
 from hf_ema_scaling.ema.export import export_average
 from hf_ema_scaling.ema.shadow import BufferPolicy
 from hf_ema_scaling.ema.skipped import SkipWatch
+from hf_ema_scaling.ema.storage import OnMissing
 from hf_ema_scaling.scaling import ReferenceClock, ema_weight, momentum_from_half_life, scale_momentum
-from hf_ema_scaling.training.callback_checkpoints import CheckpointedAverage, OnMissing
+from hf_ema_scaling.training.callback_checkpoints import CheckpointedAverage
 from hf_ema_scaling.training.checks import LivenessWatch, has_batch_statistics, share_statistics
+from hf_ema_scaling.training.signals import shield_workers
 from hf_ema_scaling.training.stock import (
     learns,
     loader_batch_size,
@@ -51,7 +54,9 @@ class EMACallback(CheckpointedAverage):
 
     Checkpoints: `checkpoint-N/ema/` is a complete `from_pretrained` folder of the average plus `ema_state.json`;
     `checkpoint-N/` itself stays the student. `train(resume_from_checkpoint=...)` continues the average bit for bit.
-    Just-in-time checkpoints and the checkpoints in the trial folders of a hyper-parameter search have it too.
+    Just-in-time checkpoints and the checkpoints in the trial folders of a hyper-parameter search have it too; with
+    `enable_jit_checkpoint` the workers that load training data survive a SIGTERM to the whole process group. After a
+    crash, `train(resume_from_checkpoint=average.newest_checkpoint(output_dir))` goes on from the newest complete one.
 
     Several averages of one run: give each callback but one a `name`, and so a folder `ema-<name>`; each resumes,
     exports and teaches on its own.
@@ -93,6 +98,8 @@ class EMACallback(CheckpointedAverage):
             in `output_dir/checkpoint-N` of the step `N` that is resumed.
         on_missing_average: What to do when the average to resume is missing or damaged: `"raise"`, or `"rebuild"` it
             from the weights that are resumed, with a warning.
+        teacher_factory: Returns a new module of the student's architecture, for `teacher`; needed where class and
+            configuration do not give all of it.
 
     Raises:
         ValueError: An argument is out of range, or not exactly one of `momentum` and `half_life` is given.
@@ -112,6 +119,7 @@ class EMACallback(CheckpointedAverage):
         name: str | None = None,
         resume_from: str | Path | None = None,
         on_missing_average: OnMissing = "raise",
+        teacher_factory: Callable[[], nn.Module] | None = None,
     ) -> None:
         if (momentum is None) == (half_life is None):
             raise ValueError(f"give exactly one of momentum and half_life, got {momentum!r} and {half_life!r}")
@@ -134,6 +142,8 @@ class EMACallback(CheckpointedAverage):
         )
         self.buffers: BufferPolicy = buffers
         self.dtype = dtype
+        self.teacher_factory = teacher_factory
+        self._half: torch.dtype | None = None
         self._warned_at: float | None = None
         self._batch = 0
         self._accumulated = 0
@@ -149,16 +159,37 @@ class EMACallback(CheckpointedAverage):
     def teacher(self) -> EMATeacher:
         """A frozen model in eval mode over the average's own storage; built once, always up to date.
 
+        `check_teacher` tests it; `PseudoLabelCollator` calls that before the first label, others do it themselves.
+
         Of a sharded average (FSDP2) it is a gathered copy on every process, which all of them must ask for at the same
         moment the first time; after that each update gathers it anew.
 
         Raises:
             RuntimeError: Training has not begun.
-            TypeError: The model is not a transformers model that can be built from its configuration.
+            TypeError: The model is not a transformers model that can be built from its configuration, and there is no
+                `teacher_factory`.
         """
         if self._teacher is None:
-            self._teacher = EMATeacher(self._student, self.average)
+            self._teacher = EMATeacher(self._student, self.average, factory=self.teacher_factory)
         return self._teacher
+
+    def check_teacher(self, inputs: Mapping[str, Any]) -> None:
+        """Tests on one small batch that `teacher` is the student with other weights, and weights of its own.
+
+        Not while a graph of the student is alive, between its forward and its backward pass: the student's weights
+        are changed meanwhile. See `check_agreement` and `check_liveness`. With shards on every process together.
+
+        Args:
+            inputs: Keyword inputs of the model without labels, on the teacher's device.
+
+        Raises:
+            RuntimeError: Training has not begun.
+            DeadTeacherError: It is not.
+        """
+        teacher = self.teacher
+        with torch.autocast(teacher.device.type, dtype=self._half, enabled=self._half is not None):
+            check_agreement(self._student, self.average, teacher, inputs)
+        check_liveness(self._student, self.average, teacher, inputs)
 
     @property
     def kappa(self) -> float:
@@ -228,6 +259,9 @@ class EMACallback(CheckpointedAverage):
         model: nn.Module = kwargs["model"]
         refuse_unsupported(args, model)
         self._claim_folder(state)
+        if args.enable_jit_checkpoint and isinstance(kwargs.get("train_dataloader"), DataLoader):
+            # Schedulers send SIGTERM to every process there is; a worker's death would come before the checkpoint.
+            shield_workers(kwargs["train_dataloader"])
         batch = loader_batch_size(kwargs.get("train_dataloader"), args.world_size)
         # Nothing else tells a new attempt after an out-of-memory error from a second train().
         attempt = bool(self._running and args.auto_find_batch_size and batch < self._batch)
@@ -238,6 +272,7 @@ class EMACallback(CheckpointedAverage):
         self._writes = args.should_save
         self._saved_step = -1
         self._processing_class = kwargs.get("processing_class")
+        self._half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         self._step = state.global_step
         self._clock = ReferenceClock(self.reference_batch_size)
         self._alive, self._watch, self._skip_watch = False, None, SkipWatch()
@@ -324,10 +359,17 @@ class EMACallback(CheckpointedAverage):
         if watched and self._watch is not None:
             self._alive = self._watch.after_update(model, self.average, ema_weight(self.momentum, kappa))
 
-    def meet_teacher(self) -> None:
-        """Builds the teacher of a sharded average, also on a process that has nothing to label; else nothing."""
-        if self._average is not None and self._average.sharded and self._teacher is None:
-            self._teacher = EMATeacher(self._student, self._average)
+    def meet_teacher(self) -> bool:
+        """Builds the teacher of a sharded average, also on a process that has nothing to label; else nothing.
+
+        Returns:
+            Whether the average is sharded, and so all processes must do the same at the same moment.
+        """
+        if self._average is None or not self._average.sharded:
+            return False
+        if self._teacher is None:
+            self._teacher = EMATeacher(self._student, self._average, factory=self.teacher_factory)
+        return True
 
     def _refresh_teacher(self) -> None:
         if self._teacher is not None:

@@ -5,27 +5,33 @@ from __future__ import annotations
 import warnings
 import weakref
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from hf_ema_scaling.ema import EMATeacher, WeightAverage, save_average
 from hf_ema_scaling.ema.folders import folder_name
+from hf_ema_scaling.ema.storage import OnMissing
 from hf_ema_scaling.scaling import ReferenceClock
 from hf_ema_scaling.training.callback_files import (
     NoAverageError,
+    average_faults,
     average_to_resume,
     check_same_run,
     holds_state,
     read_average,
+    refuse_damaged_student,
     written_checkpoint,
 )
+from hf_ema_scaling.training.checkpoints import checkpoints_in, what_is_missing
+from hf_ema_scaling.training.student_files import student_checksums
 
-OnMissing = Literal["raise", "rebuild"]
+logger = logging.get_logger(__name__)
 
 # The last run of every callback, to find two that keep their averages in the same folder of one. A run is one state.
 _RUNS: weakref.WeakKeyDictionary[CheckpointedAverage, weakref.ref[TrainerState]] = weakref.WeakKeyDictionary()
@@ -87,6 +93,33 @@ class CheckpointedAverage(TrainerCallback):
             raise RuntimeError("there is no average yet: it is created when Trainer.train() begins")
         return self._average
 
+    def newest_checkpoint(self, output_dir: str | Path) -> Path | None:
+        """The newest `checkpoint-N` that a run can resume from, with this average; for `resume_from_checkpoint`.
+
+        After a crash Trainer's own search takes the one with the highest number, though its saving may not have
+        finished. Trainer deletes older checkpoints before the average is written: keep at least two
+        (`save_total_limit`).
+
+        Args:
+            output_dir: Where the checkpoints lie.
+
+        Returns:
+            The folder, with a warning of what newer ones lack; None if none is complete.
+        """
+        passed_over: list[str] = []
+        for checkpoint in reversed(checkpoints_in(Path(output_dir))):
+            missing = what_is_missing(checkpoint, average=False)
+            if not missing and self.on_missing_average == "raise":
+                missing = average_faults(checkpoint, self.folder)
+            if not missing:
+                if passed_over:
+                    logger.warning(f"Resuming from {checkpoint}. Newer but not complete: {' | '.join(passed_over)}.")
+                return checkpoint
+            passed_over.append(f"{checkpoint.name}: {'; '.join(missing)}")
+        if passed_over:
+            logger.warning(f"No checkpoint in {output_dir} is complete: {' | '.join(passed_over)}.")
+        return None
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -122,6 +155,8 @@ class CheckpointedAverage(TrainerCallback):
     def _save(self, checkpoint: Path, model: nn.Module, state: TrainerState, *, write: bool) -> None:
         # Tells a resume whether this average and the weights it finds there belong together.
         state_of_run = self._state() | {"student_distance": self.average.distance(model)}
+        if write:
+            state_of_run["student"] = student_checksums(checkpoint)
         save_average(
             checkpoint / self.folder,
             model,
@@ -203,6 +238,7 @@ class CheckpointedAverage(TrainerCallback):
         # A new attempt after an out-of-memory error finds the weights that the last attempt left.
         if not attempt:
             check_same_run(folder, saved, model, self.average)
+            refuse_damaged_student(folder.parent, saved)
         self._clock = ReferenceClock(self.reference_batch_size, saved["units_seen"])
         for name in ("momentum", "reference_batch_size", "ema_start"):
             if saved[name] != getattr(self, name):

@@ -15,7 +15,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_ema_scaling.ema import AverageStateError, WeightAverage, load_average
-from hf_ema_scaling.ema.storage import STATE_NAME
+from hf_ema_scaling.ema.storage import STATE_NAME, check_average
+from hf_ema_scaling.training.student_files import student_faults
 
 
 class NoAverageError(AverageStateError):
@@ -111,6 +112,23 @@ def read_average(
     return saved
 
 
+def average_faults(checkpoint: Path, folder: str) -> list[str]:
+    """What keeps a run from resuming with the average in a checkpoint; empty when it is whole and of its step.
+
+    Args:
+        checkpoint: A checkpoint whose other files are complete.
+        folder: `folder_name` of the callback.
+    """
+    try:
+        saved = check_average(checkpoint / folder)
+    except AverageStateError as error:
+        return [str(error).split(". ")[0]]  # without the way out
+    step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+    if saved.get("global_step") != step:
+        return [f"the average in its {folder!r} is of step {saved.get('global_step')}"]
+    return student_faults(checkpoint, saved.get("student", {}))
+
+
 def check_same_run(folder: Path, saved: Mapping[str, Any], model: nn.Module, average: WeightAverage) -> None:
     """Compares the distance between average and student with that of the save.
 
@@ -122,4 +140,19 @@ def check_same_run(folder: Path, saved: Mapping[str, Any], model: nn.Module, ave
         raise AverageStateError(
             f"the average in {folder} is of another run: its distance to the student was {then:.6g} when it was saved "
             f"and is {now:.6g} to the weights that are resumed. Name the right folder in resume_from."
+        )
+
+
+def refuse_damaged_student(checkpoint: Path, saved: Mapping[str, Any]) -> None:
+    """Compares the files of the student beside the average with those of the save; what is not there is passed over.
+
+    Raises:
+        AverageStateError: One has other bits.
+    """
+    there = {name: value for name, value in saved.get("student", {}).items() if (checkpoint / name).is_file()}
+    found = student_faults(checkpoint, there)
+    if found:
+        raise AverageStateError(
+            f"{checkpoint} cannot be resumed: {'; '.join(found)}. Resume from another checkpoint, or restore the file "
+            "from a copy."
         )

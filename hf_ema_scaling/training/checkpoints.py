@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from hf_ema_scaling.ema import AverageStateError, WeightAverage, load_average
+from hf_ema_scaling.ema.durable import UNREADABLE_ZIP, check_zip
 from hf_ema_scaling.ema.storage import check_average
 from hf_ema_scaling.training.run_state import read_run_state
+from hf_ema_scaling.training.student_files import student_faults
 
 if TYPE_CHECKING:
     from hf_ema_scaling.training.averaged_steps import AveragedSteps
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 EMA_FOLDER = "ema"
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, SafetensorError, zipfile.BadZipFile)
+UNREADABLE = (KeyError, TypeError, SafetensorError, *UNREADABLE_ZIP)
 
 
 class IncompleteCheckpointError(ValueError):
@@ -116,8 +117,8 @@ def newest_complete_checkpoint(output_dir: str | Path, *, average: bool = True) 
 def what_is_missing(checkpoint: str | Path, *, average: bool = True) -> list[str]:
     """What keeps a run from resuming from a checkpoint; empty when it is complete.
 
-    Verifies that JSON parses, that safetensors files have the length their headers say, the CRC-32 of every record in
-    PyTorch's files, and with `average` the checksums of the average's tensors.
+    Verifies that JSON parses, that safetensors files have the length their headers say, the CRC-32 of the student's
+    files and of every record in PyTorch's, and with `average` the checksums of the average's tensors.
 
     Args:
         checkpoint: The folder.
@@ -179,7 +180,7 @@ def _trainers_faults(folder: Path) -> list[str]:
         found.append(f"{TRAINER_STATE_NAME} is missing: its saving did not finish")
     if not any(name.endswith(".safetensors") for name in names | _adapters(folder)) and not deepspeed | bool(sharded):
         found.append(f"{SAFE_WEIGHTS_NAME} is missing")
-    if not deepspeed | bool(sharded) and not {OPTIMIZER_NAME, "optimizer.bin"} & names:
+    if not deepspeed | bool(sharded) and not {OPTIMIZER_NAME, OPTIMIZER_NAME_BIN} & names:
         found.append(f"{OPTIMIZER_NAME} is missing (no optimizer state: save_only_model?)")
     if not deepspeed and SCHEDULER_NAME not in names:
         found.append(f"{SCHEDULER_NAME} is missing")
@@ -188,6 +189,10 @@ def _trainers_faults(folder: Path) -> list[str]:
     found.extend(faults_of(folder, sorted(names)))
     if not found and _global_step(folder) is None:
         found.append(f"{TRAINER_STATE_NAME} has no global_step")
+    if not found:
+        # Where the run state is lost with the average, so are the student's checksums.
+        with contextlib.suppress(AverageStateError):
+            found.extend(student_faults(folder, read_run_state(folder).student))
     return found
 
 
@@ -217,11 +222,8 @@ def _verify(path: Path) -> list[str]:
     elif path.suffix == ".safetensors":
         with safe_open(path, "pt"):
             pass
-    elif path.suffix in (".pt", ".pth") and path.is_file():
-        with zipfile.ZipFile(path) as file:
-            broken = file.testzip() if torch.serialization.get_crc32_options() else None
-        if broken is not None:
-            raise ValueError(f"wrong CRC-32 of its record {broken}")
+    elif (path.suffix in (".pt", ".pth") or path.name == OPTIMIZER_NAME_BIN) and path.is_file():
+        check_zip(path)
     return []
 
 

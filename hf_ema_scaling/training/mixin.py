@@ -31,6 +31,7 @@ from hf_ema_scaling.training.run_state import run_state_to_resume
 from hf_ema_scaling.training.saved_run import SavedRun
 from hf_ema_scaling.training.scheduler import PlanScheduler
 from hf_ema_scaling.training.sharded import refuse_resume
+from hf_ema_scaling.training.signals import take_over_just_in_time
 from hf_ema_scaling.training.tracking import scalar_logs
 
 logger = logging.get_logger(__name__)
@@ -63,6 +64,7 @@ class EMATrainerMixin(SavedRun):
             raise TypeError(f"args must be EMATrainingArguments, got {type(args).__name__}")
         super().__init__(model=model, args=args, example_loss=example_loss, augmentation=augmentation, **kwargs)
         self._logged_before = 0
+        take_over_just_in_time(self)
         show_scaling(self)
         self.callback_handler.callbacks[:0] = [ReferenceFlow(self), AverageUpdate(self), self._sigterm]
         self.layout = self._lay_out(None) if self.train_dataset is not None else None

@@ -7,11 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from hf_ema_scaling.ema import EMATeacher
 from hf_ema_scaling.labels import Labeler, MakesTargets
+from hf_ema_scaling.labels.decoder import with_decoder_start
 from hf_ema_scaling.training.callback import EMACallback
+from hf_ema_scaling.training.pseudo_label_step import inputs_of_model
 
 Example = Mapping[str, Any]
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
@@ -48,6 +52,9 @@ class PseudoLabelCollator:
     worker would label with the weights it was started with.
 
     Trainer evaluates through the same collator; evaluation examples need labels of their own.
+
+    Before the first label of a run the teacher is compared with the student on one example, see
+    `EMACallback.check_teacher`; what the labeler takes beside the model's inputs must be in its `needs_columns`.
 
     Args:
         callback: The callback that the Trainer also has in its `callbacks`.
@@ -97,6 +104,7 @@ class PseudoLabelCollator:
         self.stand_ins = stand_ins
         self.counts: Counter[str] = Counter()
         self._dropped_in_a_row = 0
+        self._checked: EMATeacher | None = None
 
     def __call__(self, examples: Sequence[Example]) -> Mapping[str, Any]:
         """Collate one batch.
@@ -110,16 +118,19 @@ class PseudoLabelCollator:
         Raises:
             RuntimeError: Called in a loader worker, before training, or nothing is left and there are no stand-ins.
             ValueError: The labeler did not return one label per row.
+            DeadTeacherError: The teacher is not the student with other weights.
         """
         if get_worker_info() is not None:
             raise RuntimeError(
                 "PseudoLabelCollator runs in a data loader worker, which has the teacher of the moment it was "
                 "started; set dataloader_num_workers=0."
             )
+        unlabelled = [i for i, example in enumerate(examples) if self.is_unlabeled(example)]
         if self.callback.clock >= self.pl_start - _DUST:
             # On every process at the same batch: a sharded average is gathered by all of them together.
-            self.callback.meet_teacher()
-        unlabelled = [i for i, example in enumerate(examples) if self.is_unlabeled(example)]
+            together = self.callback.meet_teacher()
+            if unlabelled or together:
+                self._check_teacher(examples[unlabelled[0] if unlabelled else 0])
         targets = self._label([examples[i] for i in unlabelled]) if unlabelled else []
         by_row = dict(zip(unlabelled, targets, strict=True))
         kept: list[dict[str, Any]] = []
@@ -136,14 +147,9 @@ class PseudoLabelCollator:
             self.counts["before_start"] += len(examples)
             return [None] * len(examples)
         teacher = self.callback.teacher
-        rows = [{key: value for key, value in example.items() if key != LABELS} for example in examples]
-        batch = {
-            key: value.to(teacher.device) if isinstance(value, Tensor) else value
-            for key, value in self.teacher_collate(rows).items()
-        }
-        found = self.labeler.label(teacher, batch)
-        if len(found) != len(rows):
-            raise ValueError(f"{type(self.labeler).__name__} returned {len(found)} labels for {len(rows)} rows")
+        found = self.labeler.label(teacher, self._without_labels(examples, teacher.device))
+        if len(found) != len(examples):
+            raise ValueError(f"{type(self.labeler).__name__} returned {len(found)} labels for {len(examples)} rows")
         for label in found:
             self.counts[label.reason or "kept"] += 1
             self._dropped_in_a_row = 0 if label.kept else self._dropped_in_a_row + 1
@@ -153,6 +159,21 @@ class PseudoLabelCollator:
                 "labels nothing. Start from a better model, raise pl_start, or loosen the labeler."
             )
         return [list(label.ids) if label.kept else None for label in found]
+
+    def _without_labels(self, examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
+        rows = [{key: value for key, value in example.items() if key != LABELS} for example in examples]
+        batch = self.teacher_collate(rows)
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    def _check_teacher(self, example: Example) -> None:
+        """Tests a teacher that has not been tested yet, on one example."""
+        teacher = self.callback.teacher
+        if teacher is self._checked:
+            return
+        inputs = inputs_of_model(self._without_labels([example], teacher.device), self.labeler)
+        inputs.pop(LABELS, None)
+        self.callback.check_teacher(with_decoder_start(teacher.module, inputs))
+        self._checked = teacher
 
     def _stand_in(self, drawn: int) -> dict[str, Any]:
         if not self.stand_ins:

@@ -116,6 +116,10 @@ class ReferenceRun(Trainer):
         )
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As Trainer; while it trains, the workers leave SIGTERM to this process."""
+        return self._sigterm.shield(super().get_eval_dataloader(eval_dataset))
+
     def run_dataset(self) -> TwoSourceDataset:
         """The rows of the run by `Draw`, without the columns that nobody takes."""
         unlabelled, _ = self.unlabelled_data()

@@ -34,6 +34,7 @@ class RunState:
         losses: the same of each process, so that as many processes go on with the very bits.
         last_logged: optimizer step of the last log.
         counters: what is counted between logs.
+        student: `student_checksums` of the files beside the average.
         checkpoint: the folder that this was read from; not part of the state.
     """
 
@@ -46,6 +47,7 @@ class RunState:
     losses: list[float] = field(default_factory=list)
     last_logged: int = 0
     counters: dict[str, Any] = field(default_factory=dict)
+    student: dict[str, str] = field(default_factory=dict)
     checkpoint: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:

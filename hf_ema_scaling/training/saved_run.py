@@ -18,6 +18,7 @@ from hf_ema_scaling.training.evaluation import BothWeightsEvaluation
 from hf_ema_scaling.training.run_state import RunState
 from hf_ema_scaling.training.sharded import check_optimizer_state
 from hf_ema_scaling.training.streaming import save_places
+from hf_ema_scaling.training.student_files import student_checksums
 
 
 class SavedRun(BothWeightsEvaluation, AveragedSteps):
@@ -31,9 +32,11 @@ class SavedRun(BothWeightsEvaluation, AveragedSteps):
         with self._as_student():
             super().save_model(output_dir, _internal_call=True)
         if self.average is not None:
-            folder = Path(output_dir or self.args.output_dir or ".") / "ema"
-            saved: dict[str, Any] = {"state": self._run_state().to_dict(), "processing_class": self.processing_class}
-            save_average(folder, self.model, self.average, write=self.args.should_save, **saved)
+            folder, state = Path(output_dir or self.args.output_dir or "."), self._run_state()
+            if self.args.should_save:
+                state.student = student_checksums(folder)
+            saved: dict[str, Any] = {"state": state.to_dict(), "processing_class": self.processing_class}
+            save_average(folder / "ema", self.model, self.average, write=self.args.should_save, **saved)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

@@ -14,7 +14,7 @@ from hf_ema_scaling.data.collator import MicroBatch, MicroBatchCollator
 from hf_ema_scaling.data.sampler import Draw
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
 from hf_ema_scaling.data.streaming import StreamHead, is_stream
-from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_liveness
+from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_agreement, check_liveness
 from hf_ema_scaling.labels.decoder import with_decoder_start
 from hf_ema_scaling.training.checks import check_ctc_targets, gradient_difference, gradients
 from hf_ema_scaling.training.mixin import EMATrainerMixin
@@ -169,7 +169,7 @@ def _gradients(trainer: EMATrainerMixin, draws: list[Draw], part: int, same_widt
 
 
 def check_teacher(trainer: EMATrainerMixin) -> tuple[str, str]:
-    """The average follows the student, and a teacher over it changes what it says."""
+    """The average follows the student, and a teacher over it says what the student would say, and changes with it."""
     average = WeightAverage(trainer.model, buffers=trainer.args.ema_buffers)  # type: ignore[arg-type]
     teacher = EMATeacher(trainer.model, average, factory=getattr(trainer, "teacher_factory", None))
     unlabelled, _ = trainer.unlabelled_data()
@@ -178,8 +178,11 @@ def check_teacher(trainer: EMATrainerMixin) -> tuple[str, str]:
     inputs = trainer._prepare_inputs(trainer.data_collator([dict(row)]))
     hidden = ("labels", *trainer.columns_for_labeler())
     inputs = {name: value for name, value in inputs.items() if name not in hidden}
-    check_liveness(trainer.model, average, teacher, with_decoder_start(trainer.model, inputs))
-    return PASSED, "its output changes when the student does"
+    inputs = with_decoder_start(trainer.model, inputs)
+    with trainer.accelerator.autocast():
+        check_agreement(trainer.model, average, teacher, inputs)
+    check_liveness(trainer.model, average, teacher, inputs)
+    return PASSED, "its output is the student's with the same weights, and changes when the student does"
 
 
 def check_plan(trainer: EMATrainerMixin) -> tuple[str, str]:

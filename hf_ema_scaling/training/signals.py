@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 import signal
 import threading
@@ -10,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
@@ -21,13 +24,34 @@ def leave_to_parent(worker: int) -> None:
     """In a worker of a `DataLoader`: SIGTERM counts only when the parent sends it, to end its workers."""
     # torch's own handler in a worker also asks who sent it, and dies of all others'.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_await_parents, args=(os.getppid(),), daemon=True).start()
+    # A fork server would be the parent to the system.
+    parent = multiprocessing.parent_process()
+    pid = os.getppid() if parent is None or parent.pid is None else parent.pid
+    threading.Thread(target=_await_parents, args=(pid,), daemon=True).start()
 
 
 def _await_parents(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
+
+
+def _leave_to_parent_and(before: Callable[[int], Any] | None, worker: int) -> None:
+    leave_to_parent(worker)
+    if before is not None:
+        before(worker)
+
+
+def _starts_workers(loader: Any) -> Any:
+    return getattr(loader, "base_dataloader", loader)  # inside accelerate's wrapper
+
+
+def shield_workers(loader: Any) -> None:
+    """Lets the workers that a `DataLoader` will start survive SIGTERM, where Python can (Linux)."""
+    inner = _starts_workers(loader)
+    before = inner.worker_init_fn
+    if hasattr(signal, "sigwaitinfo") and getattr(before, "func", None) is not _leave_to_parent_and:
+        inner.worker_init_fn = functools.partial(_leave_to_parent_and, before)
 
 
 class StopOnSigterm(TrainerCallback):
@@ -39,12 +63,17 @@ class StopOnSigterm(TrainerCallback):
     in the meantime change nothing.
 
     With several processes one that was told suffices: all agree after every step, evaluation and save, at the cost of
-    one reduction of a number. Where a scheduler sends SIGTERM to every process there is, the workers that load
-    training data leave it to the process that trains (Linux; not those of an evaluation, whose death torch reports as
-    an error).
+    one reduction of a number. Where a scheduler sends SIGTERM to every process there is, the workers that load data
+    for training and evaluations leave it to the process that trains (Linux). Workers that an `evaluate()` before
+    training has left running (`dataloader_persistent_workers`) do so, too.
 
-    Nothing is installed with `save_strategy="no"`, which keeps the signal's default; with `enable_jit_checkpoint`,
-    Trainer's own way; outside the main thread, where Python has no handlers; or where SIGTERM is ignored.
+    With `enable_jit_checkpoint` the same happens in the place of Trainer's own way, with any `save_strategy`, and
+    `train()` then returns as it does there, without a call or an exception. Trainer's way saves where a signal finds
+    it: before an optimizer step, when labels, random numbers and half of a path-corrected update are already those of
+    that step, or before the log and evaluation of the last; and each process at a moment of its own.
+
+    Nothing is installed with `save_strategy="no"`, which keeps the signal's default; outside the main thread, where
+    Python has no handlers; or where SIGTERM is ignored.
 
     Args:
         accelerator: The trainer's.
@@ -64,7 +93,7 @@ class StopOnSigterm(TrainerCallback):
             SystemExit: SIGTERM came, and nobody else handles it.
         """
         self._received = self._agreed = False
-        self._active = args.save_strategy != SaveStrategy.NO and not args.enable_jit_checkpoint
+        self._active = args.save_strategy != SaveStrategy.NO or args.enable_jit_checkpoint
         previous = self._install() if self._active else None
         try:
             yield
@@ -72,7 +101,7 @@ class StopOnSigterm(TrainerCallback):
             self._active = False
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
-        if self._received or self._agreed:
+        if (self._received or self._agreed) and not args.enable_jit_checkpoint:
             if callable(previous):
                 previous(signal.SIGTERM, None)
             else:
@@ -82,6 +111,13 @@ class StopOnSigterm(TrainerCallback):
     def worker_init_fn(self) -> Callable[[int], None] | None:
         """For the workers of the training's `DataLoader`; they must not die of what the training survives."""
         return leave_to_parent if self._active and hasattr(signal, "sigwaitinfo") else None
+
+    def shield(self, loader: Any) -> Any:
+        """Lets the workers of an evaluation's `DataLoader` survive, too, and returns it."""
+        inner = _starts_workers(loader)
+        if self._active or (inner.num_workers > 0 and inner.persistent_workers):
+            shield_workers(loader)
+        return loader
 
     def _install(self) -> Callable[..., Any] | int | None:
         previous = signal.getsignal(signal.SIGTERM)
@@ -122,3 +158,10 @@ class StopOnSigterm(TrainerCallback):
         """Stop: there is a checkpoint now."""
         if self._told():
             control.should_training_stop = True
+
+
+def take_over_just_in_time(trainer: Trainer) -> None:
+    """Ends Trainer's own watch for SIGTERM (`enable_jit_checkpoint`); `StopOnSigterm` does it instead."""
+    theirs = trainer.pop_callback(JITCheckpointCallback)
+    if isinstance(theirs, JITCheckpointCallback) and theirs.jit_manager is not None:
+        signal.signal(signal.SIGTERM, theirs.jit_manager._original_sigterm_handler)

@@ -1,14 +1,15 @@
-"""The teacher as training begins: built in the dtype that was asked for, checked to live and to say the same in it."""
+"""The teacher as training begins: built in the dtype that was asked for, checked to say what the student would say."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_liveness, check_parity
+from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_agreement, check_liveness, check_parity
 from hf_ema_scaling.ema.teacher import HALF_PRECISION
 from hf_ema_scaling.labels import Labeler
 from hf_ema_scaling.labels.decoder import with_decoder_start
@@ -28,8 +29,11 @@ def start_teacher(
     *,
     dtype: str = "float32",
     factory: Callable[[], nn.Module] | None = None,
+    autocast: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> EMATeacher:
-    """Builds the teacher, tests that it follows the student, and in half precision that it says what float32 says.
+    """Builds the teacher and tests it: it says what the student says with the same weights, and follows the average.
+
+    In half precision a teacher in float32 is compared with the student, and the one in half precision with that.
 
     Args:
         model: the student.
@@ -38,15 +42,20 @@ def start_teacher(
         labeler: makes the labels that are compared; how many rows differ is logged.
         dtype: of the teacher's weights, by name.
         factory: as for `EMATeacher`.
+        autocast: in which the student trains.
 
     Raises:
-        DeadTeacherError: see `check_liveness` and `check_parity`.
+        DeadTeacherError: see `check_agreement`, `check_liveness` and `check_parity`.
     """
     teacher = EMATeacher(model, average, factory=factory, dtype=getattr(torch, dtype))
+    half = teacher.dtype in HALF_PRECISION
+    full = EMATeacher(model, average, factory=factory) if half else teacher
     forward = with_decoder_start(model, inputs_of_model(inputs, labeler))
+    with autocast():
+        check_agreement(model, average, full, forward)
+    teacher.warned = True
     check_liveness(model, average, teacher, forward)
-    if teacher.dtype in HALF_PRECISION:
-        full = EMATeacher(model, average, factory=factory)
+    if half:
         difference = check_parity(teacher, full, forward)
         labels = [[label.ids for label in labeler.label(one, inputs)] for one in (full, teacher)]
         same = sum(a == b for a, b in zip(*labels, strict=True))

@@ -155,7 +155,7 @@ class PseudoLabelTrainer(EMATrainerMixin):
         return self.collapse.train(super().train, resume_from_checkpoint, *args, **kwargs)
 
     def begin_training(self) -> None:
-        """Also builds the teacher over the average's storage and tests that it follows the student."""
+        """Also builds the teacher over the average's storage and tests that it is the student with other weights."""
         self.cached_labels = None
         resumed = self._resumed
         checkpoint = None
@@ -178,6 +178,7 @@ class PseudoLabelTrainer(EMATrainerMixin):
             self.labeler,
             dtype=self.pseudo_label_args.teacher_dtype,
             factory=self.teacher_factory,
+            autocast=self.accelerator.autocast,
         )
 
     def _collated(self, dataset: TwoSourceDataset, source: int, rows: Sequence[int]) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""Imports once, then forks one process per training run: each is a fresh life that may end at any operation.
+"""Imports once, then forks the processes of each training run: each is a fresh life that may end at any operation.
 
-Reads one JSON command per line, answers with `{"pid": ...}` and, when that process has ended, `{"status": ...}`.
+Reads one JSON command per line, answers with `{"pids": [...]}` and, when these have ended, `{"status": ...}`. Where
+one of several processes fails or is killed, the others are killed.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -17,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import launch
+import other_lives
 import tiny
 import torch
 import transformers
+from accelerate.utils import other as accelerating
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -40,6 +45,7 @@ class Points:
 
     def __init__(self, folder: Path, kill_at: int | None, share: float) -> None:
         self.folder, self.kill_at, self.share = str(folder), kill_at, share
+        self.then_kill_at: int | None = None
         self.count = 0
         self.tensors: list[int] = []
         """Numbers of the points after files of tensors."""
@@ -50,6 +56,7 @@ class Points:
         storage.save_file = self._tearing(storage.save_file, 1)
         modeling: Any = transformers.modeling_utils
         modeling.safe_save_file = self._tearing(modeling.safe_save_file, 1)
+        accelerating.safe_save_file = self._tearing(accelerating.safe_save_file, 1)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event in self.EVENTS and (event != "open" or self._inside(arguments[0])):
@@ -99,11 +106,20 @@ class Diary(TrainerCallback):
         if state.global_step + 1 == self.command.get("limit_files_in"):
             limit_files(self.command["limit"])
         if state.global_step + 1 == self.command.get("sigterm_in"):
-            os.kill(os.getpid(), signal.SIGTERM)
+            self._tell()
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.command.get("sigterm_in_evaluation_of"):
+            self._tell()
+
+    def _tell(self) -> None:
+        if not self.command.get("to_group"):
             os.kill(os.getpid(), signal.SIGTERM)
+            return
+        workers = multiprocessing.active_children()
+        print("WORKERS", len(workers), len({os.getpgid(worker.pid or 0) for worker in workers}), flush=True)
+        assert os.getpgrp() == os.getpid()
+        os.killpg(os.getpgrp(), signal.SIGTERM)
 
 
 class Rows:
@@ -148,7 +164,7 @@ def trainer(folder: Path, command: dict[str, Any], *, init: int) -> Any:
         "save_total_limit": 2,
     }
     args = tiny.arguments(folder, **values | command.get("arguments", {}))
-    diary = Diary(folder.with_suffix(".drawn"), command)
+    diary = Diary(folder.with_suffix(f".drawn{os.environ.get('RANK', '')}"), command)
     made = tiny.trainer(
         tiny.parakeet(dropout=0.1, seed=init),
         args,
@@ -166,10 +182,26 @@ def trainer(folder: Path, command: dict[str, Any], *, init: int) -> Any:
 
 
 def live(command: dict[str, Any]) -> None:
-    """As a launcher does that may start a run again: resume if there is what to resume from, else start."""
-    folder = Path(command["folder"])
+    folder, kind = Path(command["folder"]), command.get("kind", "trainer")
     points = Points(folder, command.get("kill_at"), command.get("share", 0.5))
+    if kind == "overwriting":
+        points.kill_at, points.then_kill_at = None, points.kill_at
     points.install()
+    if kind == "trainer":
+        trainers_life(folder, command)
+    elif kind == "callback":
+        other_lives.callback_life(folder)
+    elif kind == "loop":
+        other_lives.loop_life(folder)
+    elif kind == "overwriting":
+        other_lives.overwriting_life(folder, points)
+    else:
+        other_lives.loading_life(folder)
+    print("ENDED", json.dumps({"points": points.count, "tensors": points.tensors}), flush=True)
+
+
+def trainers_life(folder: Path, command: dict[str, Any]) -> None:
+    """As a launcher does that may start a run again: resume if there is what to resume from, else start."""
     try:
         newest_complete_checkpoint(folder)
         resume = True
@@ -197,16 +229,19 @@ def live(command: dict[str, Any]) -> None:
         made.train(resume_from_checkpoint=resume)
     finally:
         assert signal.getsignal(signal.SIGTERM) is before
-    print("ENDED", json.dumps({"points": points.count, "tensors": points.tensors}), flush=True)
 
 
-def fork(command: dict[str, Any]) -> int:
+def fork(command: dict[str, Any], environment: dict[str, str]) -> int:
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
-        with Path(command["folder"]).with_suffix(".log").open("a", encoding="utf-8") as log:
+        os.environ.update(environment)
+        if command.get("to_group"):
+            os.setsid()
+        suffix = f".log{environment.get('RANK', '')}"
+        with Path(command["folder"]).with_suffix(suffix).open("a", encoding="utf-8") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
             live(command)
@@ -222,14 +257,45 @@ def fork(command: dict[str, Any]) -> int:
         os._exit(code)
 
 
+def processes(command: dict[str, Any]) -> list[int]:
+    """Starts one process, or as many as are asked for, joined as by a launcher; only one has points to end at."""
+    count = command.get("processes", 1)
+    if count == 1:
+        return [fork(command, {})]
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(launch.free_port()),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    ended, others = command.get("rank", 0), {key: value for key, value in command.items() if key != "kill_at"}
+    ranks = range(count)
+    return [
+        fork(command if rank == ended else others, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in ranks
+    ]
+
+
+def wait(pids: list[int]) -> int:
+    """Until all have ended: the status of the first that did not end well, 0 if there was none."""
+    left, status = set(pids), 0
+    while left:
+        pid, code = os.wait()
+        left.discard(pid)
+        if not status and (status := os.waitstatus_to_exitcode(code)):
+            for other in left:
+                os.kill(other, signal.SIGKILL)
+    return status
+
+
 def main() -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     for line in sys.stdin:
-        pid = fork(json.loads(line))
-        print(json.dumps({"pid": pid}), flush=True)
-        _, status = os.waitpid(pid, 0)
-        print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), flush=True)
+        pids = processes(json.loads(line))
+        print(json.dumps({"pids": pids}), flush=True)
+        print(json.dumps({"status": wait(pids)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,60 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
-import select
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from crash_lives import Lives, assert_same_draws, drawn, ended, files, log, trainer_state
 
 from hf_ema_scaling.training.checkpoints import newest_complete_checkpoint, what_is_missing
 
-VOLATILE = ("runtime", "per_second", "train_loss", "preparation_time")
 SAVED = (2, 4, 5, 6, 8, 9, 10, 11)
 STEPS = 11
+LOGGED = 7  # four logs and three evaluations
 KILLS = 24
 slow = pytest.mark.slow
-
-
-class Lives:
-    """Starts lives of a run, one after the other, forked from a process that has imported everything."""
-
-    def __init__(self) -> None:
-        tests = Path(__file__).parents[1]
-        paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("lives.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
-        )
-
-    def live(self, folder: Path, *, kill_after: float | None = None, by: int = signal.SIGKILL, **command: Any) -> int:
-        """One life, ended after some seconds if `kill_after` is given; its exit code, or minus the signal."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"folder": str(folder), **command}) + "\n")
-        pid = json.loads(self.process.stdout.readline())["pid"]
-        if kill_after is not None and not select.select([self.process.stdout], [], [], kill_after)[0]:
-            os.kill(pid, by)
-        return int(json.loads(self.process.stdout.readline())["status"])
-
-
-@pytest.fixture(scope="module")
-def lives() -> Iterator[Lives]:
-    made = Lives()
-    yield made
-    assert made.process.stdin is not None
-    made.process.stdin.close()
-    assert made.process.wait(timeout=60) == 0
 
 
 def run_state(content: bytes) -> dict[str, Any]:
@@ -77,7 +39,7 @@ class Reference:
         assert lives.live(folder.with_name("again")) == 0
         self.seconds = time.monotonic() - begun
         self.points, self.tensors = ended(folder)
-        self.drawn = drawn(folder)
+        assert [step for step, _ in drawn(folder)] == list(range(1, STEPS + 1))
 
     def assert_same(self, folder: Path, *, names: bool = True, told: bool = False) -> None:
         """Every file of the last checkpoint, the data that every step drew in every life, and nothing left over.
@@ -92,16 +54,12 @@ class Reference:
         assert "label_cache.safetensors" in ours
         for name, content in theirs.items():
             if name == "trainer_state.json":
-                assert trainer_state(ours[name]) == trainer_state(content)
+                assert trainer_state(ours[name], LOGGED) == trainer_state(content, LOGGED)
             elif told and name == "ema/ema_state.json":
                 assert run_state(ours[name]) == run_state(content)
             elif name != "training_args.bin":  # holds the folder
                 assert ours[name] == content, name
-        written = drawn(folder)
-        assert {step for step, _ in written} == set(range(1, STEPS + 1))
-        expected = dict(self.drawn)
-        for step, items in written:
-            assert items == expected[step], step
+        assert_same_draws(folder, self.folder)
 
 
 @pytest.fixture(scope="module")
@@ -110,39 +68,6 @@ def reference(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> Referen
     # The uninterrupted run itself is a function of its seeds.
     made.assert_same(made.folder.with_name("again"))
     return made
-
-
-def log(folder: Path) -> str:
-    path = folder.with_suffix(".log")
-    return path.read_text(encoding="utf-8")[-6000:] if path.exists() else ""
-
-
-def ended(folder: Path) -> tuple[int, list[int]]:
-    counts = json.loads(log(folder).split("ENDED ")[-1].splitlines()[0])
-    return counts["points"], counts["tensors"]
-
-
-def drawn(folder: Path) -> list[tuple[int, Any]]:
-    path = folder.with_suffix(".drawn")
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [tuple(json.loads(line)) for line in lines if line.endswith("\n")]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def trainer_state(content: bytes) -> dict[str, Any]:
-    state = json.loads(content)
-    state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
-    state["log_history"] = [
-        {key: value for key, value in entry.items() if not any(word in key for word in VOLATILE)}
-        for entry in state["log_history"]
-    ]
-    assert len(state["log_history"]) == 7  # four logs and three evaluations
-    return state
 
 
 def survivor(folder: Path) -> int:
@@ -295,3 +220,19 @@ def test_without_checkpoints_sigterm_is_what_it_was(lives: Lives, tmp_path: Path
     more = {"save_strategy": "no", "metric_for_best_model": None}
     assert lives.live(folder, sigterm_in=3, arguments=more) == -signal.SIGTERM, log(folder)
     assert survivor(folder) == 0
+
+
+@slow
+@pytest.mark.parametrize("when", ["sigterm_in", "sigterm_in_evaluation_of"])
+def test_sigterm_to_every_process_of_the_group_saves_and_stops(
+    lives: Lives, reference: Reference, tmp_path: Path, when: str
+) -> None:
+    """As SLURM and `timeout` send it: workers that load data for training and evaluation are told, too."""
+    folder, step = tmp_path / "run", 6  # a log, an evaluation and a checkpoint are due
+    more = {"to_group": True, "arguments": {"dataloader_num_workers": 1}}
+    assert lives.live(folder, **{when: step}, **more) == 128 + signal.SIGTERM, log(folder)
+    # The training's worker, and the evaluation's own.
+    assert f"WORKERS {1 if when == 'sigterm_in' else 2} 1\n" in log(folder)
+    assert max(step for step, _ in drawn(folder)) == step == survivor(folder)
+    assert lives.live(folder) == 0, log(folder)
+    reference.assert_same(folder, told=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import agreement
+import apart
 import pytest
 
 PROPERTY = "largest differences"
@@ -15,9 +15,9 @@ PROPERTY = "largest differences"
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Puts what a test noted into its report, which processes of pytest-xdist hand on."""
     if call.when == "setup":
-        agreement.LARGEST.clear()
-    elif call.when == "call" and agreement.LARGEST:
-        item.user_properties.append((PROPERTY, dict(agreement.LARGEST)))
+        apart.LARGEST.clear()
+    elif call.when == "call" and apart.LARGEST:
+        item.user_properties.append((PROPERTY, dict(apart.LARGEST)))
     yield
 
 

@@ -25,7 +25,7 @@ from transformers.distributed import DistributedConfig
 
 from hf_ema_scaling import EMACallback, PseudoLabelCollator, WeightAverage
 from hf_ema_scaling.data import CTCCollator
-from hf_ema_scaling.ema import EMATeacher, load_average
+from hf_ema_scaling.ema import EMATeacher, check_agreement, check_liveness, load_average
 from hf_ema_scaling.ema.sharding import reshard
 from hf_ema_scaling.labels import CTCLabeler
 
@@ -274,7 +274,19 @@ def teacher_of(model: Any, average: WeightAverage) -> dict[str, Any]:
     found["weights"] = {name: p.detach().clone() for name, p in teacher.module.named_parameters()}
     found["average"] = {name: tiny.whole(tensor) for name, tensor in average.tensors().items()}
     found["sharded_parts"] = sum(isinstance(p, DTensor) for p in teacher.module.parameters())
+    before = [tiny.parameters(model), found["average"]]
+    found["gap"] = check_agreement(model, average, teacher, {"input_ids": SENTENCE})
+    check_liveness(model, average, teacher, {"input_ids": SENTENCE})
+    handle = model.classifier.register_forward_hook(tripled)
+    found["hooked"] = error_of(lambda: check_agreement(model, average, teacher, {"input_ids": SENTENCE}))
+    handle.remove()
+    after = [tiny.parameters(model), {name: tiny.whole(tensor) for name, tensor in average.tensors().items()}]
+    found["put_back"] = tiny.same_bits(before, after)
     return found
+
+
+def tripled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return 3.0 * output
 
 
 def with_callback(folder: Path, model: Any, rank: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import adapted
-import agreement
+import apart
 import launch
 import pytest
 import tiny
@@ -31,7 +31,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 
 def close(found: dict[str, Any], alone: Any) -> None:
     """Of what is trained alone: next to a frozen base any difference in it would look small."""
-    agreement.close(found, alone, counts=lambda name: "lora" in name or "modules_to_save" in name)
+    apart.close(found, alone, counts=lambda name: "lora" in name or "modules_to_save" in name)
     assert found["gathered"] == alone.average.gathered
 
 

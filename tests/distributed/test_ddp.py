@@ -10,7 +10,7 @@ import launch
 import pytest
 import tiny
 import torch
-from agreement import agree, close
+from apart import agree, close
 
 sys.path.insert(0, str(Path(__file__).parent))
 import two_processes

@@ -11,7 +11,7 @@ import launch
 import pytest
 import tiny
 import torch
-from agreement import agree, close
+from apart import agree, close
 from torch.nn import functional as F
 from transformers import BertForSequenceClassification, Wav2Vec2ForCTC
 
@@ -254,6 +254,10 @@ def test_the_teacher_computes_with_the_gathered_average(launched: Launched) -> N
             expected = whole(input_ids=sharded_processes.SENTENCE).logits
         assert torch.allclose(found["second"], expected, atol=1e-6)
         assert found["stale"].startswith("DeadTeacherError: The teacher's weights were gathered at update 4")
+        # FSDP2's own hooks are no difference, one that changes outputs is; sharded weights are put back.
+        assert found["gap"] < 1e-5 and found["put_back"]
+        assert "part first in what classifier (Linear) returns" in found["hooked"]
+        assert "lacks: forward hook 'tripled' on classifier. " in found["hooked"]
 
 
 @pytest.mark.slow

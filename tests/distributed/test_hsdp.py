@@ -10,7 +10,7 @@ import launch
 import pytest
 import tiny
 import torch
-from agreement import close
+from apart import close
 from transformers import BertForSequenceClassification
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -9,7 +9,7 @@ from typing import Any
 import launch
 import pytest
 import tiny
-from agreement import agree
+from apart import agree
 
 from hf_ema_scaling.labels.cache import CACHE_NAME
 

@@ -9,7 +9,7 @@ from typing import Any
 import launch
 import pytest
 import tiny
-from agreement import agree
+from apart import agree
 
 sys.path.insert(0, str(Path(__file__).parent))
 import streamed_processes

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import BertForSequenceClassification
 
@@ -31,14 +33,18 @@ def _fresh_accelerator() -> Iterator[None]:
 class Loop:
     """A plain Accelerate loop of an own kind of model, two batches of three rows to a step."""
 
-    def __init__(self, seed: int = 0, *, name: str | None = None, model: nn.Module | None = None) -> None:
+    def __init__(
+        self, seed: int = 0, *, name: str | None = None, model: nn.Module | None = None, missing: Any = "raise"
+    ) -> None:
         torch.manual_seed(seed)
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
         self.inner = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)) if model is None else model
         optimizer: Any = torch.optim.AdamW(self.inner.parameters(), lr=0.1)
         self.model, self.optimizer = self.accelerator.prepare(self.inner, optimizer)
         self.average, self.clock = WeightAverage(self.model), ReferenceClock(3)
-        self.registration = register_average(self.accelerator, self.model, self.average, self.clock, name=name)
+        self.registration = register_average(
+            self.accelerator, self.model, self.average, self.clock, name=name, on_missing_average=missing
+        )
         self.students: list[dict[str, torch.Tensor]] = []
 
     def train(self, start: int, end: int) -> None:
@@ -83,7 +89,9 @@ def test_only_safetensors_and_json_are_written_and_nothing_is_left_over(tmp_path
         loop.accelerator.save_state(str(tmp_path))
     assert sorted(path.name for path in (tmp_path / "ema").iterdir()) == ["ema_state.json", "model.safetensors"]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["ema"]
-    assert load_average(tmp_path / "ema", loop.inner, loop.average) == {"units_seen": 12.0, "reference_batch_size": 3}
+    state = load_average(tmp_path / "ema", loop.inner, loop.average)
+    assert state.pop("student").keys() == loop.inner.state_dict().keys()
+    assert state == {"units_seen": 12.0, "reference_batch_size": 3, "processes": 1}
 
 
 def test_a_transformers_model_gets_a_from_pretrained_folder(tmp_path: Path) -> None:
@@ -115,6 +123,151 @@ def test_a_checkpoint_without_a_sound_average_loads_nothing(tmp_path: Path) -> N
         loop.accelerator.load_state(str(tmp_path))
     assert tiny.same_bits(loop.bits()[1], before[1])
     assert loop.clock.units == 0
+
+
+def mixed(folder: Path, *names: str) -> Path:
+    """A checkpoint of three steps in which files of these names are those of two."""
+    loop = Loop()
+    loop.train(0, 2)
+    loop.accelerator.save_state(str(folder / "two"))
+    loop.train(2, 3)
+    loop.accelerator.save_state(str(folder / "three"))
+    for name in names:
+        shutil.copytree(folder / "two" / name, folder / "three" / name, dirs_exist_ok=True) if name == "ema" else (
+            shutil.copy2(folder / "two" / name, folder / "three" / name)
+        )
+    return folder / "three"
+
+
+@pytest.mark.parametrize("missing", ["raise", "rebuild"])
+@pytest.mark.parametrize("name", ["ema", "model.safetensors"])
+def test_student_and_average_of_two_steps_are_refused_and_nothing_is_loaded(
+    tmp_path: Path, name: str, missing: str
+) -> None:
+    folder = mixed(tmp_path, name)
+    loop = Loop(seed=1, missing=missing)
+    before = loop.bits()
+    with pytest.raises(AverageStateError, match=r"model\.safetensors in .*three holds other weights .* two steps"):
+        loop.accelerator.load_state(str(folder))
+    assert tiny.same_bits(loop.bits(), before) and (loop.average.num_updates, loop.clock.units) == (0, 0)
+    loop.accelerator.load_state(str(tmp_path / "two"))
+    assert (loop.average.num_updates, loop.clock.units) == (2, 12.0)
+
+
+def test_a_flipped_bit_of_the_student_is_seen(tmp_path: Path) -> None:
+    weights = mixed(tmp_path) / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-4] ^= 1  # the least significant bit of a weight
+    weights.write_bytes(data)
+    with pytest.raises(AverageStateError, match=r"holds other weights .*1 tensors, first '2\.weight'.* or damaged"):
+        Loop(seed=1).accelerator.load_state(str(weights.parent))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl"])
+def test_what_else_is_missing_or_torn_is_named_before_anything_is_loaded(tmp_path: Path, name: str) -> None:
+    path = mixed(tmp_path) / name
+    whole = path.read_bytes()
+    loop = Loop(seed=1)
+    before = loop.bits()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(AverageStateError, match=rf"three cannot be loaded: {name} is not readable .*before it"):
+        loop.accelerator.load_state(str(path.parent))
+    path.unlink()
+    named = "pytorch_model.bin" if name == "model.safetensors" else name
+    with pytest.raises(AverageStateError, match=rf"three cannot be loaded: {named} is missing"):
+        loop.accelerator.load_state(str(path.parent))
+    assert tiny.same_bits(loop.bits(), before)
+
+
+def test_weights_saved_without_safetensors_are_verified_too(tmp_path: Path) -> None:
+    loop = Loop()
+    for steps in (2, 3):
+        loop.train(steps - 1, steps)
+        loop.accelerator.save_state(str(tmp_path / str(steps)), safe_serialization=False)
+    resumed = Loop(seed=1)
+    resumed.accelerator.load_state(str(tmp_path / "3"))
+    assert tiny.same_bits(resumed.bits(), loop.bits())
+    shutil.copy2(tmp_path / "2" / "pytorch_model.bin", tmp_path / "3")
+    with pytest.raises(AverageStateError, match=r"pytorch_model\.bin in .* holds other weights"):
+        resumed.accelerator.load_state(str(tmp_path / "3"))
+
+
+def test_a_save_into_an_older_checkpoint_that_ends_early_leaves_no_half_of_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Loop()
+    loop.train(0, 2)
+    loop.accelerator.save_state(str(tmp_path), safe_serialization=False)  # by another name
+    loop.train(2, 3)
+    names: list[str] = []
+
+    def full(thing: Any, path: Any, *_: Any, **__: Any) -> None:
+        names.extend(sorted(entry.name for entry in tmp_path.iterdir()))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)  # the optimizer's
+    with pytest.raises(OSError):
+        loop.accelerator.save_state(str(tmp_path))
+    assert names == ["ema", "model.safetensors"]
+    monkeypatch.undo()
+    with pytest.raises(AverageStateError, match=r"optimizer\.bin is missing; random_states_0\.pkl is missing"):
+        loop.accelerator.load_state(str(tmp_path))
+
+
+@pytest.mark.parametrize("lost", ["ema", "ema/ema_state.json", "ema/model.safetensors"])
+def test_a_lost_average_is_rebuilt_from_the_student_on_request(tmp_path: Path, lost: str) -> None:
+    saved = Loop()
+    saved.train(0, 2)
+    saved.accelerator.save_state(str(tmp_path))
+    path = tmp_path / lost
+    shutil.rmtree(path) if path.is_dir() else path.write_bytes(path.read_bytes()[:-9])
+    loop = Loop(seed=1, missing="rebuild")
+    loop.clock.units = 30.0
+    known = lost == "ema/model.safetensors"
+    clock = "" if known else "Its clock is not known and stays at 30 units: set clock.units."
+    with pytest.warns(UserWarning, match=f"rebuilt from the student's weights in {tmp_path}.*{clock}"):
+        loop.accelerator.load_state(str(tmp_path))
+    assert tiny.same_bits(loop.bits()[1], saved.bits()[1])
+    assert loop.average.equals(loop.inner) and loop.average.num_updates == 0
+    assert loop.clock.units == (12.0 if known else 30.0)
+    loop.train(2, 3)  # and it moves from there
+    start, end = saved.bits()[1]["0.weight"].double(), loop.students[-1]["0.weight"]
+    expected = RHO**2 * start + (1 - RHO**2) * end
+    assert (loop.average.tensors()["0.weight"] - expected).abs().max() < 1e-6
+    with pytest.raises(AverageStateError, match="Set on_missing_average='rebuild' if the average was there"):
+        Loop(seed=1).accelerator.load_state(str(tmp_path))
+
+
+def test_a_sound_average_is_not_rebuilt_and_other_answers_are_refused(tmp_path: Path) -> None:
+    saved = Loop()
+    saved.train(0, 2)
+    saved.accelerator.save_state(str(tmp_path))
+    loop = Loop(seed=1, missing="rebuild")
+    loop.accelerator.load_state(str(tmp_path))
+    assert tiny.same_bits(loop.bits(), saved.bits()) and loop.average.num_updates == 2
+    with pytest.raises(ValueError, match="must be 'raise' or 'rebuild', got 'ignore'"):
+        Loop(missing="ignore")
+
+
+def test_where_accelerate_loads_the_model_itself_the_distance_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under FSDP and DeepSpeed: hooks get no weights and no models."""
+    loop = Loop()
+    (save,), (load,) = (
+        list(hooks.values())
+        for hooks in (loop.accelerator._save_model_state_pre_hook, loop.accelerator._load_model_state_pre_hook)
+    )
+    monkeypatch.setattr(type(loop.accelerator), "distributed_type", DistributedType.FSDP)
+    loop.train(0, 2)
+    save(loop.accelerator._models, [], str(tmp_path))
+    average, student = loop.bits()
+    loop.average.update(loop.model, RHO)
+    load([], str(tmp_path))
+    assert tiny.same_bits(loop.bits(), [average, student])
+    loop.train(2, 3)
+    with pytest.raises(AverageStateError, match=r"are of two steps: their distance was [0-9.e-]+ when"):
+        load([], str(tmp_path))
 
 
 def test_several_averages_keep_apart_and_one_can_be_removed(tmp_path: Path) -> None:

@@ -145,3 +145,33 @@ def test_buffers_registered_later() -> None:
 def test_lazy_parameters_say_that_they_have_no_shape_yet() -> None:
     with pytest.raises(ValueError, match="uninitialized parameter"):
         WeightAverage(nn.LazyLinear(3))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("dtype", [torch.quint8, torch.qint8])
+def test_tensors_quantized_by_torch_are_refused_by_name(dtype: torch.dtype) -> None:
+    def model(*, persistent: bool) -> nn.Module:
+        made = nn.Linear(2, 2)
+        made.register_buffer("table", torch.quantize_per_tensor(torch.ones(3), 0.1, 2, dtype), persistent=persistent)
+        return made
+
+    with pytest.raises(TypeError, match=rf"'table' is quantized by torch \({dtype}\).*int_repr.*persistent=False"):
+        WeightAverage(model(persistent=True))
+    kept = model(persistent=False)
+    average = WeightAverage(kept)
+    kept.table = torch.quantize_per_tensor(torch.full((3,), 2.0), 0.1, 2, dtype)
+    average.update(kept, 0.5)
+    assert average._shadow["table"].dequantize().tolist() == pytest.approx([2.0] * 3)
+
+
+def test_what_safetensors_cannot_store_is_refused_by_name(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("phases", torch.ones(2, dtype=torch.complex128))
+    average = WeightAverage(model)
+    average.update(model, 0.5)
+    with pytest.raises(TypeError, match=r"'phases' is torch\.complex128.*complex64.*view_as_real"):
+        save_average(tmp_path / "ema", model, average, state={})
+    assert not (tmp_path / "ema").exists()
+    model.register_buffer("graph", torch.eye(2).to_sparse())
+    with pytest.raises(TypeError, match=r"'graph' is sparse \(torch\.sparse_coo\)"):
+        WeightAverage(model)

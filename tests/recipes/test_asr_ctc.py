@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from transformers import (
@@ -94,6 +95,18 @@ def test_texts_evaluation_sets_and_limits(config: Path, tmp_path: Path, manifest
     assert trainer.train_dataset[0]["labels"].tolist() == [3, 1, 4, 1, 5]
     durations = trainer.eval_dataset["one"]["duration"][:]
     assert list(durations) == sorted(durations, reverse=True)
+
+
+def test_texts_of_a_saved_data_set_are_normalised(config: Path, tmp_path: Path, manifest: Callable[..., Path]) -> None:
+    """As the Hub's are: tables on disk, to which `datasets` adds columns in memory."""
+    manifest(tmp_path / "upper.jsonl", 4, seed=3)
+    paths = [str(tmp_path / f"wav/upper{row}.wav") for row in range(4)]
+    columns = {"audio": paths, "text": ["A b, C."] * 4, "labels": [[9]] * 4}
+    datasets.Dataset.from_dict(columns).cast_column("audio", datasets.Audio()).save_to_disk(tmp_path / "saved")
+    more = ("--labelled", str(tmp_path / "saved"), "--text_case", "lower", "--remove_characters", ".,")
+    trainer = build(config, tmp_path / "out", *more, "--max_labelled", "3")
+    assert [list(row["labels"]) for row in trainer.train_dataset] == [[3, 1, 4, 1, 5]] * 3
+    assert trainer.train_dataset.column_names == ["input_features", "duration", "labels"]
 
 
 def test_features_come_from_the_cache(config: Path, tmp_path: Path) -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import multiprocessing
+import os
 import pickle
+import shutil
+import signal
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -12,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from stock_runs import RHO, Recorder, Sentences, arguments, bert, callback, clones, same, trainer
 from torch import Tensor
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainerState, hyperparameter_search
@@ -302,12 +309,16 @@ class Request(TrainerCallback):
         ("on_step_begin", 3, "on_pre_optimizer_step", 3, "no"),
         ("on_step_end", 4, "on_epoch_end", 4, "no"),
         ("on_step_end", 4, "on_epoch_end", 4, "steps"),
+        ("on_substep_end", 3, "on_pre_optimizer_step", 3, "no"),
+        ("on_substep_end", 2, "on_pre_optimizer_step", 2, "steps"),
     ],
 )
 def test_a_just_in_time_checkpoint_has_the_average(
     tmp_path: Path, event: str, step: int, saved_in: str, saved_at: int, strategy: str
 ) -> None:
     settings = {"max_steps": 6, "per_device_train_batch_size": 16, "save_strategy": strategy, "save_steps": 1}
+    if event == "on_substep_end":  # in the midst of a step's batches
+        settings |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
     whole = callback(reference_batch_size=16)
     complete = Recorder(whole)
     trainer(whole, tmp_path / "whole", complete, **settings).train()
@@ -331,12 +342,36 @@ def test_a_just_in_time_checkpoint_has_the_average(
     assert (checkpoint / "optimizer.pt").is_file()
     saved = BertForSequenceClassification.from_pretrained(checkpoint / "ema")
     assert all(torch.equal(p, complete.average[saved_at - 1][name]) for name, p in saved.named_parameters())
+    student = BertForSequenceClassification.from_pretrained(checkpoint)
+    assert all(torch.equal(p, complete.student[saved_at - 1][name]) for name, p in student.named_parameters())
+    claimed = json.loads((checkpoint / "ema" / "ema_state.json").read_text(encoding="utf-8"))
+    assert (claimed["num_updates"], claimed["state"]["global_step"]) == (saved_at, saved_at)
 
     resumed = callback(reference_batch_size=16)
     trainer(resumed, tmp_path, **settings).train(resume_from_checkpoint=str(checkpoint))
     assert (resumed.average.num_updates, resumed.clock) == (6, 6.0)
     # Where the checkpoint comes after the forward pass of the next step, so does its random state.
     assert same(clones(resumed), clones(whole)) == (saved_in != "on_pre_optimizer_step")
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
+def test_a_just_in_time_checkpoint_comes_also_where_the_workers_are_told(tmp_path: Path) -> None:
+    """As they are by a scheduler that sends SIGTERM to every process there is."""
+    average, told = callback(), []
+    more = {"enable_jit_checkpoint": True, "dataloader_num_workers": 1, "dataloader_prefetch_factor": 1}
+
+    class ToAll(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                told.extend(str(worker.pid) for worker in multiprocessing.active_children())
+                subprocess.run(["kill", "-TERM", *told], check=True)
+                jit.jit_manager.is_checkpoint_requested = True  # which Trainer does some seconds after the signal
+
+    run = trainer(average, tmp_path, ToAll(), **more)
+    jit: Any = next(c for c in run.callback_handler.callbacks if isinstance(c, JITCheckpointCallback))
+    run.train()
+    assert len(told) == 1 and average.global_step == 3
+    assert average.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
 
 
 def test_the_end_of_a_run_writes_into_no_checkpoint_of_another(tmp_path: Path) -> None:
@@ -395,6 +430,45 @@ def test_a_good_average_is_not_rebuilt(tmp_path: Path) -> None:
         warnings.filterwarnings("error", "EMACallback")
         trainer(average, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert same(clones(average), clones(whole))
+
+
+def test_a_flipped_bit_of_the_student_stops_the_resume(tmp_path: Path) -> None:
+    trainer(callback(), tmp_path, save_strategy="steps", save_steps=3, max_steps=3).train()
+    weights = tmp_path / "checkpoint-3" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-4] ^= 1  # of one weight, by less than the distance to the average could tell
+    weights.write_bytes(data)
+    with pytest.raises(AverageStateError, match=r"checkpoint-3 cannot be resumed: model\.safetensors is damaged"):
+        trainer(callback(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_the_newest_checkpoint_is_the_newest_that_is_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    average = callback()
+    assert average.newest_checkpoint(tmp_path) is None
+    trainer(average, tmp_path, save_strategy="steps", save_steps=1).train()
+    assert average.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+    damages = {
+        6: lambda folder: (folder / "trainer_state.json").unlink(),
+        5: lambda folder: shutil.rmtree(folder / "ema"),
+        4: lambda folder: os.truncate(folder / "optimizer.pt", 100),
+        3: lambda folder: shutil.copytree(tmp_path / "checkpoint-2" / "ema", folder / "ema", dirs_exist_ok=True),
+        2: lambda folder: os.truncate(folder / "ema" / "model.safetensors", 100),
+    }
+    transformers.utils.logging.enable_propagation()
+    for step, damage in damages.items():
+        damage(tmp_path / f"checkpoint-{step}")
+        assert average.newest_checkpoint(tmp_path) == tmp_path / f"checkpoint-{step - 1}"
+    transformers.utils.logging.disable_propagation()
+    for what in (
+        "checkpoint-6: trainer_state.json is missing",
+        "checkpoint-5: There is no saved average at",
+        "checkpoint-4: optimizer.pt is not readable",
+        "checkpoint-3: the average in its 'ema' is of step 2",
+        "checkpoint-2: The saved average in",
+    ):
+        assert what in caplog.text, what
+    rebuilding = callback(on_missing_average="rebuild")
+    assert rebuilding.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
 
 
 def test_an_average_of_another_step_is_not_rebuilt(tmp_path: Path) -> None:

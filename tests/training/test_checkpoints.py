@@ -90,10 +90,12 @@ TRAINERS = [
     (cut("trainer_state.json"), "trainer_state.json is not readable"),
     (gone("model.safetensors"), "model.safetensors is missing"),
     (cut("model.safetensors"), "model.safetensors is not readable"),
+    (flipped("model.safetensors"), "model.safetensors is damaged, or of another step than the average: its CRC"),
     (gone("optimizer.pt"), "optimizer.pt is missing (no optimizer state: save_only_model?)"),
     (cut("optimizer.pt"), "optimizer.pt is not readable"),
     (flipped("optimizer.pt"), "optimizer.pt is not readable (ValueError: wrong CRC-32 of its record"),
     (gone("scheduler.pt"), "scheduler.pt is missing"),
+    (cut("scheduler.pt"), "scheduler.pt is not readable"),
     (cut("rng_state.pth"), "rng_state.pth is not readable"),
     (gone("rng_state.pth"), "rng_state.pth is missing"),
 ]

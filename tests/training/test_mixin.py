@@ -389,6 +389,7 @@ RELIED_ON = {
         "metric_key_prefix",
     ],
     "floating_point_ops": ["self", "inputs"],
+    "get_eval_dataloader": ["self", "eval_dataset"],
     "get_train_dataloader": ["self"],
     "log": ["self", "logs", "start_time"],
     "push_to_hub": ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],

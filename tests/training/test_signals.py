@@ -13,9 +13,11 @@ from typing import Any, ClassVar
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_ema_scaling.training.checkpoints import newest_complete_checkpoint
+from hf_ema_scaling.training.run_state import read_run_state
 from hf_ema_scaling.training.signals import StopOnSigterm, leave_to_parent
 
 
@@ -99,15 +101,79 @@ def test_nobody_elses_handler_means_the_exit_code_of_a_terminated_process(tmp_pa
     assert not made.is_in_train
 
 
-@pytest.mark.parametrize("changes", [{"save_strategy": "no"}, {"enable_jit_checkpoint": True}], ids=str)
-def test_where_it_is_not_wanted_there_is_none(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_where_it_is_not_wanted_there_is_none(tmp_path: Path) -> None:
     ours = signal.getsignal(signal.SIGTERM)
     watch = Terminate(0)
-    made = run(tmp_path, watch, max_steps=2, **changes)
-    there = signal.getsignal(signal.SIGTERM)  # just-in-time checkpoints put theirs there
-    assert (there is ours) == ("save_strategy" in changes)
-    made.train()
-    assert watch.handlers == [there, there]
+    run(tmp_path, watch, max_steps=2, save_strategy="no").train()
+    assert signal.getsignal(signal.SIGTERM) is ours and watch.handlers == [ours, ours]
+
+
+# ---- Just-in-time checkpoints
+
+
+def semi_supervised(folder: Path, *, init: int = 0, **changes: Any) -> Any:
+    """Steps of several micro-batches, with dropout, labels in a cache and a path-corrected average."""
+    values = {
+        "max_steps": 14,
+        "kappa": 2.0,  # in eight steps
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 2,
+        "ema_correction": "path",
+        "logging_strategy": "steps",
+        "logging_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 8,
+    }
+    return tiny.trainer(
+        tiny.wav2vec2(dropout=0.1, seed=init),
+        tiny.arguments(folder, **values | changes),
+        tiny.speech(12),
+        unlabeled_dataset=tiny.speech(12, 1, labels=False),
+        pseudo_label_args=tiny.pseudo(pl_start=2.0, unlabeled_ratio=1.0, cache_steps=2.0, cache_refresh=0.5),
+        labeler=tiny.ContentLabeler(),
+        eval_dataset=tiny.speech(3, 2),
+    )
+
+
+def logs(made: Any) -> list[dict[str, float]]:
+    timed = ("runtime", "per_second", "train_loss")
+    entries = made.state.log_history
+    return [{k: v for k, v in entry.items() if not any(word in k for word in timed)} for entry in entries]
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_a_just_in_time_checkpoint_in_the_midst_of_a_step_is_of_the_step_it_claims(
+    tmp_path: Path, before: list[int], strategy: str
+) -> None:
+    whole = semi_supervised(tmp_path / "whole")
+    whole.train()
+
+    made = semi_supervised(tmp_path, enable_jit_checkpoint=True, save_strategy=strategy, save_steps=3)
+    forward, seen = made.micro_batch_loss, []
+
+    def told(*arguments: Any) -> torch.Tensor:
+        seen.append(made.state.global_step)
+        if seen.count(4) == 1:  # in the first micro-batch of the fifth step, after which an evaluation is due
+            signal.raise_signal(signal.SIGTERM)
+        return forward(*arguments)
+
+    made.micro_batch_loss = told
+    made.train()  # returns, as Trainer's own way does
+    assert made.state.global_step == 5 and before == [] and seen.count(4) == 4
+    saved = newest_complete_checkpoint(tmp_path)
+    assert saved.name == "checkpoint-5"
+    step = whole.recorder.averages[4], whole.recorder.weights[4]
+    average, student = load_file(saved / "ema" / "model.safetensors"), load_file(saved / "model.safetensors")
+    assert tiny.same_bits({name: average[name] for name in step[1]}, {name: step[0][name] for name in step[1]})
+    assert tiny.same_bits({name: student[name] for name in step[1]}, step[1])
+    assert read_run_state(saved).global_step == 5 and tiny.difference(step[1], {n: step[0][n] for n in step[1]}) > 1e-4
+
+    resumed = semi_supervised(tmp_path, init=7)
+    torch.manual_seed(99)
+    resumed.train(resume_from_checkpoint=True)
+    assert tiny.same_bits(tiny.average(resumed), tiny.average(whole))
+    assert tiny.same_bits(tiny.parameters(resumed.model), tiny.parameters(whole.model))
+    assert resumed.drawn == whole.drawn[5:] and logs(resumed) == logs(whole) and len(logs(whole)) == 10
 
 
 def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
@@ -175,6 +241,28 @@ def test_workers_leave_the_signal_to_the_process_that_trains(tmp_path: Path, bef
     worker.terminate()
     worker.join(60)
     assert worker.exitcode == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
+@pytest.mark.parametrize("lasting", [False, True])
+def test_workers_of_an_evaluation_leave_it_as_well(tmp_path: Path, before: list[int], lasting: bool) -> None:
+    told: list[int] = []
+
+    class InEvaluation(TrainerCallback):
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2 and not told:
+                told.extend(worker.pid for worker in multiprocessing.active_children() if worker.pid)
+                subprocess.run(["kill", "-TERM", *map(str, told)], check=True)
+                signal.raise_signal(signal.SIGTERM)
+
+    more = {"dataloader_num_workers": 1, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 1}
+    made = run(tmp_path, InEvaluation(), dataloader_persistent_workers=lasting, **more)
+    if lasting:
+        made.evaluate()  # its workers stay
+    made.train()
+    assert made.state.global_step == 2 and before == [signal.SIGTERM] and len(told) == 2
+    assert {"eval_loss", "eval_ema_loss"} <= made.state.log_history[-2].keys()
+    assert newest_complete_checkpoint(tmp_path).name == "checkpoint-2"
 
 
 def _shielded(writer: Any) -> None:

@@ -17,9 +17,9 @@ LARGEST: dict[str, float] = {}
 
 def agree(kind: str, one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> None:
     """Asserts that two sets of tensors by name are equal within the tolerance, and notes how far apart they are."""
-    apart = tiny.difference(one, two)
-    LARGEST[kind] = max(LARGEST.get(kind, 0.0), apart)
-    assert apart < TOLERANCE, kind
+    distance = tiny.difference(one, two)
+    LARGEST[kind] = max(LARGEST.get(kind, 0.0), distance)
+    assert distance < TOLERANCE, kind
 
 
 def close(

@@ -1,0 +1,96 @@
+"""The configurations in `recipes/accelerate`: each launches a recipe, or is read as it will be on GPUs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "recipes" / "accelerate"
+SCRIPT = ROOT / "recipes" / "asr_ctc.py"
+NAMES = ("one_process", "ddp", "ddp_cpu", "fsdp2")
+
+
+def file(name: str) -> str:
+    return str(FOLDER / f"{name}.yaml")
+
+
+def launch(name: str, config: Path, output: Path, cache: Path, *options: str) -> dict[str, torch.Tensor]:
+    """The average that `accelerate launch --config_file` leaves."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file(name), *options]
+    command = [*launcher, str(SCRIPT), "--config", str(config), "--output_dir", str(output)]
+    paths = {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(cache)}
+    own = {**paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(output / "ema" / "model.safetensors")
+
+
+def read(name: str, *options: str) -> argparse.Namespace:
+    """What `accelerate launch` makes of a file and options."""
+    words = ["--config_file", file(name), *options, str(SCRIPT)]
+    return _validate_launch_command(launch_command_parser().parse_args(words))[0]
+
+
+def test_every_file_is_known() -> None:
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(NAMES)
+    for name in NAMES:
+        assert load_config_from_file(file(name)).mixed_precision == "no"
+        assert (
+            f"accelerate launch --config_file recipes/accelerate/{name}.yaml recipes/" in Path(file(name)).read_text()
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "multi_gpu", "fsdp"),
+    [
+        ("one_process", 1, False, False),
+        ("ddp", 8, True, False),
+        ("ddp_cpu", 2, True, False),
+        ("fsdp2", 8, False, True),
+    ],
+)
+def test_the_launcher_reads_them(name: str, processes: int, multi_gpu: bool, fsdp: bool) -> None:
+    found = read(name)
+    assert (found.num_processes, bool(found.multi_gpu), bool(found.use_fsdp)) == (processes, multi_gpu, fsdp)
+    assert read(name, "--num_processes", "4").num_processes == 4
+
+
+def test_the_plugin_of_fsdp2_is_the_one_that_can_be_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment: dict[str, Any] = prepare_multi_gpu_env(read("fsdp2"))
+    assert environment["ACCELERATE_USE_FSDP"] == "true"
+    for name, value in environment.items():
+        if name.startswith(("FSDP_", "ACCELERATE_")):
+            monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.state_dict_type.name == "SHARDED_STATE_DICT" and not plugin.cpu_ram_efficient_loading
+    assert "transformer_auto_wrap_policy" in str(plugin.auto_wrap_policy)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_launched_recipes_take_the_same_steps(config: Path, tmp_path: Path, cache: Path) -> None:
+    one = launch("one_process", config, tmp_path / "one", cache)
+    record = json.loads((tmp_path / "one" / "run.json").read_text())
+    assert record["processes"] == 1
+    others = {"ddp_cpu": ("ddp_cpu",), "ddp": ("ddp", "--num_processes", "2")}
+    for folder, (name, *options) in others.items():
+        two = launch(name, config, tmp_path / folder, cache, *options)
+        assert json.loads((tmp_path / folder / "run.json").read_text())["processes"] == 2
+        assert two.keys() == one.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5)
