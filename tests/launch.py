@@ -1,4 +1,4 @@
-"""Runs a script on two gloo processes of this machine."""
+"""Runs a script on two gloo processes of this machine, or on more."""
 
 from __future__ import annotations
 
@@ -45,23 +45,28 @@ def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def results(folder: Path) -> list[dict[str, Any]]:
+def results(folder: Path, count: int = 2) -> list[dict[str, Any]]:
     """What each process saved."""
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
+
+
+def on_processes(count: int, script: str, *arguments: str) -> list[str]:
+    """Runs `python script arguments` so many times, as the ranks of one group; what each printed."""
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    command = [sys.executable, script, *arguments]
+    ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return _wait([_start(command, _environment() | rank) for rank in ranks])
 
 
 def on_two_processes(script: str, *arguments: str) -> list[str]:
     """Runs `python script arguments` twice, as ranks 0 and 1 of one group; what each printed."""
-    common = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    command = [sys.executable, script, *arguments]
-    ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    return _wait([_start(command, _environment() | rank) for rank in ranks])
+    return on_processes(2, script, *arguments)
 
 
 def by_accelerate(script: str, *arguments: str) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hf_ema_scaling.ema.adapters import adapter_configs, base_of, is_peft_model
 from hf_ema_scaling.ema.average import WeightAverage
+from hf_ema_scaling.ema.sharding import class_of
 
 ADAPTER_FOLDER = "adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -44,15 +45,20 @@ def adapter_tensors(
     """
     from peft import get_peft_model_state_dict
 
-    names = {id(tensor): average.resolve(name) for name, tensor in state.items()}
+    names = list(state)
+    # Numbers in the shapes of the tensors, which survive that PEFT copies them (as it does of sharded models).
+    numbered = {name: torch.tensor(float(i)).expand(state[name].shape) for i, name in enumerate(names)}
     places: dict[str, dict[str, str]] = {}
     for adapter in adapter_configs(model):
         stored = get_peft_model_state_dict(
-            model, state_dict=dict(state), adapter_name=adapter, save_embedding_layers=False
+            model, state_dict=dict(numbered), adapter_name=adapter, save_embedding_layers=False
         )
         # What transformers puts before the names of an adapter that it added, so that PEFT reads them too.
         prefix = "" if is_peft_model(model) else ADDED_PREFIX
-        found = {prefix + file_name: names.get(id(tensor)) for file_name, tensor in stored.items()}
+        found = {
+            prefix + file_name: average.resolve(name) if (name := _numbered(tensor, numbered)) else None
+            for file_name, tensor in stored.items()
+        }
         strange = sorted(file_name for file_name, name in found.items() if name is None)
         if strange:
             raise NotImplementedError(
@@ -69,6 +75,13 @@ def adapter_tensors(
             "Trainer saves them. Name their modules in modules_to_save of the adapter's configuration."
         )
     return places
+
+
+def _numbered(tensor: Tensor, numbered: Mapping[str, Tensor]) -> str | None:
+    """The name of the tensor that holds this number in this shape; None if something was made of it."""
+    number = float(tensor.flatten()[0]) if tensor.numel() else -1.0
+    name = list(numbered)[int(number)] if number.is_integer() and 0 <= number < len(numbered) else None
+    return name if name is not None and torch.equal(tensor, numbered[name].to(tensor)) else None
 
 
 def adapter_names(model: nn.Module, average: WeightAverage, state: Mapping[str, Tensor]) -> list[str]:
@@ -174,7 +187,7 @@ def _write_config(folder: Path, model: nn.Module, config: Any) -> None:
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(base, "name_or_path", None)
     # Lets AutoPeftModel find the base's class where no task says it.
-    mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    mapping = {"base_model_class": class_of(base).__name__, "parent_library": class_of(base).__module__}
     config.save_pretrained(folder, auto_mapping_dict=None if config.task_type or not is_peft_model(model) else mapping)
 
 

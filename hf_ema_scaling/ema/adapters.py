@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from hf_ema_scaling.ema.sharding import class_of
+
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether a model, or a part of it, has PEFT adapters: by `get_peft_model` or by transformers' `add_adapter`."""
@@ -98,13 +100,13 @@ def adapter_module(student: nn.Module, config_for: Callable[[PreTrainedModel], A
         )
     configs = {name: _without_initialisation(config) for name, config in adapter_configs(student).items()}
     with torch.device("meta"), no_init_weights():
-        module: Any = type(base)(config_for(base))
+        module: Any = class_of(base)(config_for(base))
         if getattr(base, "generation_config", None) is not None:
             module.generation_config = copy.deepcopy(base.generation_config)
         if is_peft_model(student):
             first, *others = configs
             options: dict[str, Any] = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
-            module = type(student)(module, configs[first], adapter_name=first, **options)
+            module = class_of(student)(module, configs[first], adapter_name=first, **options)
             for name in others:
                 module.add_adapter(name, configs[name], low_cpu_mem_usage=True)
             module.set_adapter(_active(student))

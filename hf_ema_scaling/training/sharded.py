@@ -33,9 +33,12 @@ ZERO = (
 def refuse_sharding(trainer: Trainer) -> None:
     """Raises for shardings that the trainers of this library cannot train, and for what does not work in shards.
 
-    FSDP2 trains: sharded at load time by `from_pretrained(distributed_config=DistributedConfig(fsdp_size=n))`, or by
-    accelerate's plugin with `fsdp_version: 2`, which wants accelerators: it has not been run on a GPU, only on CPUs
-    that it was made to take for such. What is said of DeepSpeed comes from accelerate's source and has not been run.
+    FSDP2 trains: sharded at load time by `from_pretrained(distributed_config=DistributedConfig(fsdp_size=n))`, with
+    `dp_replicate_size` copies of the shards (HSDP) where that is given, or by accelerate's plugin with
+    `fsdp_version: 2`, which wants accelerators: it has not been run on a GPU, only on CPUs that it was made to take
+    for such. PEFT adapters train in both; of a model sharded at load time they are whole on every process, and PEFT
+    cannot copy a sharded module for `modules_to_save`. What is said of DeepSpeed comes from accelerate's source and
+    has not been run.
 
     Args:
         trainer: a trainer whose own constructor has run.

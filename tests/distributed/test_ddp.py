@@ -10,14 +10,12 @@ import launch
 import pytest
 import tiny
 import torch
+from apart import agree, close
 
 sys.path.insert(0, str(Path(__file__).parent))
 import two_processes
 
 pytestmark = pytest.mark.distributed
-
-TOLERANCE = 3e-5
-"""Relative, in the norm over all parameters: float32 sums in another order, and a few steps of their consequences."""
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +30,6 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
         torch.save(two_processes.seen(alone), folder / f"one-{name}.pt")
     launch.on_two_processes(two_processes.__file__, str(folder), "short")
     return folder, launch.results(folder)
-
-
-def close(found: dict[str, Any], expected: Any) -> None:
-    recorder = expected.recorder
-    assert len(found["gradients"]) == len(recorder.gradients) > 0
-    for step in range(len(recorder.gradients)):
-        assert tiny.difference(recorder.gradients[step], found["gradients"][step]) < TOLERANCE
-        assert tiny.difference(recorder.weights[step], found["weights"][step]) < TOLERANCE
-        assert tiny.difference(recorder.averages[step], found["averages"][step]) < TOLERANCE
 
 
 def test_both_processes_hold_the_same_bits(launched: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -129,7 +118,7 @@ def test_batch_norm_gets_the_micro_batches_of_one_process(
     found = launched[1][0]["batch_norm"]["gradients"]
     assert len(found) == 2
     for step in range(2):
-        assert tiny.difference(alone.recorder.gradients[step], found[step]) < TOLERANCE
+        agree("gradients", alone.recorder.gradients[step], found[step])
 
 
 @pytest.mark.parametrize("family", ["wav2vec2", "parakeet"])
@@ -180,8 +169,8 @@ def test_one_process_resumes_before_a_switch_what_two_began(
     assert [made.sampler.step(t).end for t in range(6)] == two_processes.SIZES_END
     for step in range(3):
         found = ranks[0]["sized-teacher"]
-        assert tiny.difference(made.recorder.weights[step], found["weights"][step + 3]) < TOLERANCE
-        assert tiny.difference(made.recorder.averages[step], found["averages"][step + 3]) < TOLERANCE
+        agree("weights", made.recorder.weights[step], found["weights"][step + 3])
+        agree("averages", made.recorder.averages[step], found["averages"][step + 3])
 
 
 def test_each_process_has_teacher_batches_of_its_own(
@@ -210,8 +199,8 @@ def test_one_process_continues_what_two_began(launched: tuple[Path, list[dict[st
     found = ranks[0]["split-wav2vec2"]
     assert len(made.recorder.weights) == 2
     for step in (0, 1):
-        assert tiny.difference(made.recorder.weights[step], found["weights"][step + 1]) < TOLERANCE
-        assert tiny.difference(made.recorder.averages[step], found["averages"][step + 1]) < TOLERANCE
+        agree("weights", made.recorder.weights[step], found["weights"][step + 1])
+        agree("averages", made.recorder.averages[step], found["averages"][step + 1])
 
 
 @pytest.mark.parametrize("name", ["split", "sized"])
@@ -223,7 +212,7 @@ def test_two_processes_continue_what_one_began(launched: tuple[Path, list[dict[s
     assert len(found["weights"]) == len(alone["weights"]) - stop >= 2
     for key in ("gradients", "weights", "averages"):
         for one, two in zip(alone[key][stop:], found[key], strict=True):
-            assert tiny.difference(one, two) < TOLERANCE, key
+            agree(key, one, two)
         assert tiny.same_bits(found[key], ranks[1][f"continued-{name}"][key])
     for step, drawn in enumerate(alone["drawn"][stop:]):
         both = [item for rank in ranks for item in rank[f"continued-{name}"]["drawn"][step]]

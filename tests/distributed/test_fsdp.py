@@ -11,6 +11,7 @@ import launch
 import pytest
 import tiny
 import torch
+from apart import agree, close
 from torch.nn import functional as F
 from transformers import BertForSequenceClassification, Wav2Vec2ForCTC
 
@@ -19,8 +20,6 @@ import sharded_processes
 
 pytestmark = pytest.mark.distributed
 
-TOLERANCE = 3e-5
-"""Relative, in the norm over all parameters: float32 sums in another order, and a few steps of their consequences."""
 CLASSES: dict[str, Any] = {"bert": BertForSequenceClassification, "wav2vec2": Wav2Vec2ForCTC}
 
 Launched = tuple[Path, list[dict[str, Any]]]
@@ -38,14 +37,6 @@ def more(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     folder = tmp_path_factory.mktemp("more")
     launch.by_accelerate(sharded_processes.__file__, str(folder), "more")
     return folder, launch.results(folder)
-
-
-def close(found: dict[str, Any], alone: Any, keys: tuple[str, ...] = ("gradients", "weights", "averages")) -> None:
-    for key in keys:
-        expected = getattr(alone.recorder, key)
-        assert len(found[key]) == len(expected) > 0
-        for one, two in zip(expected, found[key], strict=True):
-            assert tiny.difference(one, two) < TOLERANCE, key
 
 
 def same_on_both(ranks: list[dict[str, Any]], *names: str) -> None:
@@ -198,7 +189,7 @@ def test_or_stops_both(more: Launched, tmp_path: Path) -> None:
         alone.train()
     for rank in more[1]:
         assert rank["raise"]["error"] == f"FloatingPointError: {raised.value}"
-        assert tiny.difference(tiny.parameters(alone.model), rank["raise"]["weights"]) < TOLERANCE
+        agree("weights", tiny.parameters(alone.model), rank["raise"]["weights"])
 
 
 @pytest.mark.slow

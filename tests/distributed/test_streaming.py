@@ -9,14 +9,13 @@ from typing import Any
 import launch
 import pytest
 import tiny
+from apart import agree
 
 sys.path.insert(0, str(Path(__file__).parent))
 import streamed_processes
 
 pytestmark = pytest.mark.distributed
 
-TOLERANCE = 3e-5
-"""Relative, in the norm over all parameters: float32 sums in another order."""
 Launched = tuple[list[dict[str, Any]], Any]
 
 
@@ -33,8 +32,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 def close(found: dict[str, Any], alone: Any, since: int = 0) -> None:
     assert len(found["gradients"]) == len(alone.recorder.gradients) - since > 0
     for step, (gradients, averages) in enumerate(zip(found["gradients"], found["averages"], strict=True), since):
-        assert tiny.difference(alone.recorder.gradients[step], gradients) < TOLERANCE
-        assert tiny.difference(alone.recorder.averages[step], averages) < TOLERANCE
+        agree("gradients", alone.recorder.gradients[step], gradients)
+        agree("averages", alone.recorder.averages[step], averages)
 
 
 def together(ranks: list[dict[str, Any]], name: str) -> list[list[tuple[int, int, int]]]:

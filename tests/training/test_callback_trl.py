@@ -39,7 +39,15 @@ def texts(count: int = 64) -> list[str]:
     return [" ".join(f"w{rng.randrange(40)}" for _ in range(rng.randint(3, 9))) for _ in range(count)]
 
 
-def sft(folder: Path, average: Any, *more: Any, model: Any = None, data: Any = None, **changes: Any) -> Any:
+def sft(
+    folder: Path,
+    average: Any,
+    *more: Any,
+    model: Any = None,
+    data: Any = None,
+    peft_config: Any = None,
+    **changes: Any,
+) -> Any:
     settings: dict[str, Any] = {
         "max_steps": 4,
         "per_device_train_batch_size": 4,
@@ -59,6 +67,7 @@ def sft(folder: Path, average: Any, *more: Any, model: Any = None, data: Any = N
         train_dataset=datasets.Dataset.from_dict({"text": texts()}) if data is None else data,
         processing_class=tokenizer(),
         callbacks=[average, *more],
+        peft_config=peft_config,
     )
 
 
@@ -130,3 +139,35 @@ def test_an_adapter_trains_saves_and_resumes(tmp_path: Path) -> None:
     resumed = callback()
     sft(tmp_path, resumed, model=adapted()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert same(clones(resumed), clones(average))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_adapter_that_the_trainer_makes_of_a_peft_config(tmp_path: Path, accumulation: int) -> None:
+    """The average is the mean of the students after each step, and nothing of the zeros that adapters start from."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    changes = {"gradient_accumulation_steps": accumulation, "learning_rate": 5e-2}
+    average = callback()
+    recorder = Recorder(average)
+    run = sft(tmp_path, average, recorder, peft_config=config, save_strategy="steps", save_steps=2, **changes)
+    run.train()
+    rho = RHO**accumulation
+    trained = [name for name, p in run.model.named_parameters() if p.requires_grad]
+    assert len(trained) == 4 and all("lora" in name for name in trained)
+    for done in range(1, 5):
+        weights = [(1 - rho) * rho ** (done - 1 - i) / (1 - rho**done) for i in range(done)]
+        for name in trained:
+            seen = [student[name].double() for student in recorder.student[:done]]
+            expected = sum(weight * student for weight, student in zip(weights, seen, strict=True))
+            assert (recorder.average[done - 1][name] - expected).abs().max() < 1e-6, name
+    assert average.average.gathered == pytest.approx(1 - rho**4, rel=1e-12)
+    assert average.average.distance(run.model) > 1e-3
+    # What is saved is an adapter for the base; a run that goes on from a checkpoint ends with the same bits.
+    average.export(tmp_path / "export")
+    loaded = dict(peft.PeftModel.from_pretrained(llama(), tmp_path / "export" / "adapter").named_parameters())
+    assert all(torch.equal(loaded[name], recorder.average[-1][name]) for name in trained)
+    resumed = callback()
+    again = sft(tmp_path, resumed, peft_config=config, **changes)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(clones(resumed), clones(average)) and resumed.average.gathered == average.average.gathered
