@@ -66,7 +66,7 @@ def build_asr_seq2seq(
 
     Data is prepared by the main process first; features stay in the cache of `datasets`. Error rates are those of
     texts normalised as `text_case` and `remove_characters` say, on both sides. Speech that is longer than the window
-    of the model is left out of all sets, with a warning that counts it.
+    of the model is broken, as `on_bad_item` has it, unless `max_seconds` leaves it out of training.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError: for what cannot be used, by name.
@@ -98,7 +98,7 @@ def build_asr_seq2seq(
     extractor = processor.feature_extractor
     frames, _ = window_frames(extractor)
     augmentation.check(extractor)
-    views = augmentation.build(bins_first=frames is not None)
+    views = augmentation.build(extractor, bins_first=frames is not None)
     with args.main_process_first(desc="preparing speech"):
         if data.streaming:
             sets = stream_sets(data, args, extractor, targets, prepare, max_tokens=labeler.max_target_tokens)
