@@ -84,7 +84,7 @@ def label_dataset(
       ("empty", "too_long", "no_eos"), what `read_audio` and `prepare_ctc` drop rows for, "empty_text", "too_long" for
       words and texts to write from of which the model cannot read all, "beyond_window";
     - `scores`: what else the labeler says, as a JSON object;
-    - `seconds` of audio, or `tokens`: the size of the row.
+    - `seconds` of audio, `tokens`, or of words `word_count`: the size of the row.
 
     Rows are read in order, in windows of one shard; within a window the longest are labelled first, so that batches
     hold little padding. Batches depend on the data and the arguments only. Run again with the same arguments, a run
@@ -148,6 +148,7 @@ def label_dataset(
         "model": {
             "name": head.name,
             "class": type(head.model).__name__,
+            "kind": head.kind,
             "dtype": str(next(head.model.parameters()).dtype).removeprefix("torch."),
             "weights_sha256": weights_fingerprint(head.model),
             "average": average_record(head.name),
@@ -168,9 +169,9 @@ def label_dataset(
             "max_length": max_length,
             "min_confidence": min_confidence,
             # As a list: their order decides which one gives the reason.
-            "filters": [[name, values] for name, values in found_filters.items()],
+            "filters": [[name, values] for name, values in found_filters.items()] or None,
             "second_view": None if second_view is None else read_views(second_view, "second_view"),
-            "labels": dict(head.settings),
+            "labels": dict(head.settings) or None,
         },
         "on_bad_item": on_bad_item,
         "versions": versions(),

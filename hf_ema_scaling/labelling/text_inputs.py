@@ -118,6 +118,8 @@ class WrittenInputs(_Texts):
 class WordInputs(_Texts):
     """Lists of words to tag; rows of which not every word can be read are left out ("too_long").
 
+    Their size is counted in words: what recipes call their column is `tokens`.
+
     Args:
         head: of a token classifier.
         column: of the words.
@@ -127,6 +129,8 @@ class WordInputs(_Texts):
         ValueError: when the tokenizer has no padding token.
         TypeError: when it cannot tell words.
     """
+
+    unit = "word_count"
 
     def __init__(self, head: Head, column: str, max_length: int | None = None) -> None:
         super().__init__(head, column, max_length)
@@ -146,7 +150,12 @@ class WordInputs(_Texts):
         if gone:
             first = words[min(gone)]
             raise BadItemError(f"the tokenizer makes nothing of the word {first!r:.60}: leave it out", "no_tokens")
-        return self._fitting({**encoded, WORD_IDS: numbers})
+        try:
+            read = self._fitting({**encoded, WORD_IDS: numbers})
+        except BadItemError as error:
+            error.size = float(len(words))
+            raise
+        return Prepared(read.inputs, read.length, float(len(words)), read.size)
 
     def collate(self, rows: Sequence[Prepared]) -> dict[str, Tensor]:
         """Padded ids, and `word_ids` padded with -1."""
