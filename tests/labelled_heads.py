@@ -120,7 +120,7 @@ def transducer(name: str) -> Head:
     extractor = Speech2TextFeatureExtractor(feature_size=8, num_mel_bins=8)
     tokenizer = SimpleNamespace(decode=lambda ids, group_tokens: " ".join(map(str, ids)))
     processor = SimpleNamespace(feature_extractor=extractor, tokenizer=tokenizer)
-    return head_of(transducers.build(name), processor)
+    return head_of(transducers.build(name, 2), processor)
 
 
 WEIGHTS = {"t5": 5, "bart": 10, "mbart-50": 2, "mbart-25": 2, "m2m100": 11, "gpt2": 1, "moonshine": 2}
@@ -144,8 +144,8 @@ def whisper(**options: Any) -> Head:
     return head_of(model, processor, **{"max_new_tokens": 8, **options})
 
 
-def classifier(problem: str | None, outputs: int) -> Head:
-    torch.manual_seed(0)
+def classifier(problem: str | None, outputs: int, seed: int = 0) -> Head:
+    torch.manual_seed(seed)
     tokenizer = build_word_tokenizer(SENTENCES)
     names = {index: ("neg", "pos", "none")[index] for index in range(outputs)}
     config = BertConfig(vocab_size=len(tokenizer), **SIZES, id2label=names, problem_type=problem)
@@ -190,7 +190,7 @@ CASES: dict[str, Case] = {
     "seamless": case(lambda: writing("seamless", _stacked()), waves, heard),
     "seamless-v2": case(lambda: writing("seamless-v2", _stacked()), waves, heard),
     "one-class": case(lambda: classifier(None, 3), column("text", SENTENCES), read),
-    "several-classes": case(lambda: classifier("multi_label_classification", 3), column("text", SENTENCES), read),
+    "several-classes": case(lambda: classifier("multi_label_classification", 3, 1), column("text", SENTENCES), read),
     "regression": case(lambda: classifier("regression", 2), column("text", SENTENCES), read),
     "words": case(tagger, column("tokens", [text.split() for text in SENTENCES]), tagged),
     "t5": case(lambda: writing("t5", prefix="fed: "), column("source", TEXTS), read),
