@@ -217,8 +217,9 @@ def test_labels_are_texts_between_the_tokens_that_belong_there(name: str) -> Non
         assert not family.after or tuple(tokens[-len(family.after) :]) == family.after
         if not label.kept:
             continue
+        # A blank alone is a token that makes no text: what the filter `empty` is for.
         text = tokenizer.decode(list(label.ids), skip_special_tokens=True)
-        assert text.strip() and "<" not in text and "_" not in text.replace("<unk>", "")
+        assert "<" not in text and "_" not in text
     assert len({label.ids for label in labels}) > 1
 
 
