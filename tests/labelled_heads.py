@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import ctc_models
 import numpy as np
 import tiny_generation
 import tiny_whisper
@@ -114,6 +115,17 @@ def tagged(head: Head, row: Row) -> dict[str, Tensor]:
 @functools.cache
 def ctc() -> Head:
     return head_of(*speech_model())
+
+
+def any_ctc(name: str) -> Head:
+    """A head of `ctc_models`, with features of its kind and ids for text."""
+    torch.manual_seed(0)
+    make, reads = ctc_models.MODELS[name]
+    extractor = (
+        Speech2TextFeatureExtractor(feature_size=16, num_mel_bins=16) if reads == "input_features" else _samples()
+    )
+    tokenizer = SimpleNamespace(decode=lambda ids, group_tokens: " ".join(map(str, ids)))
+    return head_of(ctc_models.talkative(make()), SimpleNamespace(feature_extractor=extractor, tokenizer=tokenizer))
 
 
 def transducer(name: str) -> Head:

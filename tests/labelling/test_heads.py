@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ctc_models
 import pytest
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
-from labelled_heads import CASES, Case, Row
+from label_inputs import speech_rows
+from labelled_heads import CASES, Case, Row, any_ctc, heard
 
 from hf_ema_scaling.labelling import Head, label_dataset, run, shards
 from hf_ema_scaling.labelling.inputs import batches
@@ -59,6 +61,19 @@ def test_every_row_has_the_label_it_has_alone(name: str, tmp_path: Path, monkeyp
     assert any(label.kept for label in expected)
     # Rows of different lengths did share batches, so it could have gone wrong.
     assert max(sizes) > 1
+
+
+@pytest.mark.parametrize("name", ctc_models.MODELS)
+def test_every_ctc_head_labels_rows_as_it_labels_them_alone(name: str, tmp_path: Path) -> None:
+    """Those that see padding, too (`sees_padding`)."""
+    head, rows = any_ctc(name), speech_rows(4)
+    label_dataset(head, Dataset.from_list(rows), tmp_path / "out")
+    found = rows_of(tmp_path / "out")
+    expected = [head.labeler.label(head.model, heard(head, row))[0] for row in rows]
+    assert [row["label_ids"] for row in found] == [list(label.ids) for label in expected]
+    assert found["confidence"][:] == pytest.approx([label.confidence for label in expected], rel=1e-3)
+    assert [row["reason"] for row in found] == [label.reason for label in expected]
+    assert len({label.ids for label in expected}) > 1
 
 
 @pytest.mark.parametrize("name", CASES)
