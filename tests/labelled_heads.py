@@ -132,7 +132,7 @@ def transducer(name: str) -> Head:
     extractor = Speech2TextFeatureExtractor(feature_size=8, num_mel_bins=8)
     tokenizer = SimpleNamespace(decode=lambda ids, group_tokens: " ".join(map(str, ids)))
     processor = SimpleNamespace(feature_extractor=extractor, tokenizer=tokenizer)
-    return head_of(transducers.build(name, 2), processor)
+    return head_of(transducers.build(name, {"tdt": 2}.get(name, 0)), processor)
 
 
 WEIGHTS = {"t5": 5, "bart": 10, "mbart-50": 2, "mbart-25": 2, "m2m100": 11, "gpt2": 1, "moonshine": 2}
