@@ -265,7 +265,8 @@ def prepare_row(
     name = extractor.model_input_names[0]
     prepared: dict[str, Any] = {name: missing, "duration": 0.0, "dropped": "", "why": ""}
     try:
-        waveform = read_audio(row[audio_column], extractor.sampling_rate)
+        longest = math.inf if index in bad_texts else seconds[1]
+        waveform = read_audio(row[audio_column], extractor.sampling_rate, longest)
         prepared["duration"] = len(waveform) / extractor.sampling_rate
         if index in bad_texts:
             raise bad_texts[index]

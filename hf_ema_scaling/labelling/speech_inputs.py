@@ -15,8 +15,8 @@ from hf_ema_scaling.data.collator import CTCCollator, WindowCollator
 from hf_ema_scaling.data.speech_rows import check_seconds, check_window, features_of, window_frames
 from hf_ema_scaling.labelling.heads import Head
 from hf_ema_scaling.labelling.inputs import Prepared
-from hf_ema_scaling.labels.ctc import frames_of, sees_padding
-from hf_ema_scaling.labels.decoder import is_encoder_decoder
+from hf_ema_scaling.labels.ctc import LENGTH_METHODS, frames_of, sees_padding
+from hf_ema_scaling.labels.decoder import bare, is_encoder_decoder
 
 LONGEST = 40.0
 """Seconds of the longest audio that is labelled, where nothing else is said: its attention may not fit into memory."""
@@ -46,7 +46,9 @@ class SpeechInputs:
         if longest is None:
             longest = LONGEST if self.frames is None else math.inf
         self.seconds = seconds[0], longest
+        # Encoder-decoders need not say what they make of a length (Whisper, SeamlessM4T): they take any.
         self.writes = is_encoder_decoder(head.model)
+        self.counts = not self.writes or any(hasattr(bare(head.model), method) for method in LENGTH_METHODS)
         padded = CTCCollator.from_processor(head.processing_class)
         self._collate = padded if self.frames is None else WindowCollator(self.frames)
         # Without a mask every model takes padding for sound; those that write are decoded by length where need be.
@@ -55,13 +57,13 @@ class SpeechInputs:
 
     def prepare(self, row: Mapping[str, Any]) -> Prepared:
         """Features of the row's audio."""
-        waveform = read_audio(row[self.column], self.extractor.sampling_rate)
+        waveform = read_audio(row[self.column], self.extractor.sampling_rate, self.seconds[1])
         duration = len(waveform) / self.extractor.sampling_rate
         try:
             check_seconds(duration, self.seconds)
             check_window(duration, self.extractor)
             features = features_of(waveform, self.extractor)
-            if not self.writes and not int(frames_of(self.model, torch.tensor([len(features)]))):
+            if self.counts and not int(frames_of(self.model, torch.tensor([len(features)]))):
                 raise BadItemError(f"{duration:.3f} s of audio make no frame of the model", "no_features")
         except BadItemError as error:
             error.size = duration

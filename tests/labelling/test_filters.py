@@ -63,7 +63,7 @@ def test_the_first_filter_that_fires_gives_the_reason(tmp_path: Path) -> None:
     ("name", "written"),
     [
         ("whisper", '{"no_speech": {"maximum": 0.03}, "logprob": {"minimum": -1.5}, "repeat": {}}'),
-        ("t5", {"length_ratio": {"maximum": 0.25}, "copy": {"maximum": 0.3}, "logprob": {"minimum": -0.5}}),
+        ("t5", {"length_ratio": {"maximum": 0.12}, "copy": {"maximum": 0.3}, "logprob": {"minimum": -0.5}}),
         ("gpt2", {"length_ratio": {"maximum": 0.4}, "compression": {"maximum": 0.2}}),
         ("one-class", {"entropy": {"maximum": 0.5}, "confidence": {"minimum": 0.9}}),
         ("words", {"length_ratio": {"maximum": 0.7}, "confidence": {"minimum": 0.6}}),

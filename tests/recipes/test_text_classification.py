@@ -140,7 +140,9 @@ def test_views_and_a_second_view_from_the_file(recipe: Path, tmp_path: Path) -> 
     values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     shares = {"word_dropout": values.pop("word_dropout"), "token_masking": values.pop("mask_share")}
     named = tmp_path / "named.yaml"
-    named.write_text(yaml.safe_dump(values | {"views": {name: {"share": share} for name, share in shares.items()}}))
+    views = {name: {"share": share} for name, share in shares.items()}
+    # In this order.
+    named.write_text(yaml.safe_dump(values | {"views": views}, sort_keys=False))
     runs = [build(recipe, tmp_path / "out"), build(named, tmp_path / "out")]
     for trainer in runs:
         set_seed(0)
