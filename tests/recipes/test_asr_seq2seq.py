@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import tiny_generation
 import tiny_whisper
 import torch
 import yaml
-from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, Wav2Vec2FeatureExtractor
 from typer.testing import CliRunner
 
 from hf_ema_scaling.cli import main
 from hf_ema_scaling.data.speech_views import AdditiveNoise
 from hf_ema_scaling.data.stream import UNLABELLED
 from hf_ema_scaling.recipe import ASR_SEQ2SEQ, build_asr_seq2seq, parse, run
-from hf_ema_scaling.recipe.asr_seq2seq import shorten_window
+from hf_ema_scaling.recipe.asr_seq2seq import shorten_window, shortest_seconds
 from hf_ema_scaling.training.seq2seq import EMASeq2SeqTrainer, PseudoLabelSeq2SeqTrainer
 
 
@@ -155,6 +156,20 @@ def test_a_shorter_window_is_that_of_a_model_built_with_it(recipe: Path, whisper
     loaded = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
     assert loaded.config.max_source_positions == 50
     assert AutoProcessor.from_pretrained(tmp_path).feature_extractor.nb_max_frames == 100
+
+
+def test_the_shortest_audio_that_moonshine_hears(whisper: Path) -> None:
+    extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    network = tiny_generation.moonshine()
+    shortest = round(shortest_seconds(network, extractor) * extractor.sampling_rate)
+    decoded = {"decoder_input_ids": torch.ones(1, 1, dtype=torch.long)}
+    with torch.no_grad():
+        assert torch.isfinite(network(input_values=torch.randn(1, shortest), **decoded).logits).all()
+        with pytest.raises(RuntimeError):
+            network(input_values=torch.randn(1, shortest - 64), **decoded)
+    assert 127 < shortest < 1600
+    loaded = AutoModelForSpeechSeq2Seq.from_pretrained(whisper)
+    assert shortest_seconds(loaded, AutoProcessor.from_pretrained(whisper).feature_extractor) == 0.0
 
 
 def test_windows_that_cannot_be(whisper: Path) -> None:
