@@ -113,7 +113,7 @@ def _writing(model: Any, processing_class: Any, *, kind: str, options: Mapping[s
     """Encoder-decoders and causal language models."""
     names = WRITING if kind != PROMPT else WRITING[2:]
     settings = _known(model, options, names)
-    if str(model.config.model_type) == "whisper":
+    if str(model.config.model_type) == "whisper" and getattr(model.generation_config, "is_multilingual", False):
         # What training has told generation to write, see `recipe.generating.labeler_of`.
         said = {name: getattr(model.generation_config, name, None) for name in ("language", "task")}
         settings = {name: value for name, value in said.items() if value is not None} | settings

@@ -222,7 +222,8 @@ def _whisper_prompt(model: Any, language: str | None, task: str | None) -> tuple
         raise ValueError(f"task must be one of {', '.join(tasks)}, got {task!r}")
     if language is None:
         return (start, next(iter(codes.values())), tasks[task], plain), tuple(codes.values())
-    code = f"<|{TO_LANGUAGE_CODE.get(language.lower(), language.lower())}|>"
+    named = language.lower().removeprefix("<|").removesuffix("|>")
+    code = f"<|{TO_LANGUAGE_CODE.get(named, named)}|>"
     if code not in codes:
         raise ValueError(f"language {language!r} is not known to this Whisper, which knows {', '.join(codes)}")
     return (start, codes[code], tasks[task], plain), ()
