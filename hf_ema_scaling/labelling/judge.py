@@ -108,7 +108,7 @@ def judge_of(
     min_confidence: float,
     labelled: Dataset | IterableDataset | None,
     labelled_column: str | None,
-    bad: BadItems,
+    on_bad_item: str,
 ) -> tuple[LabelledFilters, dict[str, Any]]:
     """What drops labels, and the filters as they are for the record, with the limits that were found.
 
@@ -119,7 +119,7 @@ def judge_of(
         min_confidence: labels below are dropped, after all filters.
         labelled: rows with their text, for filters that are written as "fit".
         labelled_column: with the text; that of `TEXT_COLUMNS` when None.
-        bad: what happens to labelled rows that are broken.
+        on_bad_item: `raise` an error for a labelled row that is broken, or `skip` it, counted and named in the log.
 
     Raises:
         ValueError: as `read_filters`; for "fit" without labelled rows or with rows that lack something, labelled rows
@@ -140,7 +140,7 @@ def judge_of(
             "confidence_quantile"
         )
     if labelled is not None:
-        written |= _fitted(wanted, labelled, head, inputs, labelled_column, bad)
+        written |= _fitted(wanted, labelled, head, inputs, labelled_column, BadItems(on_bad_item))
     chosen = build_filters(written)
     if min_confidence > 0:
         chosen.append(Confidence(min_confidence))
@@ -188,6 +188,7 @@ def _fitted(
         except BadItemError as error:
             del counts[len(texts) :], sizes[len(texts) :]
             bad.add(error.of(f"labelled row {number}"))
+    bad.log(logger, "labelled rows", len(texts) + bad.counts.total())
     if head.kind == SPEECH:
         found = fit_filters(texts, seconds=sizes)
     else:

@@ -38,7 +38,7 @@ OUTPUT_FEATURES = {
     "reason": Value("string"),
     "scores": Value("string"),
 }
-"""Columns beside those that are kept and the size, which is called `seconds` or `tokens`."""
+"""Columns beside those that are kept and the size, which is called `seconds`, `tokens` or `word_count`."""
 
 
 def label_dataset(
@@ -137,7 +137,7 @@ def label_dataset(
     bad = BadItems(on_bad_item)
     head = model if isinstance(model, Head) else load_head(str(model), device=device, dtype=dtype)
     inputs = inputs_of(head, column, (min_seconds, max_seconds), max_length)
-    judge, found_filters = judge_of(head, inputs, filters, min_confidence, labelled, labelled_column, bad)
+    judge, found_filters = judge_of(head, inputs, filters, min_confidence, labelled, labelled_column, on_bad_item)
     head = replace(head, labeler=with_second_view(head.labeler, second_view, head.processing_class))
     speech = inputs.unit == "seconds"
     limit = batch_size or (240.0 if speech else 16384.0)
@@ -182,7 +182,7 @@ def label_dataset(
         return LabellingSummary.merged(inputs.unit, [finished["summary"]])
     notes = shards.finished()
     if notes:
-        judge.load_state_dict(notes[-1]["filters"])
+        judge.load_state_dict(notes[-1].get("filters", {}))
     done = sum(note["rows"] for note in notes)
     total = len(data) if isinstance(data, Dataset) else None
     hidden = not (sys.stderr.isatty() if progress is None else progress)

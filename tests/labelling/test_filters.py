@@ -105,6 +105,7 @@ def test_limits_come_from_labelled_rows(tmp_path: Path, caplog: pytest.LogCaptur
     limits = fit_filters([row["text"] for row in gold[:24]], seconds=seconds)["rate"]
     assert record(tmp_path / "out")["arguments"]["filters"] == [["rate", limits]]
     assert "limits found on 24 labelled rows" in caplog.text
+    assert "labelled rows: skipped 1 of 25 rows (1 bad_rate); first: labelled row 25" in caplog.text
     for row in found:
         rate = len(row["label"]) / row["seconds"]
         words = len(row["label"].split()) / row["seconds"]
