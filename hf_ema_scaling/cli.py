@@ -19,6 +19,16 @@ def _numbers(text: str, option: str) -> list[float]:
         raise typer.BadParameter(f"comma-separated numbers are expected, got {text!r}", param_hint=option) from error
 
 
+def _mapping(text: str | None, option: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"{text!r} is no JSON ({error})", param_hint=option) from error
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"a JSON mapping is expected, got {text!r}", param_hint=option)
+    return found
+
+
 @main.callback()
 def _commands() -> None:
     """Tune once at a small reference batch; run at any batch; teach with the average of the weights."""
@@ -172,10 +182,13 @@ def label(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", help="Folder for the labels; a run that was killed goes on.")],
-    column: Annotated[str | None, typer.Option(help="Column with the audio or the text [audio or text].")] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(help="Column that is read [audio; text to classify, tokens to tag; source, or prompt to go on]."),
+    ] = None,
     keep_columns: Annotated[
         str | None,
-        typer.Option("--keep_columns", "--keep-columns", help="Comma-separated columns to keep [the audio or text]."),
+        typer.Option("--keep_columns", "--keep-columns", help="Comma-separated columns to keep [what is read]."),
     ] = None,
     batch_size: Annotated[
         float | None,
@@ -194,10 +207,54 @@ def label(
         float, typer.Option("--min_seconds", "--min-seconds", help="Shorter audio is dropped.")
     ] = 0.0,
     max_seconds: Annotated[
-        float, typer.Option("--max_seconds", "--max-seconds", help="Longer audio is dropped.")
-    ] = 40.0,
+        float | None,
+        typer.Option(
+            "--max_seconds", "--max-seconds", help="Longer audio is dropped [40; beyond Whisper's window: an error]."
+        ),
+    ] = None,
     max_length: Annotated[
-        int | None, typer.Option("--max_length", "--max-length", help="Tokens at which texts are cut.")
+        int | None,
+        typer.Option(
+            "--max_length", "--max-length", help="Tokens at which texts to classify are cut, and others dropped."
+        ),
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Of the labels: Whisper's, SeamlessM4T's, or a code of the tokenizer.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Whisper's: transcribe or translate.")] = None,
+    source_language: Annotated[
+        str | None, typer.Option("--source_language", "--source-language", help="Of texts to translate.")
+    ] = None,
+    prefix: Annotated[str, typer.Option(help="Written before each text to translate, summarise or go on from.")] = "",
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max_new_tokens", "--max-new-tokens", min=1, help="Tokens after which a label without end is given up."
+        ),
+    ] = None,
+    options: Annotated[
+        str | None,
+        typer.Option(
+            help='Others of the labels, as JSON: {"num_beams": 4}, of several classes {"thresholds": 0.4}, ...'
+        ),
+    ] = None,
+    filters: Annotated[
+        str | None, typer.Option(help='Filters by name, as JSON: {"repeat": {}, "rate": "fit", ...}; as in recipes.')
+    ] = None,
+    labelled: Annotated[
+        str | None, typer.Option(help="Rows with their text, a source like the data, for filters to be fitted on.")
+    ] = None,
+    labelled_column: Annotated[
+        str | None,
+        typer.Option(
+            "--labelled_column", "--labelled-column", help="Column with that text [text, target or completion]."
+        ),
+    ] = None,
+    second_view: Annotated[
+        str | None,
+        typer.Option(
+            "--second_view", "--second-view", help='For the filter disagree, as JSON: {"noise": {"probability": 1}}.'
+        ),
     ] = None,
     min_confidence: Annotated[
         float, typer.Option("--min_confidence", "--min-confidence", help="Labels below are dropped.")
@@ -212,12 +269,21 @@ def label(
 ) -> None:
     """Labels a data set with an averaged model: label, confidence and reason of each row, and where they come from."""
     from hf_ema_scaling.labelling import label_dataset, load_head
-    from hf_ema_scaling.labelling.sources import open_data
+    from hf_ema_scaling.labelling.sources import open_data, open_labelled
 
     keep = None if keep_columns is None else [name.strip() for name in keep_columns.split(",") if name.strip()]
     try:
-        head = load_head(model, device=device, dtype=dtype)
+        more = _mapping(options, "--options")
+        head = load_head(
+            model,
+            device=device,
+            dtype=dtype,
+            source_language=source_language,
+            prefix=prefix,
+            **{"language": language, "task": task, "max_new_tokens": max_new_tokens, **more},
+        )
         rows = open_data(data, head.kind, column=column, keep=keep, streaming=streaming, on_bad_item=on_bad_item)
+        known = None if labelled is None else open_labelled(labelled, head.kind, column, labelled_column, on_bad_item)
         summary = label_dataset(
             head,
             rows,
@@ -232,9 +298,13 @@ def label(
             max_seconds=max_seconds,
             max_length=max_length,
             min_confidence=min_confidence,
+            filters=filters,
+            labelled=known,
+            labelled_column=labelled_column,
+            second_view=second_view,
             on_bad_item=on_bad_item,
         )
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, TypeError, OSError, NotImplementedError) as error:
         typer.secho(f"{error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from error
     typer.echo(json.dumps(summary.to_dict()) if as_json else summary.table())

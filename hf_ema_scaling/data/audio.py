@@ -23,6 +23,8 @@ AudioSource = str | Path | bytes | Mapping[str, Any]
 
 FULL_SCALE_LIMIT = 8.0
 """Largest sample that is taken for a float in [-1, 1] with headroom (18 dB)."""
+UNKNOWN = 1e9
+"""Seconds that no header means: what it says where the length is not known."""
 KERNEL_LIMIT = 2**24
 """Most weights of a resampling filter: 64 MB. Rates that share no large divisor ask for gigabytes."""
 
@@ -56,7 +58,7 @@ def resample(waveform: Waveform, source_rate: int, target_rate: int) -> Waveform
     return resampled
 
 
-def read_audio(source: AudioSource, sampling_rate: int = 16_000) -> Waveform:
+def read_audio(source: AudioSource, sampling_rate: int = 16_000, longest: float = math.inf) -> Waveform:
     """Read, mix down to mono and resample.
 
     Args:
@@ -64,16 +66,19 @@ def read_audio(source: AudioSource, sampling_rate: int = 16_000) -> Waveform:
             `{"array", "sampling_rate"}`, whose array is (samples,) or (channels, samples), in floats in [-1, 1] or
             16-bit integers.
         sampling_rate: of the result, in hertz.
+        longest: seconds above which a file is not decoded, if its header says how long it is: an hour takes memory
+            and time before anybody can say that it is not wanted.
 
     Returns:
         float32 (samples,).
 
     Raises:
+        BadItemError: "too_long", by the header of a file.
         AudioError: when the source is missing, unreadable, of an unknown kind, empty, not finite, or far above full
             scale. Its `reason` is one of "no_audio", "missing_file", "unreadable", "cut_short", "no_samples",
             "not_finite", "out_of_range", "bad_rate", "bad_array".
     """
-    name, samples, rate = _decoded(source)
+    name, samples, rate = _decoded(source, longest)
     if samples.size == 0:
         raise AudioError(f"{name}: no samples", "no_samples")
     if not np.isfinite(samples).all():
@@ -101,23 +106,23 @@ def is_file(path: str | Path) -> bool:
         return False
 
 
-def _decoded(source: AudioSource) -> tuple[str, npt.NDArray[Any], int]:
+def _decoded(source: AudioSource, longest: float) -> tuple[str, npt.NDArray[Any], int]:
     """Name for messages, mono samples, rate."""
     if isinstance(source, Mapping):
         if source.get("array") is not None:
             return _decoded_array(source)
         path, content = source.get("path"), source.get("bytes")
         if content is not None:
-            return _decoded_file(str(path or f"{len(content)} bytes"), content)
+            return _decoded_file(str(path or f"{len(content)} bytes"), longest, content)
         if path is None:
             raise AudioError(f"audio row with keys {sorted(source)} holds no 'array', 'bytes' or 'path'", "no_audio")
         source = path
     if isinstance(source, bytes):
-        return _decoded_file(f"{len(source)} bytes", source)
+        return _decoded_file(f"{len(source)} bytes", longest, source)
     if isinstance(source, str | Path):
         if not is_file(source):
             raise AudioError(f"{source}: no such file", "missing_file")
-        return _decoded_file(str(source))
+        return _decoded_file(str(source), longest)
     raise AudioError(
         f"audio of type {type(source).__name__}: give a path, bytes, or a row of an audio column", "no_audio"
     )
@@ -153,11 +158,18 @@ def _decoded_array(source: Mapping[str, Any]) -> tuple[str, npt.NDArray[Any], in
     return name, array, whole
 
 
-def _decoded_file(name: str, content: bytes | None = None) -> tuple[str, npt.NDArray[Any], int]:
+def _decoded_file(name: str, longest: float, content: bytes | None = None) -> tuple[str, npt.NDArray[Any], int]:
     try:
         with open(name, "rb") if content is None else io.BytesIO(content) as file:
             missing = missing_bytes(file)
-            samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+            with soundfile.SoundFile(file) as sound:
+                rate, seconds = sound.samplerate, sound.frames / max(1, sound.samplerate)
+                if not missing and longest < seconds < UNKNOWN:
+                    told = f"{seconds:.3f} s of audio, at most {longest:g} s are wanted"
+                    raise BadItemError(told, "too_long", seconds)
+                samples = sound.read(dtype="float32", always_2d=True)
+    except BadItemError:
+        raise
     except (soundfile.SoundFileError, OSError, ValueError, MemoryError) as error:
         raise AudioError(f"{name}: not readable as audio ({error})", "unreadable") from error
     if missing:

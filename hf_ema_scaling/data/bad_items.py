@@ -127,3 +127,18 @@ def text_of(value: Any, column: str) -> str:
             "not_utf8",
         ) from error
     return str(value)
+
+
+def words_of(value: Any, column: str) -> list[str]:
+    """The value if it is a list of words, each a text with something in it.
+
+    Raises:
+        BadItemError: for no list or an empty one ("no_text"), a word that is no text or blank ("empty_word"), and lone
+            surrogates ("not_utf8").
+    """
+    if not isinstance(value, list) or not value:
+        raise BadItemError(f"{column} is {value!r:.60}, not a list of words", "no_text")
+    for word in value:
+        if not isinstance(word, str) or not text_of(word, column).strip():
+            raise BadItemError(f"the word {word!r:.60} is empty or no string", "empty_word")
+    return value

@@ -89,7 +89,8 @@ def prepare_seq2seq(
 
     Features of extractors with a fixed window (Whisper's 30 s) are cut behind the speech and one frame of the padding
     that follows it, with which `WindowCollator` fills the window again, bit for bit. A row longer than the window is
-    "too_long" whatever `max_seconds` is; one whose target has more than `max_tokens` ids is "too_many_tokens".
+    broken ("beyond_window"), unless `max_seconds` leaves it out; one whose target has more than `max_tokens` ids is
+    "too_many_tokens".
 
     Args:
         dataset: as in `prepare_ctc`.
@@ -177,6 +178,22 @@ def check_seconds(duration: float, seconds: tuple[float, float]) -> None:
         raise BadItemError(f"{duration:.3f} s of audio, at most {seconds[1]:g} s are wanted", "too_long")
 
 
+def check_window(duration: float, extractor: Any) -> None:
+    """Refuses audio that a model with a fixed window would hear the beginning of only.
+
+    Raises:
+        BadItemError: "beyond_window".
+    """
+    longest = window_frames(extractor)[1]
+    if duration > longest:
+        raise BadItemError(
+            f"{duration:.3f} s of audio, and the model hears {longest:g} s at once, without times to go on from: cut "
+            f"the audio into pieces, or leave longer rows out by max_seconds={longest:g}",
+            "beyond_window",
+            duration,
+        )
+
+
 def ctc_ids(text: str, tokenizer: Any) -> list[int]:
     """The ids that a CTC model learns for a text, whose white space counts as single spaces; none for a blank one.
 
@@ -238,7 +255,7 @@ def prepare_row(
         extractor: a feature extractor.
         audio_column: name of the audio column.
         bad_texts: what is wrong with the texts of rows, by index.
-        seconds: shortest and longest audio kept, within the extractor's window.
+        seconds: shortest and longest audio kept.
         missing: the features of rows that are dropped.
         on_bad_item: as in `prepare_ctc`.
 
@@ -248,11 +265,13 @@ def prepare_row(
     name = extractor.model_input_names[0]
     prepared: dict[str, Any] = {name: missing, "duration": 0.0, "dropped": "", "why": ""}
     try:
-        waveform = read_audio(row[audio_column], extractor.sampling_rate)
+        longest = math.inf if index in bad_texts else seconds[1]
+        waveform = read_audio(row[audio_column], extractor.sampling_rate, longest)
         prepared["duration"] = len(waveform) / extractor.sampling_rate
         if index in bad_texts:
             raise bad_texts[index]
-        check_seconds(prepared["duration"], (seconds[0], min(seconds[1], window_frames(extractor)[1])))
+        check_seconds(prepared["duration"], seconds)
+        check_window(prepared["duration"], extractor)
         prepared[name] = features_of(waveform, extractor)
     except BadItemError as error:
         prepared |= {"dropped": error.reason, "why": str(_left_out(error, index, on_bad_item))}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from hf_ema_scaling.data.bad_items import BadItemError
 from hf_ema_scaling.labels.seq2seq import Seq2SeqLabeler
+
+TIME = re.compile(r"<\|\d+\.\d\d\|>")
+"""How Whisper writes times; its tokenizers do not count them among their special tokens."""
 
 
 class TextTargets:
@@ -36,11 +40,15 @@ class TextTargets:
         """The ids of a text, whose white space counts as single spaces; none for a blank one.
 
         Raises:
-            BadItemError: when it holds a special token, such as an end of sequence ("special_tokens").
+            BadItemError: when it holds a special token, such as an end of sequence ("special_tokens"), or a time of
+                Whisper's ("times"): what is learnt here says that it has none.
         """
         words = " ".join(text.split())
         if not words:
             return []
+        time = TIME.search(words)
+        if time is not None and self.labeler.no_speech_id is not None:
+            raise BadItemError(f"text {text[:60]!r} holds the time {time.group()}: take times out of texts", "times")
         given = f" {words}" if self.leading_space else words
         ids: list[int] = self.tokenizer(text_target=given, add_special_tokens=False).input_ids
         special = self._special.intersection(ids)

@@ -21,12 +21,24 @@ COLUMNS = {
     "label": "the label as text",
     "label_ids": "the label as the model's ids",
     "label_values": "values of the label, such as probabilities of classes",
+    "classes": "names of the classes of the label",
+    "tags": "the label, a tag for each word",
+    "spans": "spans of the tags: type, first word, and the word behind the last one",
     "confidence": "what the model gave the label, in [0, 1]",
     "reason": "null for a label to train on, else the code of why it was dropped",
     "scores": "what filters measured, as JSON",
     "seconds": "length of the audio",
     "tokens": "length of the text",
+    "word_count": "length of the text in words",
 }
+TASKS = {
+    "speech": "automatic-speech-recognition",
+    "text": "text-classification",
+    "words": "token-classification",
+    "source": "text-generation",
+    "prompt": "text-generation",
+}
+"""Task categories of the Hub by what the model reads."""
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 
 
@@ -103,13 +115,19 @@ def dataset_card(
         license=details.license,
         annotations_creators=["machine-generated"],
         source_datasets=list(details.datasets) or None,
-        task_categories=["automatic-speech-recognition" if unit == "seconds" else "text-classification"],
+        task_categories=[_task(record, unit)],
         size_categories=[next((name for limit, name in _SIZES if rows < limit), "n>10M")],
         pretty_name=" ".join(plain(title).split()),
         tags=list(dict.fromkeys([*TAGS, "pseudo-labels", *(" ".join(plain(tag).split()) for tag in details.tags)])),
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": SHARDS}]}],
     )
     return str(DatasetCard(f"---\n{metadata.to_yaml()}\n---\n\n{render('dataset_card.md.jinja', values)}"))
+
+
+def _task(record: Mapping[str, Any], unit: str) -> str:
+    kind = record["model"].get("kind") or ("speech" if unit == "seconds" else "text")
+    named = dict(record["arguments"].get("labels") or {}).get("language")
+    return "translation" if kind == "source" and named else TASKS[kind]
 
 
 def _usage(repo: str) -> Markdown:

@@ -61,6 +61,10 @@ class Shards:
             return None
         given = json.loads(json.dumps({"format_version": FORMAT_VERSION, **record}))
         differing = [name for name in sorted((given.keys() | old.keys()) - FREE) if given.get(name) != old.get(name)]
+        if differing and not old["complete"] and not self.path(0).is_file():
+            # Nothing was labelled yet, so no label was made otherwise.
+            self._write_record({**record, "complete": False})
+            return None
         if differing:
             told = "; ".join(_difference(name, old.get(name), given.get(name)) for name in differing)
             raise ValueError(

@@ -75,7 +75,8 @@ def frames_of(model: Any, lengths: Tensor) -> Tensor:
             f"{type(model).__name__} does not tell how many CTC frames it makes of its input: give it one of the "
             f"methods {', '.join(LENGTH_METHODS)}, mapping input lengths to output lengths"
         )
-    return method(lengths).long().clamp(min=0)
+    # Moonshine's knows one length only, and gives a number.
+    return torch.as_tensor(method(lengths), device=lengths.device).long().clamp(min=0)
 
 
 def blank_id(config: Any) -> int:

@@ -109,7 +109,7 @@ class Row:
             known = ", ".join(self.label.scores) or "none"
             raise ValueError(
                 f"a filter asks for the score '{name}', which this labeler does not give (its scores: {known}): take "
-                "the filter out, or use a labeler that gives it"
+                "the filter out, or use a labeler that gives it (disagreement comes of second_view)"
             ) from None
 
 

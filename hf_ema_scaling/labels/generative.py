@@ -62,12 +62,7 @@ def generative_labeler_for(
     """
     model = bare(model)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    eos_ids = _ids(model, "eos_token_id")
-    if not eos_ids:
-        raise ValueError(
-            f"{type(model).__name__} has no eos_token_id in generation_config or config, so nobody knows where a "
-            "label ends: set model.generation_config.eos_token_id"
-        )
+    eos_ids = end_ids(model)
     config = model.generation_config
     positions = _positions(model)
     special = {*eos_ids, *_ids(model, "bos_token_id"), *_ids(model, "pad_token_id")}
@@ -126,6 +121,22 @@ def generative_labeler_for(
         no_speech_id=config.no_timestamps_token_id - 1 if kind == "whisper" else None,
         by_length=kind in SEES_PADDING if by_length is None else by_length,
     )
+
+
+def end_ids(model: Any) -> tuple[int, ...]:
+    """The ids that end a text of a generating model, wrapped or not.
+
+    Raises:
+        ValueError: when it says none.
+    """
+    model = bare(model)
+    found = _ids(model, "eos_token_id")
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no eos_token_id in generation_config or config, so nobody knows where a "
+            "label ends: set model.generation_config.eos_token_id"
+        )
+    return found
 
 
 def _ids(model: Any, name: str) -> tuple[int, ...]:
@@ -189,6 +200,11 @@ def _whisper_prompt(model: Any, language: str | None, task: str | None) -> tuple
         ValueError: for a language or task that the model does not know, or a generation config without ids for them.
     """
     config = model.generation_config
+    if getattr(config, "return_timestamps", False):
+        raise ValueError(
+            "model.generation_config.return_timestamps is on, and labels have no times: their prompt says "
+            "<|notimestamps|>, and longer audio than the window is an error. Set it to False"
+        )
     start, plain = decoder_start(model), getattr(config, "no_timestamps_token_id", None)
     if plain is None:
         raise ValueError(
@@ -206,7 +222,8 @@ def _whisper_prompt(model: Any, language: str | None, task: str | None) -> tuple
         raise ValueError(f"task must be one of {', '.join(tasks)}, got {task!r}")
     if language is None:
         return (start, next(iter(codes.values())), tasks[task], plain), tuple(codes.values())
-    code = f"<|{TO_LANGUAGE_CODE.get(language.lower(), language.lower())}|>"
+    named = language.lower().removeprefix("<|").removesuffix("|>")
+    code = f"<|{TO_LANGUAGE_CODE.get(named, named)}|>"
     if code not in codes:
         raise ValueError(f"language {language!r} is not known to this Whisper, which knows {', '.join(codes)}")
     return (start, codes[code], tasks[task], plain), ()

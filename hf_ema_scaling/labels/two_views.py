@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,9 @@ def two_views(labeler: Labeler, view: View) -> Labeler:
     """A labeler whose labels, those of the row as it is, say by how much another view of it changes them.
 
     The score `disagreement` is the number of edits between both labels over the length of the longer one (0 for equal
-    labels, 1 where nothing agrees; for one class 0 or 1), and the filter `disagree` judges by it. It costs a second
-    forward pass of the teacher.
+    labels, 1 where nothing agrees; for one class 0 or 1), and the filter `disagree` judges by it. For the numbers a, b
+    of a regression it is |a - b| / (|a| + |b|), which also lies in [0, 1]. It costs a second forward pass of the
+    teacher.
 
     Args:
         labeler: makes the labels.
@@ -45,7 +47,7 @@ class _TwoViews:
         labels = self.labeler.label(teacher, batch)
         others = self.labeler.label(teacher, self.view(batch))
         return [
-            dataclasses.replace(label, scores={**label.scores, DISAGREEMENT: disagreement(label.ids, other.ids)})
+            dataclasses.replace(label, scores={**label.scores, DISAGREEMENT: _between(label, other)})
             for label, other in zip(labels, others, strict=True)
         ]
 
@@ -54,6 +56,14 @@ class _TwoViewsWithTargets(_TwoViews):
     def with_targets(self, inputs: Mapping[str, Tensor], labels: Sequence[PseudoLabel]) -> dict[str, Tensor]:
         assert isinstance(self.labeler, MakesTargets)
         return self.labeler.with_targets(inputs, labels)
+
+
+def _between(label: PseudoLabel, other: PseudoLabel) -> float:
+    """The disagreement of two labels; of numbers (a regression) their distance over the sum of their sizes."""
+    if label.ids or other.ids or not (label.values and other.values):
+        return disagreement(label.ids, other.ids)
+    size = math.hypot(*label.values) + math.hypot(*other.values)
+    return math.dist(label.values, other.values) / size if size else 0.0
 
 
 def disagreement(first: Sequence[int], second: Sequence[int]) -> float:

@@ -119,7 +119,7 @@ def build_asr_ctc(
         "eval_dataset": sets.eval_dataset,
         "processing_class": processor,
         "compute_metrics": CTCMetrics(processor.tokenizer, blank_id(network.config)).compute,
-        "augmentation": augmentation.build(),
+        "augmentation": augmentation.build(processor.feature_extractor),
     }
     if sets.unlabelled is None:
         return EMATrainer(**shared)

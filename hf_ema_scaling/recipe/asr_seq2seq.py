@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import bisect
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 from hf_ema_scaling.data.collator import CTCCollator, WindowCollator
 from hf_ema_scaling.data.speech_rows import prepare_seq2seq, window_frames
 from hf_ema_scaling.data.targets import TextTargets
+from hf_ema_scaling.labels.ctc import LENGTH_METHODS, frames_of
 from hf_ema_scaling.metrics import TextMetrics, character_error_rate, word_error_rate
 from hf_ema_scaling.recipe.generating import GeneratingTrainingArguments, labeler_of
 from hf_ema_scaling.recipe.speech import AugmentationArguments, SpeechDataArguments, load_transcribed, prepare_sets
@@ -66,7 +68,7 @@ def build_asr_seq2seq(
 
     Data is prepared by the main process first; features stay in the cache of `datasets`. Error rates are those of
     texts normalised as `text_case` and `remove_characters` say, on both sides. Speech that is longer than the window
-    of the model is left out of all sets, with a warning that counts it.
+    of the model is broken, as `on_bad_item` has it, unless `max_seconds` leaves it out of training.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError: for what cannot be used, by name.
@@ -79,10 +81,13 @@ def build_asr_seq2seq(
     labeler = labeler_of(
         network, processor, language=model.language, task=model.task, max_label_tokens=model.max_label_tokens
     )
+    shortest = shortest_seconds(network, processor.feature_extractor)
+    data = replace(data, min_seconds=max(data.min_seconds, shortest))
     whisper = network.config.model_type == "whisper"
     targets = TextTargets(labeler, processor.tokenizer, leading_space=whisper)
 
     def prepare(dataset: Dataset, text_column: str | None, **limits: float) -> Dataset:
+        limits["min_seconds"] = max(limits.get("min_seconds", 0.0), shortest)
         return prepare_seq2seq(
             dataset,
             processor,
@@ -98,7 +103,7 @@ def build_asr_seq2seq(
     extractor = processor.feature_extractor
     frames, _ = window_frames(extractor)
     augmentation.check(extractor)
-    views = augmentation.build(bins_first=frames is not None)
+    views = augmentation.build(extractor, bins_first=frames is not None)
     with args.main_process_first(desc="preparing speech"):
         if data.streaming:
             sets = stream_sets(data, args, extractor, targets, prepare, max_tokens=labeler.max_target_tokens)
@@ -121,6 +126,24 @@ def build_asr_seq2seq(
     return PseudoLabelSeq2SeqTrainer(
         **shared, unlabeled_dataset=sets.unlabelled, pseudo_label_args=pseudo, labeler=labeler
     )
+
+
+def shortest_seconds(network: Any, extractor: Any) -> float:
+    """Seconds of the shortest audio that the encoder can hear at all; 0 where it takes any.
+
+    Convolutions over samples (Moonshine's) fail on what is shorter than they reach.
+
+    Args:
+        network: an encoder-decoder for speech.
+        extractor: its feature extractor.
+    """
+    counts = any(hasattr(network, method) for method in LENGTH_METHODS)
+    if not counts or extractor.model_input_names[0] != "input_values":
+        return 0.0
+    shortest = bisect.bisect_left(
+        range(extractor.sampling_rate), 1, key=lambda samples: int(frames_of(network, torch.tensor([samples])))
+    )
+    return shortest / float(extractor.sampling_rate)
 
 
 def shorten_window(network: Any, extractor: Any, seconds: int) -> None:

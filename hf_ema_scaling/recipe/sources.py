@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Audio, Dataset, DatasetDict, load_dataset, load_from_disk
 
-from hf_ema_scaling.data.bad_items import RAISE, BadItemError, BadItems, text_of
+from hf_ema_scaling.data.bad_items import RAISE, BadItemError, BadItems, text_of, words_of
 from hf_ema_scaling.data.speech import quiet_unless_terminal
 from hf_ema_scaling.data.text import label_name
 from hf_ema_scaling.recipe.manifests import read_manifest, wanted_columns
@@ -108,19 +108,32 @@ def _checked_rows(
     return dataset if len(good) == number else dataset.select(good)
 
 
-def load_rows(source: str, columns: Sequence[str], *, on_bad_item: str = RAISE) -> Dataset:
+def load_rows(
+    source: str,
+    columns: Sequence[str],
+    *,
+    on_bad_item: str = RAISE,
+    check: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
+) -> Dataset:
     """Columns of a source as they are, for those who judge the rows themselves.
 
     Args:
         source: as for `load_text`.
         columns: which.
         on_bad_item: `raise` an error for a line of a manifest that is no row or lacks a column, or `skip` it.
+        check: of a manifest's rows: gives back the row, or raises `BadItemError` for one that fits no column beside
+            others; such rows are errors or skipped likewise.
 
     Raises:
-        FileNotFoundError, ValueError, NotImplementedError: as `load_text`, but for what rows hold.
+        FileNotFoundError, ValueError, NotImplementedError: as `load_text`, but for what rows hold; ValueError also for
+            a manifest whose rows hold values of different kinds.
     """
     arguments = "column and keep_columns"
-    rows_of = partial(_manifest_rows, bad=BadItems(on_bad_item), check=dict, arguments=arguments)
+
+    def rows_of(path: Path, split: str | None, wanted: list[str]) -> Dataset:
+        with _of_one_kind(path):
+            return _manifest_rows(path, split, wanted, bad=BadItems(on_bad_item), check=check, arguments=arguments)
+
     return _found(source, list(columns), arguments, rows_of).select_columns(list(columns))
 
 
@@ -212,12 +225,7 @@ def _check_words(word_column: str, tag_column: str | None, row: Mapping[str, Any
     Raises:
         BadItemError: when the words or the tags are none.
     """
-    words = row[word_column]
-    if not isinstance(words, list) or not words:
-        raise BadItemError(f"{word_column} is {words!r:.60}, not a list of words", "no_text")
-    for word in words:
-        if not isinstance(word, str) or not text_of(word, word_column).strip():
-            raise BadItemError(f"the word {word!r:.60} is empty or no string", "empty_text")
+    words = words_of(row[word_column], word_column)
     tags = words if tag_column is None else row[tag_column]
     if not isinstance(tags, list) or len(tags) != len(words):
         found = len(tags) if isinstance(tags, list) else f"{tags!r:.60}"
@@ -349,7 +357,14 @@ def _word_rows(path: Path, split: str | None, wanted: list[str], **options: Any)
     file = path if split is None else path / split
     if not file.is_file() or file.suffix.lower() == ".csv":
         raise ValueError(f"{file} is neither a file .jsonl nor a folder that save_to_disk of `datasets` has written")
-    try:
+    with _of_one_kind(file):
         return _manifest_rows(path, split, wanted, **options)
+
+
+@contextmanager
+def _of_one_kind(file: Path) -> Iterator[None]:
+    """Inside, values that do not fit into one column are an error that names the file."""
+    try:
+        yield
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"{file}: the rows hold values of different kinds ({error})") from error

@@ -10,11 +10,13 @@ from typing import Any, Protocol
 from datasets import Dataset, IterableDataset
 
 from hf_ema_scaling.data.bad_items import check_choice
+from hf_ema_scaling.data.named_views import build_views, read_views
 from hf_ema_scaling.data.speech import SpecAugment
 from hf_ema_scaling.data.speech_rows import longest_first
 from hf_ema_scaling.data.speech_views import AdditiveNoise, SpeedPerturbation
 from hf_ema_scaling.data.views import Augmentation, Chain
 from hf_ema_scaling.recipe.sources import load_speech, named_sources, naming
+from hf_ema_scaling.recipe.text_views import refuse_both
 
 
 @dataclass
@@ -115,27 +117,44 @@ class AugmentationArguments:
     noise: float = field(default=0.0, metadata={"help": "Probability with which a row gets white noise."})
     noise_snr_min: float = field(default=10.0, metadata={"help": "Lowest ratio of signal to noise, in dB."})
     noise_snr_max: float = field(default=30.0, metadata={"help": "Highest ratio of signal to noise, in dB."})
+    views: str | None = field(
+        default=None,
+        metadata={
+            "help": "Views by name in an order of your own, in the place of all arguments above, as a mapping: "
+            "{speed: {speeds: [0.9, 1.1]}, noise: {probability: 0.5}, spec_augment: {time_masks: 10}}."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.views is not None:
+            read_views(self.views)
+            refuse_both(self, {"speeds", "noise"})
 
     def check(self, extractor: Any) -> None:
-        """Refuses SpecAugment for what is no log-mel features.
+        """Refuses views that do not go with what a model hears.
 
         Raises:
-            ValueError: for the extractor of a model that reads samples.
+            ValueError: for SpecAugment where the model reads samples, and views that `build_views` refuses.
         """
-        if self.spec_augment and extractor.model_input_names[0] != "input_features":
+        if self.views is not None:
+            build_views(self.views, extractor)
+        elif self.spec_augment and extractor.model_input_names[0] != "input_features":
             raise ValueError(
                 "spec_augment masks log-mel features, and this model reads samples: set spec_augment to false"
             )
 
-    def build(self, *, bins_first: bool = False) -> Augmentation | None:
+    def build(self, extractor: Any = None, *, bins_first: bool = False) -> Augmentation | None:
         """The augmentation, None if all is off.
 
         Args:
+            extractor: of the model, for `views`.
             bins_first: as in `SpecAugment`: the model hears a window of fixed length.
 
         Raises:
-            ValueError: for speeds in such a window.
+            ValueError: for speeds in such a window, and views that `build_views` refuses.
         """
+        if self.views is not None:
+            return build_views(self.views, extractor)
         if self.speeds and bins_first:
             raise ValueError(
                 f"speeds={self.speeds} change how long speech is, and this model hears a window of fixed length: "

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from hf_ema_scaling.data.named_views import read_views
 from hf_ema_scaling.labels.filters import read_filters
 from hf_ema_scaling.training.argument_checks import one_of
 
@@ -27,6 +28,10 @@ class PseudoLabelArguments:
         filters: filters by name with their arguments (see `hf_ema_scaling.labels.filters.FILTERS`), as JSON or a
             mapping: `{"repeat": {}, "compression": {"maximum": 2.4}, "rate": "fit"}`. They judge a label when it is
             made, before it enters the label cache; the first one that fires gives the reason.
+        second_view: a second view that the teacher labels, too, as JSON or a mapping of names to arguments (see
+            `hf_ema_scaling.data.named_views.VIEWS`): `{"noise": {"probability": 1.0}}`. The filter `disagree` then
+            judges by how much of a label it changes. Its random numbers come of a row's own content, so it is the same
+            in every batch. It costs another forward pass of the teacher.
         weight_by_confidence: multiply each pseudo-label's weight by its confidence.
         max_unlabeled_loss: cap on the loss of one pseudo-labelled example (nats per target token), below
             `max_example_loss`. It is a function of the example alone, so it is the same at every kappa and in every
@@ -92,6 +97,12 @@ class PseudoLabelArguments:
         default=None,
         metadata={"help": 'Filters of pseudo-labels, as JSON: {"repeat": {}, "compression": {"maximum": 2.4}}.'},
     )
+    second_view: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Another view for the teacher, for the filter disagree: {"token_masking": {"share": 0.1}} (JSON).'
+        },
+    )
     weight_by_confidence: bool = field(
         default=False, metadata={"help": "Weight each pseudo-label by its confidence, too."}
     )
@@ -148,6 +159,10 @@ class PseudoLabelArguments:
             if isinstance(self.filters, Mapping):
                 self.filters = json.dumps(self.filters)
             read_filters(self.filters)
+        if self.second_view is not None:
+            if isinstance(self.second_view, Mapping):
+                self.second_view = json.dumps(self.second_view)
+            read_views(self.second_view, "second_view")
         if self.max_unlabeled_loss is not None and not self.max_unlabeled_loss > 0:
             raise ValueError(f"max_unlabeled_loss must be above 0 or None, got {self.max_unlabeled_loss}")
         if self.pl_dropout is not None and not 0 <= self.pl_dropout < 1:

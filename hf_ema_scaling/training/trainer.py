@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_ema_scaling.data.collator import MicroBatch, TwoSourceDataset
+from hf_ema_scaling.data.named_views import with_second_view
 from hf_ema_scaling.data.passes import CLOCK_DUST
 from hf_ema_scaling.data.sampler import Draw
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
@@ -90,7 +91,8 @@ class PseudoLabelTrainer(EMATrainerMixin):
         self.teacher: EMATeacher | None = None
         self.cached_labels: CachedLabels | None = None
         super().__init__(model, args, **kwargs)
-        self.labeler: Labeler = labeler or labeler_for(self.model, self.processing_class)
+        labeler = labeler or labeler_for(self.model, self.processing_class)
+        self.labeler: Labeler = with_second_view(labeler, pseudo.second_view, self.processing_class)
         if getattr(self.model.config, "feat_extract_norm", None) == "group":
             logger.warning(
                 "This model's group norm sees the padding of a batch (feat_extract_norm='group'): labels depend on "
@@ -107,7 +109,7 @@ class PseudoLabelTrainer(EMATrainerMixin):
             unlabelled=unlabeled_dataset,
             duration_column=column,
         )
-        self.student_watch = StudentWatch(differ_for(self.model, self.labeler))
+        self.student_watch = StudentWatch(differ_for(self.model, labeler))
         self.record = LabelRecord(
             self.args.batch_unit,
             Sources(unlabeled_dataset, pseudo.source_column),

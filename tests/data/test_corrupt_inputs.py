@@ -5,23 +5,36 @@ Every case is the second of three items, so that an error must find it, and what
 
 from __future__ import annotations
 
-import io
 import json
-import logging
-import math
 import os
 import signal
-import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
-import soundfile
-from datasets import ClassLabel, Dataset, Features, List, Value
+from corrupt import (
+    ARRAYS,
+    FILES,
+    GOOD,
+    LINES,
+    MANIFESTS,
+    PAIRS,
+    SAVED,
+    TEXTS,
+    WORDS,
+    Fine,
+    Raised,
+    array,
+    columns,
+    judged,
+    nothing_hangs,
+    tone,
+    wav,
+)
+from datasets import ClassLabel, Dataset, Value
 from transformers import PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor
 
 from hf_ema_scaling.data.audio import AudioError, read_audio
@@ -29,15 +42,21 @@ from hf_ema_scaling.data.bad_items import BadItemError
 from hf_ema_scaling.data.collator import TwoSourceDataset
 from hf_ema_scaling.data.sampler import Draw
 from hf_ema_scaling.data.speech import build_character_processor
-from hf_ema_scaling.data.speech_rows import prepare_ctc
+from hf_ema_scaling.data.speech_rows import prepare_ctc, prepare_row
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
+from hf_ema_scaling.data.targets import TextTargets
 from hf_ema_scaling.data.text import build_word_tokenizer, prepare_classification
+from hf_ema_scaling.data.tokens import prepare_tokens
+from hf_ema_scaling.data.translation import build_subword_tokenizer, prepare_pairs
+from hf_ema_scaling.labels import Decoding, Seq2SeqLabeler
 from hf_ema_scaling.recipe import load_speech, load_text
+from hf_ema_scaling.recipe.sources import load_pairs, load_words
 
-SECONDS = 20
-RATE = 16_000
+__all__ = ["nothing_hangs"]  # a fixture of every test here
+
 SPEECH = build_character_processor("abc<pad>", num_mel_bins=16)
 TEXT: PreTrainedTokenizerFast = build_word_tokenizer(["a good film"])
+SUBWORDS = build_subword_tokenizer(["ab"], vocabulary_size=300)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,141 +66,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def nothing_hangs() -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise TimeoutError(f"not done after {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@dataclass(frozen=True)
-class Raised:
-    """An error that names the item, or skipped and counted for this reason."""
-
-    reason: str
-    message: str
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """Skipped and counted either way: in order, but of no use."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Refused:
-    """An error either way: there is nothing to go on with."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class Fine:
-    """Looks corrupt, and is read as it says."""
-
-
-Outcome = Raised | Dropped | Refused | Fine
-
-
-def tone(seconds: float = 0.3) -> np.ndarray:
-    time = np.arange(round(seconds * RATE)) / RATE
-    noise = np.random.default_rng(0).standard_normal(len(time))
-    return (0.3 * np.sin(2 * np.pi * 440 * time) + 0.01 * noise).astype(np.float32)
-
-
-def wav(samples: np.ndarray | None = None, rate: int = RATE, kind: str = "WAV", subtype: str | None = None) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, tone() if samples is None else samples, rate, format=kind, subtype=subtype)
-    return file.getvalue()
-
-
-def patched(place: int, value: bytes) -> bytes:
-    """A WAV file with other bytes in its header."""
-    content = wav()
-    return content[:place] + value + content[place + len(value) :]
-
-
-def cut(content: bytes, share: float) -> bytes:
-    return content[: int(share * len(content))]
-
-
-def judged(
-    run: Callable[[str], Dataset], outcome: Outcome, caplog: pytest.LogCaptureFixture, errors: type[Exception]
-) -> None:
-    for choice in ("raise", "skip"):
-        caplog.clear()
-        if isinstance(outcome, Refused) or (isinstance(outcome, Raised) and choice == "raise"):
-            with pytest.raises(errors, match=outcome.message):
-                run(choice)
-            continue
-        with caplog.at_level(logging.WARNING):
-            left = run(choice)
-        assert len(left) == (3 if isinstance(outcome, Fine) else 2)
-        if isinstance(outcome, Fine):
-            assert "skipped" not in caplog.text and "dropped" not in caplog.text
-        else:
-            assert f"1 {outcome.reason}" in caplog.text
-            assert any(name in caplog.text for name in ("row 2", "line 2", "line 3"))
-
-
 def prepared(source: Path, choice: str) -> Dataset:
     loaded = load_speech(str(source), on_bad_item=choice)
     return prepare_ctc(loaded, SPEECH, max_seconds=30.0, on_bad_item=choice)
-
-
-FILES: dict[str, tuple[bytes | None, Outcome]] = {
-    "wav cut in half": (cut(wav(), 0.5), Raised("cut_short", r"row 2: .*bad.wav: cut short after 0.15 s")),
-    "wav cut by two bytes": (wav()[:-2], Raised("cut_short", r"row 2: .*bad.wav: cut short.*2 more bytes")),
-    "wav header alone": (wav()[:44], Raised("cut_short", "row 2: .*bad.wav")),
-    "half a header": (wav()[:20], Raised("unreadable", "row 2: .*bad.wav: not readable")),
-    "empty file": (b"", Raised("unreadable", "row 2: .*bad.wav: not readable")),
-    "text in a wav": (b"<html>404</html>" * 20, Raised("unreadable", "row 2: .*bad.wav: not readable")),
-    "random bytes": (np.random.default_rng(0).bytes(5000), Raised("unreadable", "row 2: .*bad.wav: not readable")),
-    "no channels": (patched(22, struct.pack("<H", 0)), Raised("unreadable", "row 2: .*bad.wav")),
-    "rate 0 in the header": (patched(24, struct.pack("<I", 0)), Raised("unreadable", "row 2: .*bad.wav")),
-    "a header that promises a gigabyte": (
-        patched(40, struct.pack("<I", 2**30)),
-        Raised("cut_short", "row 2: .*bad.wav: cut short"),
-    ),
-    "0 s": (wav(np.zeros(0, np.float32)), Raised("no_samples", "row 2: .*bad.wav: no samples")),
-    "5 ms": (wav(tone(0.005)), Dropped("no_features")),
-    "1 h": (wav(np.tile(tone(1.0), 3600), kind="FLAC"), Dropped("too_long")),
-    "silence": (wav(np.zeros(8000, np.float32)), Dropped("silent")),
-    "NaN": (
-        wav(np.where(np.arange(4800) == 7, np.nan, tone()), subtype="FLOAT"),
-        Raised("not_finite", "row 2: .*bad.wav: 1 samples are NaN or infinite"),
-    ),
-    "infinity": (
-        wav(np.where(np.arange(4800) < 9, np.inf, tone()), subtype="FLOAT"),
-        Raised("not_finite", "row 2: .*bad.wav: 9 samples"),
-    ),
-    "floats out of range": (
-        wav(tone() * 32768, subtype="FLOAT"),
-        Raised("out_of_range", r"row 2: .*bad.wav: samples of up to 1\d{4}"),
-    ),
-    "floats a little above full scale": (wav(tone() * 4, subtype="FLOAT"), Fine()),
-    "a rate that shares no divisor": (wav(rate=44_101), Raised("bad_rate", "row 2: .*bad.wav: 44101 Hz and 16000 Hz")),
-    "a rate of 2 GHz": (
-        patched(24, struct.pack("<I", 2**31 - 1)),
-        Raised("bad_rate", "row 2: .*bad.wav: 2147483647 Hz"),
-    ),
-    "8 kHz": (wav(rate=8000), Fine()),
-    "48 kHz": (wav(tone(0.9), rate=48_000), Fine()),
-    "stereo": (wav(np.stack([tone(), -0.5 * tone()], axis=1)), Fine()),
-    "six channels": (wav(np.stack([tone()] * 6, axis=1)), Fine()),
-    "8 bits": (wav(subtype="PCM_U8"), Fine()),
-    "24 bits": (wav(subtype="PCM_24"), Fine()),
-    "mp3 named wav": (wav(kind="MP3"), Fine()),
-    "flac named wav": (wav(kind="FLAC"), Fine()),
-    "flac cut short": (cut(wav(tone(2.0), kind="FLAC"), 0.5), Raised("unreadable", "row 2: .*bad.wav")),
-    "ogg header alone": (wav(kind="OGG")[:60], Raised("unreadable", "row 2: .*bad.wav: not readable")),
-}
 
 
 @pytest.mark.parametrize("case", FILES)
@@ -202,65 +89,6 @@ def test_files(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         assert np.isfinite(rows[1]["input_features"]).all()
 
 
-GOOD = '{"audio": "good.wav", "text": "ab"}'
-
-LINES: dict[str, tuple[bytes | str, Outcome]] = {
-    "no file": ('{"audio": "gone.wav", "text": "ab"}', Raised("missing_file", "1 of 3 audio files .*gone.wav")),
-    "a folder": ('{"audio": ".", "text": "ab"}', Raised("missing_file", "1 of 3 audio files are not there")),
-    "a null character in a path": (
-        '{"audio": "a\\u0000.wav", "text": "ab"}',
-        Raised("missing_file", "1 of 3 audio files are not there"),
-    ),
-    "a path of 9000 characters": (
-        json.dumps({"audio": "x" * 9000, "text": "ab"}),
-        Raised("missing_file", "1 of 3 audio files are not there"),
-    ),
-    "null audio": ('{"audio": null, "text": "ab"}', Raised("no_audio", "row 2: audio is null, no path")),
-    "audio is a number": ('{"audio": 7, "text": "ab"}', Raised("no_audio", "row 2: audio is 7, no path")),
-    "wrong column": (
-        '{"sound": "good.wav", "text": "ab"}',
-        Raised("no_column", "row 2: no audio; it has sound"),
-    ),
-    "no text column": ('{"audio": "good.wav"}', Raised("no_column", "row 2: no text; it has audio")),
-    "not UTF-8": (b'{"audio": "good.wav", "text": "\xe4"}', Raised("not_utf8", "line 2: not UTF-8 at byte 32")),
-    "UTF-16": (GOOD.encode("utf-16-le"), Raised("not_a_row", "line 2: not JSON")),
-    "not JSON": ('{"audio": "good.wav", "text": ', Raised("not_a_row", "line 2: not JSON")),
-    "two objects in a line": (GOOD + GOOD, Raised("not_a_row", "line 2: not JSON")),
-    "a list": ('["good.wav", "ab"]', Raised("not_a_row", "line 2: a JSON object is expected")),
-    "nested 100,000 deep": ("[" * 100_000, Raised("not_a_row", "line 2: not JSON")),
-    "a column twice": (
-        '{"audio": "good.wav", "text": "ab", "text": "c"}',
-        Raised("not_a_row", "line 2: text is given twice"),
-    ),
-    "null text": ('{"audio": "good.wav", "text": null}', Raised("no_text", "row 2: text is null")),
-    "a number as text": ('{"audio": "good.wav", "text": 5}', Raised("no_text", "row 2: text is 5, not a string")),
-    "a list as text": ('{"audio": "good.wav", "text": ["ab"]}', Raised("no_text", r"row 2: text is \['ab'\]")),
-    "a lone surrogate": (
-        '{"audio": "good.wav", "text": "a\\ud800"}',
-        Raised("not_utf8", "row 2: text has a lone surrogate at character 2"),
-    ),
-    "empty text": ('{"audio": "good.wav", "text": ""}', Dropped("empty_text")),
-    "white space": ('{"audio": "good.wav", "text": " \\t\\n "}', Dropped("empty_text")),
-    "unknown characters": (
-        '{"audio": "good.wav", "text": "a7"}',
-        Raised("unknown_characters", r"'7' \(in 1 of 3 texts, first in row 2\)"),
-    ),
-    "no known character": (
-        '{"audio": "good.wav", "text": "\\u4f60\\u597d"}',
-        Raised("unknown_characters", r"2 characters are not in the vocabulary.*first in row 2"),
-    ),
-    "a special token": (
-        '{"audio": "good.wav", "text": "a<pad>"}',
-        Raised("special_tokens", r"row 2: text 'a<pad>' holds \['<pad>'\]"),
-    ),
-    "200,000 characters": (json.dumps({"audio": "good.wav", "text": "ab " * 66_667}), Fine()),
-    "a line separator in a text": ('{"audio": "good.wav", "text": "ab\u2028c"}', Fine()),
-    "CRLF": (GOOD + "\r", Fine()),
-    "blanks around": ("  " + GOOD + "\t ", Fine()),
-    "a column too many": ('{"audio": "good.wav", "text": "ab", "labels": [1], "other": {"a": [1, "x"]}}', Fine()),
-}
-
-
 @pytest.mark.parametrize("case", LINES)
 def test_lines_of_a_manifest(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     line, outcome = LINES[case]
@@ -269,52 +97,6 @@ def test_lines_of_a_manifest(case: str, tmp_path: Path, caplog: pytest.LogCaptur
     (tmp_path / "list.jsonl").write_bytes(b"\n".join([GOOD.encode(), content, GOOD.encode()]))
     errors = (BadItemError, FileNotFoundError)
     judged(lambda choice: prepared(tmp_path / "list.jsonl", choice), outcome, caplog, errors)  # type: ignore[arg-type]
-
-
-def rows(good: str) -> bytes:
-    return f"{good}\n{good}\n{good}\n".encode()
-
-
-MANIFESTS: dict[str, tuple[str, bytes, Outcome]] = {
-    "empty": ("list.jsonl", b"", Refused("list.jsonl: no rows")),
-    "blank lines": ("list.jsonl", b"\n \n\r\n", Refused("list.jsonl: no rows")),
-    "no line is a row": ("list.jsonl", rows("{"), Refused("list.jsonl")),
-    "a column that no row has": (
-        "list.jsonl",
-        rows('{"path": "good.wav", "text": "ab"}'),
-        Refused("no audio; it has"),
-    ),
-    "audio for a manifest": ("list.jsonl", wav(), Refused("list.jsonl")),
-    "byte order mark": ("list.jsonl", b"\xef\xbb\xbf" + rows(GOOD), Fine()),
-    "Windows line ends": ("list.jsonl", rows(GOOD).replace(b"\n", b"\r\n"), Fine()),
-    "csv": ("metadata.csv", b"\xef\xbb\xbffile_name,text\r\ngood.wav,ab\r\ngood.wav,ab\r\ngood.wav,ab\r\n", Fine()),
-    "csv with a header alone": ("metadata.csv", b"file_name,text\n", Refused("metadata.csv: no rows")),
-    "csv with a column twice": (
-        "metadata.csv",
-        b"file_name,text,text\ngood.wav,ab,c\n",
-        Refused("metadata.csv: its header names text twice"),
-    ),
-    "csv that is not UTF-8": (
-        "metadata.csv",
-        b"file_name,text\ngood.wav,\xe4\n",
-        Refused("metadata.csv: not UTF-8 at byte 25"),
-    ),
-    "csv with a cell too many": (
-        "metadata.csv",
-        b"file_name,text\ngood.wav,ab\ngood.wav,a,b\ngood.wav,ab\n",
-        Raised("not_a_row", "metadata.csv, line 3: the header names 2 columns, this line has others"),
-    ),
-    "csv with a cell too few": (
-        "metadata.csv",
-        b"file_name,text\ngood.wav,ab\ngood.wav\ngood.wav,ab\n",
-        Raised("not_a_row", "metadata.csv, line 3: the header names 2 columns"),
-    ),
-    "csv with a cell of 200,000 characters": (
-        "metadata.csv",
-        b"file_name,text\ngood.wav,ab\ngood.wav," + b"a" * 200_000 + b"\ngood.wav,ab\n",
-        Raised("not_a_row", "metadata.csv, after line 2: not CSV"),
-    ),
-}
 
 
 @pytest.mark.parametrize("case", MANIFESTS)
@@ -326,74 +108,20 @@ def test_manifests(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     judged(lambda choice: prepared(source, choice), outcome, caplog, ValueError)
 
 
-def array(samples: Any, rate: Any = RATE) -> dict[str, Any]:
-    return {"array": samples, "sampling_rate": rate}
-
-
-ARRAYS: dict[str, tuple[Any, str, str]] = {
-    "int64 out of range": (array([1, 40_000]), "bad_array", "samples of type int64"),
-    "complex": (array(tone().astype(np.complex64)), "bad_array", "samples of type complex64"),
-    "strings": (array(["a", "b"]), "bad_array", "samples of type"),
-    "objects": (array(np.array([None, 1.0], dtype=object)), "bad_array", "samples of type object"),
-    "booleans": (array([True, False]), "bad_array", "samples of type bool"),
-    "three dimensions": (array(np.zeros((2, 3, 4), np.float32)), "bad_array", r"shape \(2, 3, 4\)"),
-    "no dimension": (array(np.float32(0.5)), "bad_array", r"shape \(\)"),
-    "samples by channels": (array(np.zeros((9, 2), np.float32)), "bad_array", r"shape \(9, 2\)"),
-    "ragged lists": (array([[0.1, 0.2], [0.3]]), "bad_array", "lists of different lengths"),
-    "float64 beyond float32": (array([1e300, 0.0]), "out_of_range", "samples of up to 1e[+]300"),
-    "rate negative": (array([0.1], -16_000), "bad_rate", "a sampling rate of -16000 Hz"),
-    "rate absent": ({"array": [0.1]}, "bad_rate", "needs its 'sampling_rate'"),
-    "rate NaN": (array([0.1], math.nan), "bad_rate", "a sampling rate of nan"),
-    "rate infinite": (array([0.1], math.inf), "bad_rate", "a sampling rate of inf"),
-    "rate a half": (array([0.1], 0.5), "bad_rate", "a sampling rate of 0.5"),
-    "rate a word": (array([0.1], "fast"), "bad_rate", "a sampling rate of 'fast'"),
-    "nothing": ({"path": None, "bytes": None, "array": None}, "no_audio", "holds no 'array', 'bytes' or 'path'"),
-    "null": (None, "no_audio", "audio of type NoneType"),
-    "a list": ([0.1, 0.2], "no_audio", "audio of type list"),
-    "bytes that are no audio": ({"bytes": b"\x00" * 99, "path": "x.wav"}, "unreadable", "x.wav: not readable"),
-}
-
-
 @pytest.mark.parametrize("case", ARRAYS)
 def test_rows_of_audio(case: str) -> None:
     source, reason, message = ARRAYS[case]
     with pytest.raises(AudioError, match=message) as caught:
         read_audio(source)
     assert caught.value.reason == reason
-
-
-def columns(features: dict[str, Any], good: dict[str, Any], bad: dict[str, Any]) -> Dataset:
-    return Dataset.from_list([good, bad, good], features=Features(features))
-
-
-AUDIO = {"array": List(Value("float64")), "sampling_rate": Value("float64")}
-SAVED: dict[str, tuple[dict[str, Any], dict[str, Any], Outcome]] = {
-    "null audio": (
-        {"audio": AUDIO, "text": Value("string")},
-        {"audio": None, "text": "ab"},
-        Raised("no_audio", "row 2: audio"),
-    ),
-    "null text": (
-        {"audio": AUDIO, "text": Value("string")},
-        {"audio": array(tone().tolist()), "text": None},
-        Raised("no_text", "row 2: text is null"),
-    ),
-    "null samples": (
-        {"audio": AUDIO, "text": Value("string")},
-        {"audio": array([0.1, None]), "text": "ab"},
-        Raised("not_finite", "row 2: audio array: 1 samples are NaN"),
-    ),
-    "rate NaN": (
-        {"audio": AUDIO, "text": Value("string")},
-        {"audio": array(tone().tolist(), math.nan), "text": "ab"},
-        Raised("bad_rate", "row 2: audio array: a sampling rate of"),
-    ),
-    "no samples": (
-        {"audio": AUDIO, "text": Value("string")},
-        {"audio": array([]), "text": "ab"},
-        Raised("no_samples", "row 2: audio array: no samples"),
-    ),
-}
+    options: dict[str, Any] = {"bad_texts": {}, "seconds": (0.0, 30.0), "missing": np.zeros((0, 16), np.float32)}
+    row = {"audio": source}, 1, SPEECH.feature_extractor, "audio"
+    with pytest.raises(AudioError, match=f"row 2: .*{message}"):
+        prepare_row(*row, **options, on_bad_item="raise")
+    skipped = prepare_row(*row, **options, on_bad_item="skip")
+    assert (
+        skipped["dropped"] == reason and skipped["why"].startswith("row 2: ") and len(skipped["input_features"]) == 0
+    )
 
 
 @pytest.mark.parametrize("case", SAVED)
@@ -416,44 +144,49 @@ def classified(source: Path, choice: str) -> Dataset:
     return prepare_classification(loaded, TEXT, {"neg": 0, "pos": 1}, on_bad_item=choice, **options)
 
 
-TEXTS: dict[str, tuple[str, Outcome]] = {
-    "empty text": ('{"text": "", "label": "pos"}', Raised("empty_text", "row 2: text is empty")),
-    "white space": ('{"text": " \\u00a0 ", "label": "pos"}', Raised("empty_text", "row 2: text is empty")),
-    "null text": ('{"text": null, "label": "pos"}', Raised("no_text", "row 2: text is null")),
-    "a number as text": ('{"text": 1.5, "label": "pos"}', Raised("no_text", "row 2: text is 1.5, not a string")),
-    "a lone surrogate": (
-        '{"text": "\\udfff", "label": "pos"}',
-        Raised("not_utf8", "row 2: text has a lone surrogate"),
-    ),
-    "no label column": ('{"text": "a"}', Raised("no_column", "row 2: no label; it has text")),
-    "null label": ('{"text": "a", "label": null}', Raised("no_label", "row 2: the label is null")),
-    "empty label": ('{"text": "a", "label": " "}', Raised("no_label", "row 2: the label is null or empty")),
-    "float label": ('{"text": "a", "label": 0.5}', Raised("bad_label", "row 2: the label is 0.5")),
-    "NaN label": ('{"text": "a", "label": NaN}', Raised("bad_label", "row 2: the label is nan")),
-    "a list of labels": ('{"text": "a", "label": ["pos"]}', Raised("bad_label", r"row 2: the label is \['pos'\]")),
-    "unknown label": (
-        '{"text": "a", "label": "so-so"}',
-        Raised("unknown_label", "row 2: the label 'so-so' is none"),
-    ),
-    "label outside the range": (
-        '{"text": "a", "label": 7}',
-        Raised("unknown_label", "row 2: the label '7' is none"),
-    ),
-    "negative label": ('{"text": "a", "label": -1}', Raised("unknown_label", "row 2: the label '-1' is none of")),
-    "a lone surrogate as label": ('{"text": "a", "label": "\\ud800"}', Raised("not_utf8", "row 2: label has a lone")),
-    "no known word": ('{"text": "\\u4f60\\u597d", "label": "pos"}', Fine()),
-    "a special token": ('{"text": "[SEP] [PAD]", "label": "pos"}', Fine()),
-    "a million characters": (json.dumps({"text": "good film " * 100_000, "label": "pos"}), Fine()),
-    "a null character": ('{"text": "a\\u0000b", "label": "pos"}', Fine()),
-}
-
-
 @pytest.mark.parametrize("case", TEXTS)
 def test_texts(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     line, outcome = TEXTS[case]
     good = '{"text": "a good film", "label": "pos"}'
     (tmp_path / "list.jsonl").write_text(f"{good}\n{line}\n{good}\n", encoding="utf-8")
     judged(lambda choice: classified(tmp_path / "list.jsonl", choice), outcome, caplog, BadItemError)
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_words(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    line, outcome = WORDS[case]
+    good = '{"tokens": ["a", "film"], "ner_tags": ["O", "B-x"]}'
+    (tmp_path / "list.jsonl").write_text(f"{good}\n{line}\n{good}\n", encoding="utf-8")
+
+    def run(choice: str) -> Dataset:
+        loaded = load_words(str(tmp_path / "list.jsonl"), on_bad_item=choice)
+        options: dict[str, Any] = {"word_column": "tokens", "tag_column": "ner_tags", "max_length": 16}
+        return prepare_tokens(loaded, TEXT, {"O": 0, "B-x": 1}, **options)
+
+    judged(run, outcome, caplog, BadItemError)
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_pairs(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    line, outcome = PAIRS[case]
+    good = '{"source": "a", "target": "b"}'
+    (tmp_path / "list.jsonl").write_text(f"{good}\n{line}\n{good}\n", encoding="utf-8")
+    labeler = Seq2SeqLabeler(prompt=(1,), eos_ids=(2,), decoding=Decoding(9), special_ids=frozenset({0, 1, 2}))
+
+    def run(choice: str) -> Dataset:
+        loaded = load_pairs(str(tmp_path / "list.jsonl"), on_bad_item=choice)
+        options: dict[str, Any] = {"source_column": "source", "target_column": "target", "max_length": 16}
+        return prepare_pairs(loaded, SUBWORDS, TextTargets(labeler, SUBWORDS), on_bad_item=choice, **options)
+
+    judged(run, outcome, caplog, BadItemError)
+
+
+def test_what_takes_too_long_is_ended() -> None:
+    """Both clocks of this test run, and their signals end it."""
+    for number, message in ((signal.SIGPROF, "not done after 20 s"), (signal.SIGALRM, "waiting for 120 s")):
+        with pytest.raises(TimeoutError, match=message):
+            signal.raise_signal(number)
+    assert 0 < signal.getitimer(signal.ITIMER_PROF)[0] <= 20 and 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 120
 
 
 @pytest.mark.parametrize("label", [-1, None])
@@ -509,7 +242,8 @@ def test_labels_of_unlabelled_rows_are_hidden(extractor: Any) -> None:
 
 
 def test_the_list_is_long_enough() -> None:
-    corrupt = sum(
-        not isinstance(case[-1], Fine) for cases in (FILES, LINES, MANIFESTS, SAVED, TEXTS) for case in cases.values()
-    )
-    assert corrupt + len(ARRAYS) >= 40
+    def corrupt(*lists: dict[str, Any]) -> int:
+        return sum(not isinstance(case[-1], Fine) for cases in lists for case in cases.values())
+
+    audio, text = corrupt(FILES, LINES, MANIFESTS, SAVED) + len(ARRAYS), corrupt(TEXTS, WORDS, PAIRS)
+    assert audio >= 80 and text >= 30, (audio, text)

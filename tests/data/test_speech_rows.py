@@ -56,10 +56,14 @@ def test_rows_that_do_not_fit_are_counted(caplog: pytest.LogCaptureFixture) -> N
     audio[4]["array"] = [0.0] * 8000
     dataset = dataset.remove_columns("audio").add_column("audio", audio)
     with caplog.at_level(logging.WARNING):
-        prepared = prepare_seq2seq(dataset, tiny_whisper.extractor(), letters, max_tokens=7)
+        prepared = prepare_seq2seq(dataset, tiny_whisper.extractor(), letters, max_tokens=7, max_seconds=2.0)
     assert [row.tolist() for row in prepared["labels"]] == [[9, 97, 2]]
     assert "dropped 5 of 6 rows: 1 empty_text, 1 no_features, 1 silent, 1 too_long, 1 too_many_tokens" in caplog.text
     assert "; first: row 2: text is empty; row 3: 2.100 s of audio, at most 2 s are wanted; row 4: text" in caplog.text
+    with pytest.raises(BadItemError, match=r"row 3: 2.100 s of audio, and the model hears 2 s at once, without times"):
+        prepare_seq2seq(dataset, tiny_whisper.extractor(), letters, max_tokens=7)
+    prepare_seq2seq(dataset, tiny_whisper.extractor(), letters, max_tokens=7, on_bad_item="skip")
+    assert "dropped 5 of 6 rows: 1 beyond_window, 1 empty_text, 1 no_features" in caplog.text
     with pytest.raises(ValueError, match="no column 'words' in the data set"):
         prepare_seq2seq(dataset, tiny_whisper.extractor(), letters, text_column="words")
 

@@ -75,7 +75,8 @@ def test_models_of_many_languages_must_be_told_one(make: Any) -> None:
 
 def test_what_whisper_is_asked_for() -> None:
     model = tiny.whisper()
-    assert generative_labeler_for(model, language="English").prompt == (3, 4, 6, 9)
+    for language in ("English", "en", "<|en|>"):
+        assert generative_labeler_for(model, language=language).prompt == (3, 4, 6, 9)
     assert generative_labeler_for(model, language="fr", task="translate").prompt == (3, 5, 7, 9)
     chosen = generative_labeler_for(model)
     assert isinstance(chosen, Seq2SeqLabeler) and chosen.languages == (4, 5) and chosen.prompt[2:] == (6, 9)

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import yaml
 from transformers import (
     AutoModelForCTC,
     AutoProcessor,
@@ -19,7 +20,9 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
 )
+from typer.testing import CliRunner
 
+from hf_ema_scaling.cli import main
 from hf_ema_scaling.data.speech import SpecAugment
 from hf_ema_scaling.data.speech_views import AdditiveNoise, SpeedPerturbation
 from hf_ema_scaling.data.views import Chain
@@ -143,6 +146,27 @@ def test_views_of_speech(config: Path, tmp_path: Path) -> None:
     only = build(config, tmp_path / "only", "--spec_augment", "false", "--noise", "1").augmentation
     assert isinstance(only, AdditiveNoise)
     assert build(config, tmp_path / "none", "--spec_augment", "false").augmentation is None
+
+
+def test_views_by_name_in_their_order(config: Path, tmp_path: Path) -> None:
+    """In a dry run: `hf-ema-scaling check` of a file with views and a second view."""
+    written = {
+        "views": {"spec_augment": {"time_masks": 1}, "speed": {"speeds": [0.9, 1.1]}, "noise": None},
+        "second_view": {"noise": {"probability": 1.0}},
+        "filters": {"disagree": {"maximum": 0.9}},
+    }
+    file = tmp_path / "views.yaml"
+    file.write_text(config.read_text() + yaml.safe_dump(written, sort_keys=False))
+    trainer = build(file, tmp_path)
+    assert isinstance(trainer, PseudoLabelTrainer) and isinstance(trainer.augmentation, Chain)
+    kinds = [type(view) for view in trainer.augmentation.augmentations]
+    assert kinds == [SpecAugment, SpeedPerturbation, AdditiveNoise]
+    assert trainer.augmentation.augmentations[0].num_time_masks == 1  # type: ignore[attr-defined]
+    done = CliRunner().invoke(main, ["check", str(file), "--ema_momentum", "0.01"])
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(main, ["check", str(file), "--views", '{"sped": {}}'])
+    assert done.exit_code == 1
+    assert "no view is called 'sped'; did you mean speed?" in " ".join(done.output.split())
 
 
 def test_broken_rows_are_skipped_where_the_recipe_says_so(

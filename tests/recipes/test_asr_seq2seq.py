@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import tiny_generation
 import tiny_whisper
 import torch
 import yaml
-from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, Wav2Vec2FeatureExtractor
 from typer.testing import CliRunner
 
 from hf_ema_scaling.cli import main
+from hf_ema_scaling.data.speech_views import AdditiveNoise
 from hf_ema_scaling.data.stream import UNLABELLED
 from hf_ema_scaling.recipe import ASR_SEQ2SEQ, build_asr_seq2seq, parse, run
-from hf_ema_scaling.recipe.asr_seq2seq import shorten_window
+from hf_ema_scaling.recipe.asr_seq2seq import shorten_window, shortest_seconds
 from hf_ema_scaling.training.seq2seq import EMASeq2SeqTrainer, PseudoLabelSeq2SeqTrainer
 
 
@@ -156,6 +158,20 @@ def test_a_shorter_window_is_that_of_a_model_built_with_it(recipe: Path, whisper
     assert AutoProcessor.from_pretrained(tmp_path).feature_extractor.nb_max_frames == 100
 
 
+def test_the_shortest_audio_that_moonshine_hears(whisper: Path) -> None:
+    extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    network = tiny_generation.moonshine()
+    shortest = round(shortest_seconds(network, extractor) * extractor.sampling_rate)
+    decoded = {"decoder_input_ids": torch.ones(1, 1, dtype=torch.long)}
+    with torch.no_grad():
+        assert torch.isfinite(network(input_values=torch.randn(1, shortest), **decoded).logits).all()
+        with pytest.raises(RuntimeError):
+            network(input_values=torch.randn(1, shortest - 64), **decoded)
+    assert 127 < shortest < 1600
+    loaded = AutoModelForSpeechSeq2Seq.from_pretrained(whisper)
+    assert shortest_seconds(loaded, AutoProcessor.from_pretrained(whisper).feature_extractor) == 0.0
+
+
 def test_windows_that_cannot_be(whisper: Path) -> None:
     network = AutoModelForSpeechSeq2Seq.from_pretrained(whisper)
     extractor = AutoProcessor.from_pretrained(whisper).feature_extractor
@@ -167,16 +183,39 @@ def test_windows_that_cannot_be(whisper: Path) -> None:
         shorten_window(network, extractor, 1)
 
 
-def test_speech_longer_than_the_window_is_left_out(
+def test_speech_longer_than_the_window_is_an_error_or_skipped(
     recipe: Path, tmp_path: Path, manifest: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = manifest(tmp_path / "set.jsonl", 3, seed=5)
     soundfile.write(tmp_path / "wav" / "set1.wav", np.random.default_rng(0).standard_normal(33_000) / 10, 16_000)
     sources = [word for name in ("labelled", "unlabelled", "evaluation") for word in (f"--{name}", str(path))]
-    trainer = build(recipe, tmp_path, *sources)
+    with pytest.raises(ValueError, match=r"set.jsonl: row 2: 2.062 s of audio, and the model hears 2 s at once"):
+        build(recipe, tmp_path, *sources)
+    trainer = build(recipe, tmp_path, *sources, "--on_bad_item", "skip")
     for rows in (trainer.eval_dataset, trainer.train_dataset, trainer.unlabeled_dataset):
         assert len(rows) == 2
-    assert caplog.text.count("dropped 1 of 3 rows: 1 too_long") == 3
+    assert caplog.text.count("dropped 1 of 3 rows: 1 beyond_window") == 3
+    # What is said not to be wanted is no error: in training, where max_seconds counts.
+    trainer = build(recipe, tmp_path, *sources[:4], "--max_seconds", "2")
+    assert len(trainer.train_dataset) == len(trainer.unlabeled_dataset) == 2
+    assert caplog.text.count("dropped 1 of 3 rows: 1 too_long") == 2
+
+
+def test_views_by_name_are_those_of_the_flags(recipe: Path, tmp_path: Path) -> None:
+    """Noise, then SpecAugment; and a second view with which the teacher's labels are compared."""
+    flags = ("--noise", "1.0", "--noise_snr_max", "20")
+    views = '{"noise": {"probability": 1.0, "snr": [10, 20]}, "spec_augment": {"freq_width": 2}}'
+    short = ("--max_label_tokens", "8", "--evaluation", "null")
+    runs = [build(recipe, tmp_path, *short, *argv) for argv in (flags, ("--views", views))]
+    for trainer in runs:
+        run(trainer)
+    one, two = (trainer.model.state_dict() for trainer in runs)
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    second = ("--second_view", '{"noise": {"probability": 1.0, "snr": [0, 0]}}', "--filters", '{"disagree": {}}')
+    compared = build(recipe, tmp_path, *short, *second)
+    run(compared)
+    assert compared.judge.chain.reasons == ("disagree",)
+    assert isinstance(compared.labeler.view.augmentation, AdditiveNoise)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +225,10 @@ def test_speech_longer_than_the_window_is_left_out(
         (("--language", "xx"), "language 'xx' is not known to this Whisper"),
         (("--max_seconds", "0.1"), "labelled.jsonl: all 8 rows were dropped: 8 too_long"),
         (("--task", "sing"), "task must be one of transcribe, translate"),
+        (("--views", '{"speed": {}}'), "the view speed changes how long speech is"),
+        (("--views", '{"echo": {}}'), "no view is called 'echo'.*there are token_masking, word_dropout, speed, noise"),
+        (("--views", '{"noise": {}}', "--noise", "0.5"), "leave noise out, or views"),
+        (("--second_view", '{"token_masking": {"share": 0.1}}'), "is one of texts, and this model hears speech"),
     ],
 )
 def test_refused(recipe: Path, tmp_path: Path, argv: tuple[str, ...], message: str) -> None:

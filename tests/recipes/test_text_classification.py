@@ -135,6 +135,45 @@ def test_without_unlabelled_texts_the_same_run_on_labels_alone(recipe: Path, tmp
     assert plan_recipe(recipe, ["--unlabelled", "null"])[0].recipe.pl_start is None
 
 
+def test_views_and_a_second_view_from_the_file(recipe: Path, tmp_path: Path) -> None:
+    """The views of the flags, written by name, are the same run; a second view drops labels that hang on a word."""
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    shares = {"word_dropout": values.pop("word_dropout"), "token_masking": values.pop("mask_share")}
+    named = tmp_path / "named.yaml"
+    views = {name: {"share": share} for name, share in shares.items()}
+    # In this order.
+    named.write_text(yaml.safe_dump(values | {"views": views}, sort_keys=False))
+    runs = [build(recipe, tmp_path / "out"), build(named, tmp_path / "out")]
+    for trainer in runs:
+        set_seed(0)
+        trainer.train()
+    one, two = (list(trainer.model.parameters()) for trainer in runs)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    without = build(named, tmp_path / "out", "--views", "null")
+    assert without.augmentation is None
+
+    seconds = {"second_view": {"token_masking": {"share": 0.6}}, "filters": {"disagree": {"maximum": 0.5}}}
+    named.write_text(yaml.safe_dump(values | seconds))
+    trainer = build(named, tmp_path / "out")
+    made: list[Any] = []
+    label = trainer.labeler.labeler.label
+
+    def watched(teacher: Any, batch: Any) -> Any:
+        found = label(teacher, batch)
+        made.append([label.ids for label in found])
+        return found
+
+    trainer.labeler.labeler.label = watched
+    set_seed(0)
+    trainer.train()
+    # Labels of rows as they are and of their second views alternate.
+    pairs = [(a, b) for one, other in zip(made[::2], made[1::2], strict=True) for a, b in zip(one, other, strict=True)]
+    logs = [entry for entry in trainer.state.log_history if "pseudo/kept" in entry]
+    # The only step with pseudo-labels has two of them.
+    assert [entry["pseudo/kept"] for entry in logs] == [sum(a == b for a, b in pairs[-2:]) / 2]
+    assert len(pairs) >= 2 and trainer.judge.chain.reasons == ("disagree",)
+
+
 def test_the_checks_of_a_recipe(recipe: Path, tmp_path: Path) -> None:
     found = {result.name: result for result in self_check(lambda: build(recipe, tmp_path / "out"))}
     assert FAILED not in {result.result for result in found.values()}, found
@@ -149,6 +188,13 @@ def test_the_checks_of_a_recipe(recipe: Path, tmp_path: Path) -> None:
         (("--mask_share", "1"), r"share must lie in \[0, 1\), got 1.0"),
         (("--tokenizer_name_or_path", "null"), "has no mask token: set mask_share to 0"),
         (("--temperature", "0"), "temperature must be above 0"),
+        (
+            ("--views", '{"token_mask": {}}'),
+            "no view is called 'token_mask'.*there are token_masking, word",
+        ),
+        (("--views", '{"token_masking": {"share": 0.1}}'), "leave mask_share, word_dropout out, or views"),
+        (("--second_view", '{"noise": {}}'), "second_view: the view noise is one of speech, and this model reads"),
+        (("--second_view", '{"masking": {}}'), "second_view: no view is called 'masking'.*there are token_masking"),
     ],
 )
 def test_refused(recipe: Path, tmp_path: Path, argv: tuple[str, ...], message: str) -> None:
