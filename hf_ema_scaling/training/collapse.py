@@ -145,13 +145,17 @@ class CollapseGuard:
 
     def look(self, metrics: Mapping[str, float], clock: float) -> list[str]:
         """Judge the window that ends at `clock`, and note what it says; the signs of collapse in it."""
-        signs = signs_of_collapse({**metrics, **self._joined(metrics)}, self.healthy)
+        joined = self._joined(metrics)
+        signs = signs_of_collapse({**metrics, **joined}, self.healthy)
         if signs:
             self.alarms.append([clock, signs])
             return signs
         self.healthy_until = clock
         if self.healthy is None:
-            self.healthy = dict(metrics)
+            self.healthy = {name: value for name, value in metrics.items() if name != "pseudo/minority"}
+        # What is compared with later is a share that was certain, too.
+        if joined and self.minority[1] == 0:
+            self.healthy.setdefault("pseudo/minority", joined["pseudo/minority"])
         return []
 
     def _joined(self, metrics: Mapping[str, float]) -> dict[str, float]:

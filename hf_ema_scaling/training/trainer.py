@@ -31,6 +31,7 @@ from hf_ema_scaling.training.calibration import calibration, chosen_rows
 from hf_ema_scaling.training.collapse_watch import CollapseWatch, check_rollback
 from hf_ema_scaling.training.diagnostics import LabelStatistics
 from hf_ema_scaling.training.dropout import DropoutChange
+from hf_ema_scaling.training.flow import log_is_due
 from hf_ema_scaling.training.hidden import HiddenReferences, split_off
 from hf_ema_scaling.training.label_counts import LabelCounts
 from hf_ema_scaling.training.label_judge import check_scores, durations, judge_for
@@ -216,6 +217,7 @@ class PseudoLabelTrainer(EMATrainerMixin):
         begun = step.start > self.pseudo_label_args.pl_start - CLOCK_DUST
         if self.dropout is not None:
             self.dropout.set(begun)
+        self.student_watch.begin(begun and log_is_due(self, self.state.global_step))
         micro_batches = super().label_micro_batches(inputs)
         drawn = [batch for batch in micro_batches if batch["source"] == UNLABELLED and batch["weight"]]
         number = self.state.global_step
@@ -311,8 +313,9 @@ class PseudoLabelTrainer(EMATrainerMixin):
         return metrics
 
     def training_logs(self) -> dict[str, float]:
-        """Also what became of pseudo-labels since the last log, their weight, and the cache."""
-        logs = {**super().training_logs(), **self.record.logs(self.gather)}
+        """Also what became of pseudo-labels since the last log, their weight and gradient, and the cache."""
+        gradients = self.student_watch.gradient_logs(self._total_counts)
+        logs = {**super().training_logs(), **self.record.logs(self.gather), **gradients}
         step, start = self._last_step, self.plan.recipe.pl_start
         if step is not None and start is not None and step.end > start + CLOCK_DUST:
             rise = self.plan.recipe.pseudo_label_ramp().mean(step.start, step.end)
