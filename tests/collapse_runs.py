@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,17 @@ class Classes:
         return {**inputs, "labels": torch.tensor([label.ids[0] if label.kept else 0 for label in labels])}
 
 
+class Silent(Classes):
+    """Drops all it labels, or what one process does."""
+
+    def __init__(self, silent: bool = True) -> None:
+        self.silent = silent
+
+    def label(self, teacher: Callable[..., Any], batch: Mapping[str, Tensor]) -> list[PseudoLabel]:
+        labels = super().label(teacher, batch)
+        return [dataclasses.replace(label, reason="empty") for label in labels] if self.silent else labels
+
+
 def sentences(count: int, seed: int) -> datasets.Dataset:
     """Of three classes, which the first token tells."""
     tokens = np.random.default_rng(seed).integers(0, 18, (count, 6))
@@ -36,7 +48,7 @@ def sentences(count: int, seed: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict(rows).with_format("torch")
 
 
-def trainer(folder: Path, *, planted: bool, pl: Any = None, **changes: Any) -> Any:
+def trainer(folder: Path, *, planted: bool, pl: Any = None, labeler: Any = None, **changes: Any) -> Any:
     """Planted: no threshold, no momentum, a high rate, seven unlabelled rows in eight."""
     values: dict[str, Any] = {
         "max_steps": 40,
@@ -54,6 +66,6 @@ def trainer(folder: Path, *, planted: bool, pl: Any = None, **changes: Any) -> A
         tiny.arguments(folder, **(values | changes)),
         sentences(64, 0),
         unlabeled_dataset=sentences(400, 1).remove_columns("labels"),
-        labeler=Classes(),
+        labeler=labeler or Classes(),
         pseudo_label_args=tiny.pseudo(**(pseudo | (pl or {}))),
     )

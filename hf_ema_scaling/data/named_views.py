@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -94,13 +95,7 @@ def read_views(written: str | Mapping[str, Any], argument: str = "views") -> dic
         ValueError: for text that is no JSON mapping, an empty one, a name that is not known (with those that are), an
             argument that the view does not have, or one that is missing.
     """
-    if isinstance(written, str):
-        try:
-            written = json.loads(written)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{argument}={written!r} is no JSON ({error}): write views as {{'noise': {{}}}}"
-            ) from None
+    written = _parsed(written, argument)
     if not isinstance(written, Mapping) or not written:
         raise ValueError(f"{argument} must be a mapping of names of views to their arguments, got {written!r}")
     views = {str(name): {} if values is None else values for name, values in written.items()}
@@ -120,6 +115,33 @@ def read_views(written: str | Mapping[str, Any], argument: str = "views") -> dic
         if missing:
             raise ValueError(f"{argument}: the view {name} needs {', '.join(missing)}")
     return {name: dict(values) for name, values in views.items()}
+
+
+def _parsed(written: Any, argument: str) -> Any:
+    if not isinstance(written, str):
+        return written
+    try:
+        return json.loads(written)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{argument}={written!r} is no JSON ({error}): write views as {{'noise': {{}}}}") from None
+
+
+def read_second_view(written: str | Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], float | None]:
+    """A second view as `read_views` takes it, which may also have `"scale": number`, as `two_views` needs for numbers.
+
+    Returns:
+        Views by name, and the scale or None.
+
+    Raises:
+        ValueError: as `read_views`; for a scale that is no number above 0.
+    """
+    written = _parsed(written, "second_view")
+    if not isinstance(written, Mapping) or "scale" not in written:
+        return read_views(written, "second_view"), None
+    scale = written["scale"]
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise ValueError(f"second_view: scale must be a number above 0, got {scale!r}")
+    return read_views({name: values for name, values in written.items() if name != "scale"}, "second_view"), scale
 
 
 def _near(name: str, known: Iterable[str]) -> str:
@@ -196,18 +218,19 @@ def with_second_view(labeler: Labeler, written: str | Mapping[str, Any] | None, 
 
     Args:
         labeler: makes the labels.
-        written: the second view, as for `read_views`.
+        written: the second view, as for `read_second_view`.
         processing_class: of the model.
 
     Raises:
-        ValueError: as `build_views`; for a view that moves words where labels are by word.
+        ValueError: as `read_second_view` and `two_views`; for a view that moves words where labels are by word.
     """
     if written is None:
         return labeler
-    view = build_views(written, processing_class, "second_view")
+    views, scale = read_second_view(written)
+    view = build_views(views, processing_class, "second_view")
     if changes_length(view) and WORD_IDS in columns_of(labeler):
         raise ValueError(
             "second_view: labels are by word, and word_dropout leaves words out: take one that keeps every token in "
             "its place (token_masking)"
         )
-    return two_views(labeler, FixedView(view))
+    return two_views(labeler, FixedView(view), scale=scale)

@@ -15,7 +15,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from tqdm import tqdm
 
 from hf_ema_scaling.data.bad_items import RAISE, BadItems
-from hf_ema_scaling.data.named_views import read_views, with_second_view
+from hf_ema_scaling.data.named_views import read_second_view, with_second_view
 from hf_ema_scaling.labelling.heads import Head
 from hf_ema_scaling.labelling.inputs import Inputs, batches
 from hf_ema_scaling.labelling.judge import judge_of
@@ -113,8 +113,8 @@ def label_dataset(
         filters: by name, as `PseudoLabelArguments.filters`; see `LabelledFilters` for those that follow the labels.
         labelled: rows like the data, with their text, on which filters written as "fit" find their limits.
         labelled_column: with that text; when None `text` (speech), `target` or `completion`.
-        second_view: another view of each row, as `read_views` takes it; labels then have the score `disagreement`,
-            by which the filter `disagree` judges. Labelling takes twice as long.
+        second_view: another view of each row, as `read_second_view` takes it; labels then have the score
+            `disagreement`, by which the filter `disagree` judges. Labelling takes twice as long.
         on_bad_item: `raise` an error for a row that is broken, or `skip` it: it is written with its reason, counted,
             and the first few are named in the log. Rows that are merely unwanted (too short, too long, silent, empty)
             are always written with their reason.
@@ -170,7 +170,7 @@ def label_dataset(
             "min_confidence": min_confidence,
             # As a list: their order decides which one gives the reason.
             "filters": [[name, values] for name, values in found_filters.items()] or None,
-            "second_view": None if second_view is None else read_views(second_view, "second_view"),
+            "second_view": None if second_view is None else [*read_second_view(second_view)],
             "labels": dict(head.settings) or None,
         },
         "on_bad_item": on_bad_item,

@@ -1,6 +1,6 @@
 """One labeler per model family: teacher output in, training target out."""
 
-from hf_ema_scaling.labels.base import Labeler, LabelsByPosition, MakesTargets, PseudoLabel, columns_of
+from hf_ema_scaling.labels.base import Labeler, LabelKind, LabelsByPosition, MakesTargets, PseudoLabel, columns_of
 from hf_ema_scaling.labels.causal import CausalLMLabeler
 from hf_ema_scaling.labels.ctc import (
     CTCLabeler,
@@ -30,6 +30,7 @@ __all__ = [
     "Decoding",
     "Filter",
     "FilterChain",
+    "LabelKind",
     "Labeler",
     "LabelsByPosition",
     "Ledger",

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
+
+
+class LabelKind(StrEnum):
+    """What a label says, which decides how two of them are compared and what filters can ask of it."""
+
+    TOKENS = "tokens"
+    """A text: token ids in order."""
+    CLASS = "class"
+    """One class."""
+    CLASSES = "classes"
+    """Any number of classes; `values` hold a number for each."""
+    NUMBERS = "numbers"
+    """The numbers of a regression, in `values`."""
+    WORDS = "words"
+    """One class for each word in order; negative ids are words without a label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +48,12 @@ class PseudoLabel:
 
 
 class Labeler(Protocol):
-    """Turns teacher output into training targets."""
+    """Turns teacher output into training targets.
+
+    A labeler may also say what its labels are, so that a run that cannot work is refused when it is set up: `kind`, a
+    `LabelKind`; `score_names`, the scores of its labels by which filters may judge, `CONFIDENCE` among them where
+    the confidence says something; and `samples`, whether it draws random numbers (`draws`).
+    """
 
     def label(self, teacher: Callable[..., Any], batch: Mapping[str, Tensor]) -> list[PseudoLabel]:
         """One `PseudoLabel` for each row of the padded `batch`, in order."""
@@ -68,3 +89,24 @@ def columns_of(labeler: Labeler) -> tuple[str, ...]:
     They reach the labeler in its batches, and never the model.
     """
     return tuple(getattr(labeler, "needs_columns", ()))
+
+
+CONFIDENCE = "confidence"
+"""Among `score_names`: the confidence says how sure the teacher is."""
+
+
+def kind_of(labeler: Labeler) -> LabelKind | None:
+    """What the labeler's labels are; None where it does not say."""
+    kind = getattr(labeler, "kind", None)
+    return None if kind is None else LabelKind(kind)
+
+
+def scores_of(labeler: Labeler) -> frozenset[str] | None:
+    """Scores that the labeler gives; None where it does not say."""
+    names = getattr(labeler, "score_names", None)
+    return None if names is None else frozenset(names)
+
+
+def draws(labeler: Labeler) -> bool:
+    """Whether labels are drawn at random: what takes positions and does not say otherwise is taken to do so."""
+    return bool(getattr(labeler, "samples", isinstance(labeler, LabelsByPosition)))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ema_scaling.labels.base import PseudoLabel
+from hf_ema_scaling.labels.base import CONFIDENCE, LabelKind, PseudoLabel
 from hf_ema_scaling.labels.generation import (
     Decoding,
     call,
@@ -21,6 +21,7 @@ from hf_ema_scaling.labels.generation import (
     padded,
     until_end,
 )
+from hf_ema_scaling.labels.score_filters import ENDED, LOG_PROBABILITY
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,14 @@ class CausalLMLabeler:
     max_target_tokens: int | None = None
     special_ids: frozenset[int] = frozenset()
     positions: tuple[int, ...] | None = None
+
+    kind = LabelKind.TOKENS
+    score_names = frozenset({CONFIDENCE, LOG_PROBABILITY, ENDED})
+
+    @property
+    def samples(self) -> bool:
+        """Whether labels are drawn."""
+        return self.decoding.temperature > 0
 
     def at(self, positions: Sequence[int]) -> CausalLMLabeler:
         """The labeler for a batch whose rows have these positions in the stream."""

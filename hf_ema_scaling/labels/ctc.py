@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_ema_scaling.ema.adapters import base_of
 from hf_ema_scaling.ema.sharding import class_of
-from hf_ema_scaling.labels.base import PseudoLabel
+from hf_ema_scaling.labels.base import CONFIDENCE, LabelKind, PseudoLabel
 from hf_ema_scaling.labels.forward import teacher_logits
 from hf_ema_scaling.labels.score_filters import LOG_PROBABILITY
 
@@ -229,6 +229,9 @@ class CTCLabeler:
         special_ids: ids that are never a target (bos, eos, unk: see `non_target_ids`); removed after repeats are
             merged.
     """
+
+    kind = LabelKind.TOKENS
+    score_names = frozenset({CONFIDENCE, "blank", LOG_PROBABILITY})
 
     def __init__(self, blank_id: int, special_ids: Collection[int] = ()) -> None:
         self.blank_id = blank_id

@@ -116,8 +116,9 @@ class Row:
 class Filter(Protocol):
     """Says which labels are not trained on. It sees no reference, and judges a row by itself.
 
-    A filter may also have `needs`, a set of `TEXT`, `SECONDS` and `SOURCE`: what it asks of a row, so that a run that
-    cannot give it is refused when it is set up.
+    A filter may also say what it asks for, so that a run that cannot give it is refused when it is set up: `needs`, a
+    set of `TEXT`, `SECONDS` and `SOURCE`; `needs_scores`, scores of the labeler (`score_names`); and `kinds`, the
+    `LabelKind`s that it can judge, where these are not all.
     """
 
     @property

@@ -174,6 +174,11 @@ class FilterChain:
                 needed.setdefault(what, []).append(type(one).__name__)
         return needed
 
+    @property
+    def needs_scores(self) -> set[str]:
+        """Scores that the filters judge by."""
+        return {score for one in self.filters for score in getattr(one, "needs_scores", ())}
+
     def judge(self, labels: Sequence[PseudoLabel], row: Callable[[int], Row]) -> list[PseudoLabel]:
         """The labels, those that a filter drops with its reason; adaptive filters measure what reaches them.
 

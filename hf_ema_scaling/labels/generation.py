@@ -29,6 +29,7 @@ from transformers import (
 from hf_ema_scaling.ema import EMATeacher
 from hf_ema_scaling.labels.base import PseudoLabel
 from hf_ema_scaling.labels.decoder import bare
+from hf_ema_scaling.labels.score_filters import ENDED, LOG_PROBABILITY
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +249,7 @@ def generated_label(
         reason = "too_long"
     confidence = min(math.exp(log_probability), 1.0)
     return PseudoLabel(
-        tuple(target), confidence, reason, scores={"log_probability": log_probability, "ended": float(ended), **scores}
+        tuple(target), confidence, reason, scores={LOG_PROBABILITY: log_probability, ENDED: float(ended), **scores}
     )
 
 

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
 
 from hf_ema_scaling.ema.adapters import base_of
 from hf_ema_scaling.ema.sharding import class_of
-from hf_ema_scaling.labels.base import Labeler
+from hf_ema_scaling.labels.base import Labeler, LabelKind, kind_of
 from hf_ema_scaling.labels.ctc import CTCLabeler, blank_id, non_target_ids
 from hf_ema_scaling.labels.decoder import TRANSDUCERS
 from hf_ema_scaling.labels.generative import generative_labeler_for
@@ -68,12 +68,28 @@ def token_labeler(config: Any, processing_class: Any, **options: Any) -> TokenLa
     return TokenLabeler(config.id2label, **options)
 
 
+def label_kind(model: nn.Module, labeler: Labeler) -> LabelKind | None:
+    """What labels say: by the labeler, else for sequence classifiers by the model; None where nobody knows."""
+    kind = kind_of(labeler)
+    if kind is not None or class_of(base_of(model)).__name__ not in SEQUENCE_HEADS:
+        return kind
+    config: Any = model.config
+    kinds = {
+        "single_label_classification": LabelKind.CLASS,
+        "multi_label_classification": LabelKind.CLASSES,
+        "regression": LabelKind.NUMBERS,
+    }
+    # As transformers infers it from labels that are class ids.
+    return kinds[config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")]
+
+
+SEQUENCE_HEADS = frozenset(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
 LabelerFactory = Callable[..., Labeler]
 """`(config, processing_class, **options) -> labeler`; options are arguments of the labeler."""
 HEADS: list[tuple[Collection[str], LabelerFactory]] = [
     (set(MODEL_FOR_CTC_MAPPING_NAMES.values()), ctc_labeler),
     (TRANSDUCERS, transducer_labeler),
-    (set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()), sequence_labeler),
+    (SEQUENCE_HEADS, sequence_labeler),
     (set(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values()), token_labeler),
 ]
 """Names of model classes, and what makes their labeler."""

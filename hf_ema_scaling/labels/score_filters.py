@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from hf_ema_scaling.labels.base import CONFIDENCE
 from hf_ema_scaling.labels.filter_base import Row, in_range
 
 LOG_PROBABILITY = "log_probability"
@@ -26,6 +27,7 @@ class Confidence:
 
     minimum: float
     reason: ClassVar[str] = "confidence"
+    needs_scores: ClassVar[frozenset[str]] = frozenset({CONFIDENCE})
 
     def __post_init__(self) -> None:
         in_range("confidence: minimum", self.minimum, 0, 1)
@@ -41,6 +43,7 @@ class LogProbability:
 
     minimum: float = -1.0
     reason: ClassVar[str] = "logprob"
+    needs_scores: ClassVar[frozenset[str]] = frozenset({LOG_PROBABILITY})
 
     def __post_init__(self) -> None:
         in_range("logprob: minimum", self.minimum, -math.inf, 0)
@@ -57,6 +60,7 @@ class NoSpeech:
 
     maximum: float = 0.6
     reason: ClassVar[str] = "no_speech"
+    needs_scores: ClassVar[frozenset[str]] = frozenset({NO_SPEECH})
 
     def __post_init__(self) -> None:
         in_range("no_speech: maximum", self.maximum, 0, 1)
@@ -72,6 +76,7 @@ class Entropy:
 
     maximum: float
     reason: ClassVar[str] = "entropy"
+    needs_scores: ClassVar[frozenset[str]] = frozenset({ENTROPY})
 
     def __post_init__(self) -> None:
         in_range("entropy: maximum", self.maximum, 0, math.inf)
@@ -86,6 +91,7 @@ class NoEnd:
     """`no_eos`: a label that did not end by itself but was cut off."""
 
     reason: ClassVar[str] = "no_eos"
+    needs_scores: ClassVar[frozenset[str]] = frozenset({ENDED})
 
     def drops(self, row: Row) -> bool:
         """Whether the label was cut off."""
@@ -98,6 +104,7 @@ class Disagree:
 
     maximum: float = 0.1
     reason: ClassVar[str] = "disagree"
+    needs_scores: ClassVar[frozenset[str]] = frozenset({DISAGREEMENT})
 
     def __post_init__(self) -> None:
         in_range("disagree: maximum", self.maximum, 0, 1)

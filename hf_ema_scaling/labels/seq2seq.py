@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ema_scaling.labels.base import PseudoLabel
+from hf_ema_scaling.labels.base import CONFIDENCE, LabelKind, PseudoLabel
 from hf_ema_scaling.labels.generation import (
     Decoding,
     call,
@@ -23,6 +23,7 @@ from hf_ema_scaling.labels.generation import (
     padded,
     until_end,
 )
+from hf_ema_scaling.labels.score_filters import ENDED, LOG_PROBABILITY, NO_SPEECH
 
 ENCODER_INPUTS = ("input_ids", "input_features", "input_values")
 
@@ -66,6 +67,19 @@ class Seq2SeqLabeler:
     no_speech_id: int | None = None
     by_length: bool = False
     positions: tuple[int, ...] | None = None
+
+    kind = LabelKind.TOKENS
+
+    @property
+    def score_names(self) -> frozenset[str]:
+        """Scores of its labels, for any kind of input; "length_ratio" and "copy" are of text alone."""
+        names = {CONFIDENCE, LOG_PROBABILITY, ENDED, "length_ratio", "copy"}
+        return frozenset(names | ({NO_SPEECH} if self.no_speech_id is not None else set()))
+
+    @property
+    def samples(self) -> bool:
+        """Whether labels are drawn."""
+        return self.decoding.temperature > 0
 
     def at(self, positions: Sequence[int]) -> Seq2SeqLabeler:
         """The labeler for a batch whose rows have these positions in the stream."""
@@ -141,7 +155,7 @@ class Seq2SeqLabeler:
             for row, value in zip(
                 scores, logits[:, 0].float().softmax(-1)[:, self.no_speech_id].tolist(), strict=True
             ):
-                row["no_speech"] = value
+                row[NO_SPEECH] = value
         for row, value in zip(scores, languages, strict=False):
             row["language"] = value
         return [

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ema_scaling.labels.base import PseudoLabel
+from hf_ema_scaling.labels.base import CONFIDENCE, LabelKind, PseudoLabel
 from hf_ema_scaling.labels.forward import refuse_rows, teacher_logits
+from hf_ema_scaling.labels.score_filters import ENTROPY
 
 
 class _SequenceLabeler(ABC):
@@ -84,6 +85,9 @@ class ClassLabeler(_SequenceLabeler):
         ValueError: for fewer than two classes, or a temperature that is not above 0.
     """
 
+    kind = LabelKind.CLASS
+    score_names = frozenset({CONFIDENCE, ENTROPY, "margin"})
+
     def __init__(self, classes: int, *, soft: bool = False, temperature: float = 1.0) -> None:
         super().__init__(classes)
         if classes < 2:
@@ -105,7 +109,7 @@ class ClassLabeler(_SequenceLabeler):
                 (winner,),
                 row[winner],
                 values=tuple(row) if self.soft else (),
-                scores={"entropy": entropy, "margin": margin},
+                scores={ENTROPY: entropy, "margin": margin},
             )
             for winner, row, entropy, margin in zip(best, probabilities.tolist(), entropies, margins, strict=True)
         ]
@@ -134,6 +138,9 @@ class MultiLabelLabeler(_SequenceLabeler):
         ValueError: for no class, another number of thresholds than of classes, or one outside (0, 1).
     """
 
+    kind = LabelKind.CLASSES
+    score_names = frozenset({CONFIDENCE, ENTROPY, "margin"})
+
     def __init__(self, classes: int, *, soft: bool = False, thresholds: float | Sequence[float] = 0.5) -> None:
         super().__init__(classes)
         if classes < 1:
@@ -156,7 +163,7 @@ class MultiLabelLabeler(_SequenceLabeler):
                 tuple(yes.nonzero().flatten().tolist()),
                 sure,
                 values=tuple(row if self.soft else yes.double().tolist()),
-                scores={"entropy": entropy, "margin": margin},
+                scores={ENTROPY: entropy, "margin": margin},
             )
             for yes, sure, row, entropy, margin in zip(
                 chosen, confidence, p.tolist(), bits.tolist(), margins, strict=True
@@ -175,8 +182,8 @@ class MultiLabelLabeler(_SequenceLabeler):
 class RegressionLabeler(_SequenceLabeler):
     """The teacher's numbers, as `values`; no `ids`, no scores.
 
-    A regression does not say how sure it is: the confidence is 1.0, and `min_confidence` drops nothing. Judge by the
-    agreement of two views instead.
+    A regression does not say how sure it is: the confidence is 1.0, and filters by confidence, `min_confidence` among
+    them, are refused. Judge by the agreement of two views instead (`two_views`, filter `disagree`).
 
     Targets: float32 `(rows, outputs)`. Dropped rows have zeros.
 
@@ -186,6 +193,9 @@ class RegressionLabeler(_SequenceLabeler):
     Raises:
         ValueError: for no output.
     """
+
+    kind = LabelKind.NUMBERS
+    score_names: frozenset[str] = frozenset()
 
     def __init__(self, outputs: int = 1) -> None:
         super().__init__(outputs)

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from rapidfuzz.distance import Levenshtein
 
+from hf_ema_scaling.labels.base import LabelKind
 from hf_ema_scaling.labels.filter_base import SECONDS, SOURCE, TEXT, Row, in_range
 
 # What models of web speech say when they hear nothing.
@@ -227,6 +228,7 @@ class LengthRatio:
     maximum: float = math.inf
     reason: ClassVar[str] = "length_ratio"
     needs: ClassVar[frozenset[str]] = frozenset({SOURCE})
+    kinds: ClassVar[frozenset[LabelKind]] = frozenset({LabelKind.TOKENS})
 
     def __post_init__(self) -> None:
         _check_bounds("length_ratio: minimum", self.minimum, "maximum", self.maximum)

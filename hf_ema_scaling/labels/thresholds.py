@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_ema_scaling.labels.base import CONFIDENCE, LabelKind
 from hf_ema_scaling.labels.filter_base import Row, in_range
 from hf_ema_scaling.labels.score_filters import LOG_PROBABILITY
 
@@ -146,6 +147,7 @@ class ConfidenceQuantile(_Quantile):
     """
 
     reason: str = "confidence"
+    needs_scores: ClassVar[frozenset[str]] = frozenset({CONFIDENCE})
 
     def __init__(self, share: float, momentum: float = 0.99) -> None:
         super().__init__(share, momentum)
@@ -162,6 +164,7 @@ class LogProbabilityQuantile(_Quantile):
     """`logprob`: the `share` of labels with the lowest mean log-probability is dropped, as `ConfidenceQuantile`."""
 
     reason: str = "logprob"
+    needs_scores: ClassVar[frozenset[str]] = frozenset({LOG_PROBABILITY})
 
     def __init__(self, share: float, momentum: float = 0.99) -> None:
         super().__init__(share, momentum)
@@ -189,6 +192,8 @@ class AdaptiveConfidence(_Adaptive):
     """
 
     reason: ClassVar[str] = "confidence"
+    needs_scores: ClassVar[frozenset[str]] = frozenset({CONFIDENCE})
+    kinds: ClassVar[frozenset[LabelKind]] = frozenset({LabelKind.CLASS})
 
     def __init__(self, classes: int, momentum: float = 0.999) -> None:
         in_range("confidence_adaptive: classes", classes, 2, math.inf)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ema_scaling.labels.base import PseudoLabel
+from hf_ema_scaling.labels.base import CONFIDENCE, LabelKind, PseudoLabel
 from hf_ema_scaling.labels.forward import refuse_rows, teacher_logits
 from hf_ema_scaling.spans import continuation_ids, is_bio, repaired
 
@@ -45,6 +45,8 @@ class TokenLabeler:
         ValueError: when ids are not 0 to n - 1, there are fewer than two, or `min_word_confidence` is not in [0, 1].
     """
 
+    kind = LabelKind.WORDS
+    score_names = frozenset({CONFIDENCE, "min_confidence", "masked"})
     needs_columns = (WORD_IDS,)
 
     def __init__(

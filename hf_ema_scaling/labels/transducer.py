@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderModelOutput
 
-from hf_ema_scaling.labels.base import PseudoLabel
+from hf_ema_scaling.labels.base import CONFIDENCE, LabelKind, PseudoLabel
 from hf_ema_scaling.labels.ctc import ctc_frame_lengths
 from hf_ema_scaling.labels.decoder import decoder_inputs
 from hf_ema_scaling.labels.generation import call, padded
@@ -32,6 +32,9 @@ class TransducerLabeler:
         blank_id: id of the blank (`config.blank_token_id`).
         special_ids: ids that are never a target, see `non_target_ids`.
     """
+
+    kind = LabelKind.TOKENS
+    score_names = frozenset({CONFIDENCE})
 
     def __init__(self, blank_id: int, special_ids: Collection[int] = ()) -> None:
         self.blank_id = blank_id

@@ -96,7 +96,7 @@ _FAMILIES = {
     "batch": "average",
     "noise": "noise",
     **dict.fromkeys(
-        ("pseudo", "pl", "cache", "confidence", "score", "student", "hidden", "calibration", "collapse"),
+        ("pseudo", "pl", "cache", "confidence", "score", "student", "gradient", "hidden", "calibration", "collapse"),
         "pseudo_labels",
     ),
 }

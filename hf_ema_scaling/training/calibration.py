@@ -11,7 +11,8 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
 from hf_ema_scaling.data.collator import pad_labels
-from hf_ema_scaling.labels.base import Labeler, MakesTargets, PseudoLabel
+from hf_ema_scaling.labels.agreement import errors
+from hf_ema_scaling.labels.base import Labeler, LabelKind, MakesTargets, PseudoLabel
 
 BINS = 10
 """Bins of confidence, of equal width."""
@@ -27,6 +28,7 @@ def calibration(
     label: Callable[[Mapping[str, Tensor]], list[PseudoLabel]],
     labeler: Labeler,
     total: Callable[[Tensor], Tensor],
+    kind: LabelKind | None = None,
 ) -> dict[str, float]:
     """Labels labelled rows and compares.
 
@@ -35,23 +37,25 @@ def calibration(
         label: labels inputs, by the teacher.
         labeler: makes targets of labels, as in training.
         total: sums a float64 vector over the processes.
+        kind: what labels say; not numbers, which have no accuracy.
 
     Returns:
-        `calibration/error`: edits between labels and gold labels over the length of gold (for classes, the share of
-        wrong ones); `calibration/ece`: expected calibration error, the mean over rows of how far the mean confidence
-        of their bin is from its mean accuracy, where the accuracy of a row is 1 - its error, at least 0 (Guo et al.
-        2017, eq. 3). Nothing without rows.
+        `calibration/error`: edits between labels and gold labels over the length of gold; the share of wrong classes,
+        of wrong decisions about a class where there are several, of wrong ones among the words with a label.
+        `calibration/ece`: expected calibration error, the mean over rows of how far the mean confidence of their bin
+        is from its mean accuracy, where the accuracy of a row is 1 - its error, at least 0 (Guo et al. 2017, eq. 3).
+        Nothing without rows.
     """
-    edits = lengths = 0
+    edits, lengths = 0.0, 0.0
     bins: NDArray[np.float64] = np.zeros((BINS, 3))
     for batch in batches:
         inputs = dict(batch)
         gold = inputs.pop("labels")
         labels = label(inputs)
-        for one, found, wanted in zip(labels, _targets(labeler, inputs, labels), _sequences(gold), strict=True):
-            wrong = Levenshtein.distance(found, wanted)
-            edits, lengths = edits + wrong, lengths + len(wanted)
-            accuracy = max(0.0, 1 - wrong / max(1, len(wanted)))
+        targets = _targets(labeler, inputs, labels)
+        for one, (wrong, size) in zip(labels, _wrong(labels, targets, gold, kind), strict=True):
+            edits, lengths = edits + wrong, lengths + size
+            accuracy = max(0.0, 1 - wrong / max(1, size))
             bins[min(int(one.confidence * BINS), BINS - 1)] += (1.0, one.confidence, accuracy)
     sums = total(torch.tensor([edits, lengths, *bins.flatten()], dtype=torch.float64)).numpy()
     (edits, lengths), bins = sums[:2], sums[2:].reshape(BINS, 3)
@@ -62,18 +66,30 @@ def calibration(
     return {"calibration/error": float(edits / lengths), "calibration/ece": float(gaps / rows)}
 
 
-def _targets(labeler: Labeler, inputs: Mapping[str, Tensor], labels: Sequence[PseudoLabel]) -> list[list[int]]:
+def _targets(labeler: Labeler, inputs: Mapping[str, Tensor], labels: Sequence[PseudoLabel]) -> Tensor:
     """What the loss would see of labels, dropped ones included."""
     if isinstance(labeler, MakesTargets):
         every = [PseudoLabel(label.ids, label.confidence, None, label.values) for label in labels]
-        return _sequences(labeler.with_targets(inputs, every)["labels"])
-    return _sequences(pad_labels([label.ids for label in labels]))
+        return labeler.with_targets(inputs, every)["labels"]
+    return pad_labels([label.ids for label in labels])
+
+
+def _wrong(
+    labels: Sequence[PseudoLabel], targets: Tensor, gold: Tensor, kind: LabelKind | None
+) -> list[tuple[float, int]]:
+    """What is wrong of each row, and out of how much (`agreement.errors`)."""
+    if kind is LabelKind.CLASSES:
+        return [errors(label, wanted, kind) for label, wanted in zip(labels, gold.tolist(), strict=True)]
+    if kind is LabelKind.WORDS:
+        # In their places; a word that is not sure enough has no target.
+        both = (targets >= 0) & (gold >= 0)
+        return list(zip(((targets != gold) & both).sum(-1).tolist(), both.sum(-1).tolist(), strict=True))
+    pairs = zip(_sequences(targets), _sequences(gold), strict=True)
+    return [(Levenshtein.distance(found, wanted), len(wanted)) for found, wanted in pairs]
 
 
 def _sequences(labels: Tensor) -> list[list[int]]:
-    """Label ids of each row without padding; of classes their most probable one."""
+    """Label ids of each row without padding; of the probabilities of classes the most probable one."""
     if labels.is_floating_point():
-        if labels.ndim < 2 or labels.shape[1] < 2:
-            raise ValueError("calibration_rows needs classes or label ids: a regression has no accuracy; set it to 0")
         labels = labels.argmax(-1)
     return [[one for one in row if one >= 0] for row in labels.reshape(len(labels), -1).tolist()]

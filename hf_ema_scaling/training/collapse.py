@@ -21,7 +21,11 @@ LEAST_ROWS = 50
 EMPTY_SHARE, EMPTY_RISE = 0.5, 0.25
 BLANK_APPROACH = 0.9
 DISTINCT_SHARE, DISTINCT_NUMBER = 0.25, 0.5
-KL_SHARE = 0.8
+KL_SHARE, KL_FLOOR = 0.8, 0.5
+MINORITY_SHARE, LEAST_MINORITY = 0.1, 20
+SPREAD_SHARE = 0.1
+LABELLESS_ROWS = 1000
+"""After so many rows, over all processes, the guard asks whether any of their labels was kept."""
 LENGTH_FACTOR = 3.0
 MOST_ROLLBACKS = 3
 BACKOFF = 0.5
@@ -49,7 +53,16 @@ def signs_of_collapse(now: Mapping[str, float], healthy: Mapping[str, float] | N
 
     - nothing kept: no label of the window was kept.
     - classes: the divergence of labels from the labelled data (`pseudo/kl`) is above `KL_SHARE` of what it were if all
-      labels were its most frequent class or token, and has grown by half since the healthy window.
+      labels were its most frequent class or token, and above `KL_FLOOR` nats, and has grown by half since the healthy
+      window. The floor is for skewed data, where that limit says little: one class of 95 % is 0.05 nats from data
+      that are 95 % of it, and so are labels that have 86 % of it.
+    - one class: the share of labels that are not the most frequent class or token (`pseudo/minority`) is below
+      `MINORITY_SHARE` of that in labelled data, and below half of that in the healthy window. This is what a constant
+      class looks like however skewed the data are. It takes as many labels as hold `LEAST_MINORITY` others in
+      labelled data (`targets`; the guard joins windows until there are), for then chance alone does not do it: to see
+      2 where 20 are expected has a probability below 1e-6.
+    - spread: of numbers, the standard deviation is below `SPREAD_SHARE` of that of labelled numbers, and below half of
+      that in the healthy window (`pseudo/spread`): the teacher says much the same of every row.
     - empty: more than `EMPTY_SHARE` of labels are empty, `EMPTY_RISE` more than in the healthy window, while the loss
       on unlabelled data is lower than there, or gone.
     - blank: the share of blank frames has come nine tenths of the way from the healthy window to 1, while that loss is
@@ -58,18 +71,29 @@ def signs_of_collapse(now: Mapping[str, float], healthy: Mapping[str, float] | N
     - length: labels have become `LENGTH_FACTOR` times as long or as short, against labelled data.
 
     Args:
-        now: metrics of the window (`LabelCounts.metrics`, `student_metrics`), and `rows`.
-        healthy: those of the first healthy window; None before there is one, which leaves the first two rules.
+        now: metrics of the window (`LabelCounts.metrics`, `student_metrics`), `rows`, and `targets`, the number of
+            tokens or classes of kept labels.
+        healthy: those of the first healthy window; None before there is one, which leaves the first four rules.
     """
     found = []
     if now.get("pseudo/kept") == 0:
         found.append(f"none of {now['rows']:.0f} labels was kept")
     kl, limit = now.get("pseudo/kl", 0.0), now.get("pseudo/kl_limit", math.inf)
     before = (healthy or {}).get("pseudo/kl", 0.0)
-    if kl > max(KL_SHARE * limit, 1.5 * before):
+    if kl > max(KL_SHARE * limit, KL_FLOOR, 1.5 * before):
         found.append(
             f"labels are {kl:.2f} nats from the labelled data, where one single class or token is {limit:.2f}"
         )
+    others, labelled = now.get("pseudo/minority", 1.0), now.get("pseudo/minority_labelled", 0.0)
+    before = (healthy or {}).get("pseudo/minority", math.inf)
+    certain = now.get("targets", 0.0) * labelled >= LEAST_MINORITY
+    if certain and others < min(MINORITY_SHARE * labelled, 0.5 * before):
+        found.append(
+            f"{others:.2%} of labels are not their most frequent class or token, {labelled:.2%} in the labelled data"
+        )
+    spread, before = now.get("pseudo/spread", math.inf), (healthy or {}).get("pseudo/spread", math.inf)
+    if spread < min(SPREAD_SHARE, 0.5 * before):
+        found.append(f"labels spread {spread:.3f} times as far as the labelled numbers")
     if healthy is None:
         return found
     falls = now.get("loss/unlabelled", -math.inf) < healthy.get("loss/unlabelled", math.inf)
@@ -101,6 +125,9 @@ class CollapseGuard:
         pl_start: reference step at which pseudo-labels begin; checkpoints up to there are good.
 
     Attributes:
+        minority: labels that are not the most frequent class of their window, and all, since there were enough of
+            them to judge by.
+        labelless_from: unlabelled rows drawn when it was last asked whether any label is kept.
         alarms: clock and signs of every alarm.
         pauses: clock of the checkpoint and of the alarm of every rollback.
     """
@@ -112,18 +139,46 @@ class CollapseGuard:
         self.checkpoints: list[list[Any]] = []
         self.pauses: list[list[float]] = []
         self.alarms: list[list[Any]] = []
+        self.minority = [0.0, 0.0]
+        self.labelless_from = 0
         self._decided: dict[str, Any] = {}
 
     def look(self, metrics: Mapping[str, float], clock: float) -> list[str]:
         """Judge the window that ends at `clock`, and note what it says; the signs of collapse in it."""
-        signs = signs_of_collapse(metrics, self.healthy)
+        joined = self._joined(metrics)
+        signs = signs_of_collapse({**metrics, **joined}, self.healthy)
         if signs:
             self.alarms.append([clock, signs])
             return signs
         self.healthy_until = clock
         if self.healthy is None:
-            self.healthy = dict(metrics)
+            self.healthy = {name: value for name, value in metrics.items() if name != "pseudo/minority"}
+        # What is compared with later is a share that was certain, too.
+        if joined and self.minority[1] == 0:
+            self.healthy.setdefault("pseudo/minority", joined["pseudo/minority"])
         return []
+
+    def _joined(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The share of the minority over as many windows as it takes to judge it."""
+        if "pseudo/minority" not in metrics:
+            return {}
+        here = metrics.get("targets", 0.0)
+        targets, others = self.minority[1] + here, self.minority[0] + metrics["pseudo/minority"] * here
+        enough = targets * metrics["pseudo/minority_labelled"] >= LEAST_MINORITY
+        self.minority = [0.0, 0.0] if enough else [others, targets]
+        return {"pseudo/minority": others / targets, "targets": targets} if targets else {}
+
+    def labelless(self, dropped: Mapping[str, int], clock: float) -> list[str]:
+        """Note that none of the last rows has a label that is kept; the sign of it.
+
+        Args:
+            dropped: rows by reason.
+            clock: now.
+        """
+        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(dropped.items()))
+        signs = [f"none of the last {sum(dropped.values())} unlabelled rows got a label that is kept ({reasons})"]
+        self.alarms.append([clock, signs])
+        return signs
 
     def saved(self, checkpoint: str, clock: float) -> None:
         """Note a checkpoint, and forget those before the last good one."""
@@ -157,6 +212,8 @@ class CollapseGuard:
             "checkpoints": self.checkpoints,
             "pauses": self.pauses,
             "alarms": self.alarms,
+            "minority": self.minority,
+            "labelless_from": self.labelless_from,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -167,3 +224,5 @@ class CollapseGuard:
         self.checkpoints = [list(entry) for entry in state.get("checkpoints", [])]
         self.pauses = [list(entry) for entry in state.get("pauses", [])]
         self.alarms = [list(entry) for entry in state.get("alarms", [])]
+        self.minority = list(state.get("minority", [0.0, 0.0]))
+        self.labelless_from = int(state.get("labelless_from", 0))

@@ -14,12 +14,21 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
 from hf_ema_scaling.data.passes import CLOCK_DUST
+from hf_ema_scaling.data.sampler import SampledStep
+from hf_ema_scaling.data.stream import UNLABELLED
 from hf_ema_scaling.ema.durable import rename
 from hf_ema_scaling.scaling import ReferenceClock
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.checkpoints import checkpoint_step, what_is_missing
-from hf_ema_scaling.training.collapse import LEAST_ROWS, MOST_ROLLBACKS, CollapseError, CollapseGuard, RollBack
-from hf_ema_scaling.training.label_counts import LabelCounts
+from hf_ema_scaling.training.collapse import (
+    LABELLESS_ROWS,
+    LEAST_ROWS,
+    MOST_ROLLBACKS,
+    CollapseError,
+    CollapseGuard,
+    RollBack,
+)
+from hf_ema_scaling.training.label_counts import MASS, LabelCounts
 
 if TYPE_CHECKING:
     from hf_ema_scaling.training.trainer import PseudoLabelTrainer
@@ -76,25 +85,46 @@ class CollapseWatch(TrainerCallback):
         self.window = window
         self.guard = CollapseGuard(pl_start)
         self.error: CollapseError | None = None
-        self._warned: list[str] = []
+        self._warned: set[tuple[str, ...]] = set()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Look at the window that ends here, if one does."""
-        trainer = self.trainer
+        """Look at the window that ends here, if one does, and whether any label is kept at all."""
         if self.action == "off":
             return control
-        step = trainer.sampler.step(state.global_step - 1)
-        due = ReferenceClock.crosses(step.start, step.end, self.window)
-        if not due or step.end <= self.guard.pl_start + CLOCK_DUST:
+        number = state.global_step - 1
+        step = self.trainer.sampler.step(number)
+        if step.end <= self.guard.pl_start + CLOCK_DUST:
             return control
-        counts, metrics = trainer.window_metrics()
-        if counts.counts["rows"] < LEAST_ROWS:
-            return control
-        trainer.label_statistics.window = LabelCounts()
-        signs = self.guard.look({**metrics, "rows": counts.counts["rows"]}, step.end)
+        signs = self._look_at_window(step) or self._look_for_labels(number, step.end)
         return self._act(signs, step.end, control) if signs else control
+
+    def _look_at_window(self, step: SampledStep) -> list[str]:
+        """Signs in the window that ends with this step; windows are joined until they hold `LEAST_ROWS`."""
+        if not ReferenceClock.crosses(step.start, step.end, self.window):
+            return []
+        counts, metrics = self.trainer.window_metrics()
+        if counts.counts["rows"] < LEAST_ROWS:
+            return []
+        self.trainer.label_statistics.window = LabelCounts()
+        sizes = {"rows": counts.counts["rows"], "targets": float(counts.targets.sum()) / MASS}
+        return self.guard.look({**metrics, **sizes}, step.end)
+
+    def _look_for_labels(self, number: int, clock: float) -> list[str]:
+        """The sign that the teacher labels nothing: long windows would tell of it too late.
+
+        How many rows all processes have drawn is known on each of them, so they ask each other only when it is due.
+        """
+        drawn = self.trainer.sampler.drawn_of(UNLABELLED, number)[1]
+        if drawn - self.guard.labelless_from < LABELLESS_ROWS:
+            return []
+        self.guard.labelless_from = drawn
+        counts = self.trainer.record.stretch(self.trainer.gather).counts
+        if counts["kept"] > 0 or counts["rows"] < LABELLESS_ROWS:
+            return []
+        dropped = {name.removeprefix("dropped_"): n for name, n in counts.items() if name.startswith("dropped_")}
+        return self.guard.labelless(dropped, clock)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note the checkpoint."""
@@ -113,10 +143,10 @@ class CollapseWatch(TrainerCallback):
         said = f"Pseudo-labels seem to have collapsed at reference step {clock:g}: {'; '.join(signs)}."
         if self.action == "warn":
             # Once for each set of signs: figures in them change from window to window.
-            kinds = ["".join(c for c in sign if not c.isdigit()) for sign in signs]
-            if kinds != self._warned:
+            kinds = tuple("".join(c for c in sign if not c.isdigit()) for sign in signs)
+            if kinds not in self._warned:
                 logger.warning(f"{said} on_collapse can stop the run or roll it back.")
-            self._warned = kinds
+            self._warned.add(kinds)
             return control
         good = self._good_checkpoint()
         rollbacks = len(self.guard.pauses)

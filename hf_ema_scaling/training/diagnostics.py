@@ -7,11 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_ema_scaling.ema import DeadTeacherError
 from hf_ema_scaling.labels.base import PseudoLabel
 from hf_ema_scaling.training.label_counts import LabelCounts
 
-LABELLESS_ROWS = 1000
 REASONS = ("empty", "too_long", "confidence")
 """Reasons that are always told of, also where none occurred."""
 
@@ -25,20 +23,27 @@ class LabelStatistics:
     Args:
         reasons: reasons to be told of from the first log on.
         drain: gives counts that are kept elsewhere (on the device of the model), whenever counts are read.
+        numbers: whether labels are the numbers of a regression.
 
     Attributes:
         since_log: counts since the last log.
         window: counts since the last look of the collapse guard.
+        stretch: counts since the guard last asked whether any label is kept.
         gold: targets of the labelled rows of the run so far.
-        dropped_in_a_row: rows of this process since the last label that was kept.
     """
 
-    def __init__(self, reasons: Iterable[str] = (), drain: Callable[[], Mapping[str, int]] = dict[str, int]) -> None:
+    def __init__(
+        self,
+        reasons: Iterable[str] = (),
+        drain: Callable[[], Mapping[str, int]] = dict[str, int],
+        *,
+        numbers: bool = False,
+    ) -> None:
         self.drain = drain
         self.reasons = dict.fromkeys([*REASONS, *reasons])
-        self.since_log, self.window, self.gold = LabelCounts(), LabelCounts(), LabelCounts()
-        self.step = LabelCounts()
-        self.dropped_in_a_row = 0
+        self.numbers = numbers
+        self.since_log, self.window, self.stretch = LabelCounts(), LabelCounts(), LabelCounts()
+        self.gold, self.step = LabelCounts(numbers), LabelCounts(numbers)
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -46,23 +51,8 @@ class LabelStatistics:
         return self.since_log.counts
 
     def add(self, labels: Iterable[PseudoLabel]) -> None:
-        """Count the labels of one micro-batch, with which its rows are trained on or dropped.
-
-        Raises:
-            DeadTeacherError: after `LABELLESS_ROWS` rows in a row without a label that is kept.
-        """
-        labels = list(labels)
+        """Count the labels of one micro-batch, with which its rows are trained on or dropped."""
         self.step.add_used(labels)
-        for label in labels:
-            self.dropped_in_a_row = 0 if label.kept else self.dropped_in_a_row + 1
-        if self.dropped_in_a_row >= LABELLESS_ROWS:
-            self.end_step()
-            dropped = {name: n for name, n in sorted(self.counts.items()) if name.startswith("dropped_")}
-            reasons = ", ".join(f"{number} {name.removeprefix('dropped_')}" for name, number in dropped.items())
-            raise DeadTeacherError(
-                f"the teacher gave the last {self.dropped_in_a_row} unlabelled rows no label that is kept (since the "
-                f"last log: {reasons}): start pseudo-labels later (pl_start), or loosen the filters and min_confidence"
-            )
 
     def add_made(self, labels: Iterable[PseudoLabel]) -> None:
         """Count the scores of labels as they are made."""
@@ -78,13 +68,13 @@ class LabelStatistics:
 
     def end_step(self) -> None:
         """Take a step into the counts."""
-        self.since_log.merge(self.step)
-        self.window.merge(self.step)
+        for part in (self.since_log, self.window, self.stretch):
+            part.merge(self.step)
         for name in list(self.step.counts):
             # Told of from now on, also by a log without one.
             if name.startswith("dropped_"):
                 self.reasons.setdefault(name.removeprefix("dropped_"))
-        self.step = LabelCounts()
+        self.step = LabelCounts(self.numbers)
 
     def take_log(self, gather: Gather) -> tuple[LabelCounts, dict[str, float]]:
         """Counts and metrics over all processes since the last call, and a fresh start."""
@@ -95,6 +85,13 @@ class LabelStatistics:
     def take_window(self, gather: Gather) -> tuple[LabelCounts, dict[str, float]]:
         """Counts and metrics over all processes since `window` was emptied."""
         return self._total(self.window, gather)
+
+    def take_stretch(self, gather: Gather) -> LabelCounts:
+        """Counts over all processes since the last call, and a fresh start."""
+        self._read()
+        total = LabelCounts.of({"counts": counts} for counts in gather(dict(self.stretch.counts)))
+        self.stretch = LabelCounts()
+        return total
 
     def _read(self) -> None:
         self.step.counts.update(self.drain())
@@ -110,18 +107,16 @@ class LabelStatistics:
     def state_dict(self, gather: Gather | None = None) -> dict[str, Any]:
         """The counts, over all processes where `gather` collects them."""
         self._read()
-        parts = {"since_log": self.since_log, "window": self.window, "gold": self.gold}
+        parts = {"since_log": self.since_log, "window": self.window, "stretch": self.stretch, "gold": self.gold}
         mine = {name: part.state_dict() for name, part in parts.items()}
         states = [mine] if gather is None else gather(mine)
         total = {name: LabelCounts.of(state[name] for state in states).state_dict() for name in parts}
-        # Rows in a row are those of one process: their sum over processes would be a row that never was.
-        return {**total, "dropped_in_a_row": self.dropped_in_a_row, "reasons": sorted(self.reasons)}
+        return {**total, "reasons": sorted(self.reasons)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the counts."""
-        self.step = LabelCounts()
-        self.since_log, self.window, self.gold = (
-            LabelCounts.of([state.get(name, {})]) for name in ("since_log", "window", "gold")
+        self.step = LabelCounts(self.numbers)
+        self.since_log, self.window, self.stretch, self.gold = (
+            LabelCounts.of([state.get(name, {})], self.numbers) for name in ("since_log", "window", "stretch", "gold")
         )
-        self.dropped_in_a_row = int(state.get("dropped_in_a_row", 0))
         self.reasons = dict.fromkeys([*self.reasons, *state.get("reasons", ())])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback
 
+from hf_ema_scaling.data.sampler import SampledStep
 from hf_ema_scaling.scaling import ReferenceClock
 
 if TYPE_CHECKING:
@@ -30,19 +31,14 @@ class ReferenceFlow(DefaultFlowCallback):
         step = self.trainer.sampler.step(state.global_step - 1)
 
         def crosses(every: float | None) -> bool:
-            if not every:
-                return False
-            interval = every * self.trainer.plan.recipe.max_steps if every < 1 else every
-            return ReferenceClock.crosses(step.start, step.end, interval)
+            return _crosses(self.trainer, step, every)
 
-        before, after = (self.trainer.sampler.labelled_passes(state.global_step - i) for i in (1, 0))
+        after = self.trainer.sampler.labelled_passes(state.global_step)
         last = state.global_step >= state.max_steps
-        epoch = ReferenceClock.crosses(before, after, 1.0) or last
+        epoch = _ends_pass(self.trainer, state.global_step - 1)
         position = after if args.eval_strategy == "epoch" else step.end
 
-        if (state.global_step == 1 and args.logging_first_step) or _fires(
-            args.logging_strategy, crosses(args.logging_steps), epoch
-        ):
+        if log_is_due(self.trainer, state.global_step - 1):
             control.should_log = True
         if _fires(args.eval_strategy, crosses(args.eval_steps) or last, epoch) and position >= args.eval_delay:
             control.should_evaluate = True
@@ -57,6 +53,28 @@ class ReferenceFlow(DefaultFlowCallback):
     ) -> TrainerControl:
         """Nothing: the end of the virtual epoch is the end of the run."""
         return control
+
+
+def log_is_due(trainer: EMATrainerMixin, number: int) -> bool:
+    """Whether optimizer step `number` (from 0) ends with a log, which is known before it."""
+    args = trainer.args
+    crosses = _crosses(trainer, trainer.sampler.step(number), args.logging_steps)
+    first = number == 0 and args.logging_first_step
+    return first or _fires(args.logging_strategy, crosses, _ends_pass(trainer, number))
+
+
+def _crosses(trainer: EMATrainerMixin, step: SampledStep, every: float | None) -> bool:
+    """Whether a step reaches or crosses a multiple of `every` reference steps, below 1 of the run's length."""
+    if not every:
+        return False
+    interval = every * trainer.plan.recipe.max_steps if every < 1 else every
+    return ReferenceClock.crosses(step.start, step.end, interval)
+
+
+def _ends_pass(trainer: EMATrainerMixin, number: int) -> bool:
+    """Whether a step ends a pass over the labelled set, or the run."""
+    before, after = (trainer.sampler.labelled_passes(number + i) for i in (0, 1))
+    return ReferenceClock.crosses(before, after, 1.0) or number + 1 >= trainer.sampler.num_steps
 
 
 def _fires(strategy: str, step: bool, epoch: bool) -> bool:

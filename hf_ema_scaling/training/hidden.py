@@ -1,4 +1,4 @@
-"""Error rate of pseudo-labels against the truth of the unlabelled set, which nothing else ever sees.
+"""Error of pseudo-labels against the truth of the unlabelled set, which nothing else ever sees.
 
 The column is taken out of the data set before training gets it. What is left of it here is looked up by row number
 when labels have been judged and counted, and leaves as a number in a log.
@@ -12,8 +12,10 @@ from typing import Any
 from datasets import Dataset
 from rapidfuzz.distance import Levenshtein
 
-from hf_ema_scaling.labels.base import PseudoLabel
+from hf_ema_scaling.labels.agreement import errors
+from hf_ema_scaling.labels.base import LabelKind, PseudoLabel
 from hf_ema_scaling.labels.filter_base import Decode
+from hf_ema_scaling.training.label_counts import FRACTION
 
 
 def split_off(dataset: Any, column: str) -> tuple[Dataset, Dataset]:
@@ -34,25 +36,45 @@ def split_off(dataset: Any, column: str) -> tuple[Dataset, Dataset]:
 
 
 class HiddenReferences:
-    """Counts edits between pseudo-labels and true texts, classes or label ids.
+    """Counts what is wrong in pseudo-labels against true texts, classes, numbers or label ids.
 
     Args:
-        references: the column alone (`split_off`).
+        references: the column alone (`split_off`). Texts; or what the labelled set has as labels: a class; a number
+            for each of several classes; the numbers of a regression; a class for each word, negative at tokens that
+            begin no word; label ids. A row without a reference (None) is not counted.
         decode: label ids to text, where references are texts.
+        kind: what labels say.
+        outputs: classes or numbers of a label, where it has one number for each.
 
     Raises:
-        ValueError: for texts without `decode`.
+        ValueError: for texts without `decode`, and a first reference of another length than `outputs`.
     """
 
-    def __init__(self, references: Dataset, decode: Decode | None) -> None:
+    def __init__(
+        self,
+        references: Dataset,
+        decode: Decode | None,
+        *,
+        kind: LabelKind | None = None,
+        outputs: int | None = None,
+    ) -> None:
         self.references = references
         self.column = references.column_names[0]
         self.decode = decode
-        if decode is None and isinstance(references[0][self.column], str):
+        self.kind = kind
+        first = references[0][self.column]
+        if decode is None and isinstance(first, str):
             raise ValueError(
                 f"hidden_reference_column={self.column!r} holds texts, and nothing decodes labels: give the trainer a "
                 "processing_class, or put label ids into the column"
             )
+        if kind in (LabelKind.CLASSES, LabelKind.NUMBERS) and outputs is not None and first is not None:
+            found = len(first) if isinstance(first, Sequence) else 1
+            if found != outputs:
+                raise ValueError(
+                    f"hidden_reference_column={self.column!r} has {found} numbers in its first row, and the model "
+                    f"{outputs} outputs: give it a number for each, as the labelled set has them"
+                )
 
     def count(self, labels: Sequence[PseudoLabel], rows: Sequence[int], add: Callable[[str, int], None]) -> None:
         """Count the labels of rows of the unlabelled set.
@@ -61,31 +83,45 @@ class HiddenReferences:
             labels: with which the rows are trained on or dropped.
             rows: row numbers in the unlabelled set.
             add: takes a name and a number.
-        """
-        for label, reference in zip(labels, self.references[list(rows)][self.column], strict=True):
-            for name, found, wanted in self._pairs(label, reference):
-                edits = Levenshtein.distance(found, wanted)
-                for which in ("all", "kept") if label.kept else ("all",):
-                    add(f"hidden_{name}_{which}_edits", edits)
-                    add(f"hidden_{name}_{which}_length", len(wanted))
 
-    def _pairs(self, label: PseudoLabel, reference: Any) -> list[tuple[str, Sequence[Any], Sequence[Any]]]:
+        Raises:
+            ValueError: for a reference that cannot be compared with its label, naming the row.
+        """
+        for label, row, reference in zip(labels, rows, self.references[list(rows)][self.column], strict=True):
+            if reference is None:
+                continue
+            try:
+                compared = self._compared(label, reference)
+            except ValueError as error:
+                raise ValueError(f"hidden_reference_column={self.column!r}, row {row}: {error}") from error
+            for name, wrong, size in compared:
+                for which in ("all", "kept") if label.kept else ("all",):
+                    add(f"hidden_{name}_{which}_wrong", round(wrong * FRACTION))
+                    add(f"hidden_{name}_{which}_length", size)
+
+    def _compared(self, label: PseudoLabel, reference: Any) -> list[tuple[str, float, int]]:
+        """Name of the metric, what is wrong, and out of how much."""
         if isinstance(reference, str):
             assert self.decode is not None
             found, wanted = self.decode(label.ids).strip(), reference.strip()
-            return [("cer", found, wanted), ("wer", found.split(), wanted.split())]
-        wanted_ids = [int(one) for one in (reference if isinstance(reference, Sequence) else [reference])]
-        return [("error", list(label.ids), [one for one in wanted_ids if one >= 0])]
+            pairs = (("cer", found, wanted), ("wer", found.split(), wanted.split()))
+            return [(name, Levenshtein.distance(one, other), len(other)) for name, one, other in pairs]
+        return [("mae" if self.kind is LabelKind.NUMBERS else "error", *errors(label, reference, self.kind))]
 
 
 def hidden_metrics(counts: Mapping[str, int]) -> dict[str, float]:
-    """`hidden/cer` and `hidden/wer`, or `hidden/error`: edits over reference length of the labels that were kept; and
-    `hidden/<name>_all`, of all labels, dropped ones included.
+    """What is wrong in the labels that were kept; and `hidden/<name>_all`, in all labels, dropped ones included.
+
+    Returns:
+        `hidden/cer` and `hidden/wer` (texts: edits over reference length), `hidden/mae` (numbers: mean absolute
+        error), or `hidden/error`: edits over reference length (label ids), the share of wrong classes (one class), of
+        wrong decisions about a class (several), or of wrong ones among the words with a label (`agreement.errors`).
     """
     metrics = {}
-    for name in ("cer", "wer", "error"):
+    for name in ("cer", "wer", "error", "mae"):
         for which, suffix in (("kept", ""), ("all", "_all")):
             length = counts.get(f"hidden_{name}_{which}_length", 0)
             if length:
-                metrics[f"hidden/{name}{suffix}"] = counts.get(f"hidden_{name}_{which}_edits", 0) / length
+                wrong = counts.get(f"hidden_{name}_{which}_wrong", 0) / FRACTION
+                metrics[f"hidden/{name}{suffix}"] = wrong / length
     return metrics

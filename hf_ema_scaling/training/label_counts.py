@@ -29,10 +29,15 @@ SKETCH = 2**15
 CONFIDENCE_BINS = 10
 SCORE_RANGE = 1e6
 """Scores beyond this, infinite ones among them, are counted as this."""
+PARTS = 2**60
+"""Numbers of a regression are counted in parts of `1 / PARTS`: Python's integers have no largest one."""
 
 
 class LabelCounts:
     """Counts of pseudo-labels; a sum of two is that of both stretches.
+
+    Args:
+        numbers: whether labels are the numbers of a regression.
 
     Attributes:
         counts: numbers by name.
@@ -40,7 +45,8 @@ class LabelCounts:
         sketch: bits set by kept labels, for the number of distinct ones (linear counting, Whang et al. 1990).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: bool = False) -> None:
+        self.numbers = numbers
         self.counts: Counter[str] = Counter()
         self.targets: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self.sketch = 0
@@ -55,7 +61,7 @@ class LabelCounts:
             if label.reason is None:
                 counts["kept"] += 1
                 counts["tokens"] += len(label.ids)
-                self.sketch |= 1 << _hash(label.ids) % SKETCH
+                self.sketch |= 1 << _hash(label, self.numbers) % SKETCH
             else:
                 counts[f"dropped_{label.reason}"] += 1
 
@@ -72,12 +78,16 @@ class LabelCounts:
 
         Args:
             labels: class ids `(rows,)` or label ids `(rows, tokens)` with negative padding, integers; or the
-                probabilities of classes `(rows, classes)`. Those of a regression `(rows,)` are not counted.
+                probabilities of classes `(rows, classes)`; or numbers `(rows,)` or `(rows, numbers)`, whose sums and
+                squares are counted.
             milliseconds: duration of the rows; None where it is not known.
         """
         self.counts["target_rows"] += len(labels)
         if milliseconds is not None:
             self.counts["target_ms"] += milliseconds
+        if self.numbers:
+            self._add_numbers(labels)
+            return
         if labels.is_floating_point():
             if labels.ndim == 2 and labels.shape[1] > 1:
                 self._add_targets(np.rint(labels.double().sum(0).numpy() * MASS).astype(np.int64))
@@ -86,6 +96,13 @@ class LabelCounts:
         if labels.ndim == 2:
             self.counts["target_tokens"] += ids.numel()
         self._add_targets(torch.bincount(ids % BUCKETS).numpy().astype(np.int64) * MASS)
+
+    def _add_numbers(self, labels: Tensor) -> None:
+        for place, column in enumerate(labels.double().reshape(len(labels), -1).T.tolist()):
+            parts = [round(value * PARTS) for value in column if math.isfinite(value)]
+            self.counts[f"number_{place}_rows"] += len(parts)
+            self.counts[f"number_{place}_sum"] += sum(parts)
+            self.counts[f"number_{place}_squares"] += sum(part * part for part in parts)
 
     def _add_targets(self, found: NDArray[np.int64]) -> None:
         self.targets = _padded_sum(self.targets, found[:BUCKETS])
@@ -107,9 +124,9 @@ class LabelCounts:
         }
 
     @classmethod
-    def of(cls, states: Iterable[Mapping[str, Any]]) -> LabelCounts:
+    def of(cls, states: Iterable[Mapping[str, Any]], numbers: bool = False) -> LabelCounts:
         """The sum of states; of none, nothing."""
-        total = cls()
+        total = cls(numbers)
         for state in states:
             one = cls()
             one.counts.update({name: int(value) for name, value in state.get("counts", {}).items()})
@@ -137,7 +154,10 @@ class LabelCounts:
             `confidence/<bin>`, shares of labels by confidence; `score/<name>`, means of the labeler's scores; and of
             kept labels `pseudo/distinct` (share of distinct ones), `pseudo/kl` (Kullback-Leibler divergence of their
             tokens or classes from the labelled ones', nats), `pseudo/kl_limit` (what it were if all were the most
-            frequent one) and `pseudo/length_ratio` (tokens per second, or per row, over those of labelled rows).
+            frequent one), `pseudo/minority` and `pseudo/minority_labelled` (share of tokens or classes that are not
+            the most frequent one, of kept and of labelled labels) and `pseudo/length_ratio` (tokens per second, or per
+            row, over those of labelled rows). Of numbers there are, in their place, `pseudo/spread` (standard
+            deviation over that of labelled numbers; of several numbers the smallest such ratio).
         """
         counts = self.counts
         logs = {
@@ -162,8 +182,27 @@ class LabelCounts:
             logs["pseudo/distinct"] = self.distinct / kept
         if self.targets.any() and gold.targets.any():
             logs["pseudo/kl"], logs["pseudo/kl_limit"] = _divergence(self.targets, gold.targets)
+            logs["pseudo/minority"], logs["pseudo/minority_labelled"] = self.minority, gold.minority
+        spreads = [found / known for found, known in zip(self.deviations, gold.deviations, strict=False) if known > 0]
+        if spreads:
+            logs["pseudo/spread"] = min(spreads)
         ratio = self._length_ratio(gold)
         return logs if ratio is None else {**logs, "pseudo/length_ratio": ratio}
+
+    @property
+    def minority(self) -> float:
+        """Share of counted tokens or classes that are not the most frequent one."""
+        return 1 - int(self.targets.max()) / int(self.targets.sum()) if self.targets.any() else 0.0
+
+    @property
+    def deviations(self) -> list[float]:
+        """Standard deviation of each number of a regression; nothing without rows."""
+        found: list[float] = []
+        while (rows := self.counts[f"number_{len(found)}_rows"]) > 0:
+            total, squares = (self.counts[f"number_{len(found)}_{what}"] for what in ("sum", "squares"))
+            # Exact up to here, so no digits are lost where the mean is far from zero.
+            found.append(math.sqrt((rows * squares - total * total) / (rows * PARTS) ** 2))
+        return found
 
     def _length_ratio(self, gold: LabelCounts) -> float | None:
         measure = "target_ms" if self.counts["target_ms"] and gold.counts["target_ms"] else "target_rows"
@@ -171,9 +210,10 @@ class LabelCounts:
         return lengths[0] / lengths[1] if lengths[1] and self.counts[measure] else None
 
 
-def _hash(ids: Sequence[int]) -> int:
+def _hash(label: PseudoLabel, numbers: bool) -> int:
+    content = np.asarray(label.values, dtype="<f4") if numbers else np.asarray(label.ids, dtype="<i4")
     # Not a checksum: those of similar labels fall too evenly, or too unevenly, for a sketch.
-    digest = hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=8)
+    digest = hashlib.blake2b(content.tobytes(), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
 
 

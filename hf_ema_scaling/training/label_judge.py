@@ -17,13 +17,15 @@ from hf_ema_scaling.data.collator import MicroBatch
 from hf_ema_scaling.data.streaming import is_stream
 from hf_ema_scaling.ema.adapters import base_of
 from hf_ema_scaling.ema.sharding import class_of
-from hf_ema_scaling.labels.base import PseudoLabel
+from hf_ema_scaling.labels.base import CONFIDENCE, Labeler, PseudoLabel
 from hf_ema_scaling.labels.decoder import TRANSDUCERS
 from hf_ema_scaling.labels.filter_base import SECONDS, SOURCE, TEXT, Decode, Filter, Row
-from hf_ema_scaling.labels.filters import FilterChain, build_filters
+from hf_ema_scaling.labels.filters import FILTERS, FilterChain, build_filters, read_filters
 from hf_ema_scaling.labels.fitting import fit_filters
 from hf_ema_scaling.labels.score_filters import Confidence
+from hf_ema_scaling.labels.serving import check_served, names_of
 from hf_ema_scaling.training.arguments import PseudoLabelArguments
+from hf_ema_scaling.training.losses import labels_by_token
 
 FIT_ROWS = 10_000
 """Labelled rows that limits are fitted on, from the first on."""
@@ -108,6 +110,7 @@ def judge_for(
     arguments: PseudoLabelArguments,
     filters: Iterable[Filter] | None,
     *,
+    labeler: Labeler,
     ctc: bool,
     processing_class: Any,
     labelled: Any,
@@ -120,6 +123,7 @@ def judge_for(
         model: the student.
         arguments: with `filters` and `min_confidence`.
         filters: further filters.
+        labeler: makes the labels.
         ctc: whether the model has a CTC head.
         processing_class: decodes labels, where they are text.
         labelled: the labelled set, for filters that are fitted.
@@ -130,21 +134,46 @@ def judge_for(
         ValueError: for filters that cannot be built or ask for what is not there.
     """
     decode = decoder(model, processing_class, ctc=ctc)
+    seconds, source = durations(unlabelled, duration_column), "input_ids" in (_columns(unlabelled) or [])
+    given = {what for what, there in ((TEXT, decode), (SECONDS, seconds)) if there is not None}
+    given |= {SOURCE} if source else set()
+    head = class_of(base_of(model)).__name__
     chosen: list[Filter] = []
     if arguments.filters is not None:
+        # Before limits are fitted: labels that are no tokens have no lengths.
+        check_served({name: FILTERS[name] for name in read_filters(arguments.filters)}, labeler, head, given)
 
         def fit() -> dict[str, dict[str, float]]:
-            return fitted(labelled, decode, duration_column)
+            return fitted(labelled, decode, duration_column, joined=labels_by_token(model))
 
         classes = getattr(getattr(model, "config", None), "num_labels", None)
         chosen += build_filters(arguments.filters, classes=classes, fit=fit)
-    chosen += filters or []
+    more = list(filters or [])
+    check_served(names_of(more), labeler, head, given)
     if arguments.min_confidence > 0:
-        chosen.append(Confidence(arguments.min_confidence))
-    columns = getattr(unlabelled, "column_names", None) or []
-    return LabelJudge(
-        chosen, decode=decode, seconds=durations(unlabelled, duration_column), source="input_ids" in columns
-    )
+        more.append(Confidence(arguments.min_confidence))
+        check_served({f"min_confidence={arguments.min_confidence:g}": more[-1]}, labeler, head, given)
+    return LabelJudge([*chosen, *more], decode=decode, seconds=seconds, source=source)
+
+
+def check_scores(chain: FilterChain, labels: Sequence[PseudoLabel]) -> None:
+    """Refuses filters that judge by a score which a first label does not have, for labelers that do not tell theirs.
+
+    Args:
+        chain: the filters.
+        labels: of a few rows; those that the labeler dropped say nothing of scores.
+
+    Raises:
+        ValueError: naming the score.
+    """
+    for score in sorted(chain.needs_scores - {CONFIDENCE}):
+        for label in labels:
+            if label.kept:
+                Row(label).score(score)
+
+
+def _columns(dataset: Any) -> list[str] | None:
+    return getattr(dataset, "column_names", None)
 
 
 def decoder(model: Any, processing_class: Any, *, ctc: bool) -> Decode | None:
@@ -166,19 +195,39 @@ def durations(dataset: Any, column: str) -> NDArray[np.float64] | None:
     return np.asarray(dataset[column][:], dtype=np.float64)
 
 
-def fitted(dataset: Any, decode: Decode | None, duration_column: str) -> dict[str, dict[str, float]]:
-    """Limits of `rate` and `length_ratio` from the labels of the labelled set, as far as it has what they need."""
-    columns = getattr(dataset, "column_names", None) or []
+def fitted(dataset: Any, decode: Decode | None, duration_column: str, *, joined: bool) -> dict[str, dict[str, float]]:
+    """Limits of `rate` and `length_ratio` from the labels of the labelled set, as far as it has what they need.
+
+    Args:
+        dataset: the labelled set.
+        decode: label ids to text; None where labels are no text.
+        duration_column: column with seconds.
+        joined: whether `input_ids` hold the label behind its prompt (causal language models): tokens with a label are
+            then no part of the input.
+    """
+    columns = _columns(dataset) or []
     if is_stream(dataset) or "labels" not in columns:
         return {}
     rows = dataset.select(range(min(FIT_ROWS, len(dataset)))).with_format(None)
-    labels = [[token for token in row if token >= 0] for row in rows["labels"][:]]
+    found = rows["labels"][:]
+    if not all(isinstance(row, Sequence) for row in found):
+        return {}
+    labels = [[token for token in row if token >= 0] for row in found]
     seconds = durations(rows, duration_column)
     speech = decode is not None and seconds is not None
-    text = "input_ids" in columns
+    sources = _input_lengths(rows) if "input_ids" in columns else None
+    if joined and sources is not None:
+        sources = [length - len(label) for length, label in zip(sources, labels, strict=True)]
     return fit_filters(
         [decode(ids) for ids in labels] if speech and decode is not None else None,
         seconds=None if seconds is None else seconds.tolist(),
-        tokens=[len(ids) for ids in labels] if text else None,
-        source_tokens=[len(ids) for ids in rows["input_ids"][:]] if text else None,
+        tokens=None if sources is None else [len(ids) for ids in labels],
+        source_tokens=sources,
     )
+
+
+def _input_lengths(rows: Any) -> list[int]:
+    """Tokens of each input, without padding."""
+    if "attention_mask" in rows.column_names:
+        return [sum(mask) for mask in rows["attention_mask"][:]]
+    return [len(ids) for ids in rows["input_ids"][:]]

@@ -70,6 +70,7 @@ class LabelRecord:
         student: watches the student's losses.
         hidden: the truth, where it is known.
         seconds: durations of labelled and unlabelled rows; lengths are counted per second where both are known.
+        numbers: whether labels are the numbers of a regression.
     """
 
     def __init__(
@@ -81,8 +82,9 @@ class LabelRecord:
         student: StudentWatch,
         hidden: HiddenReferences | None = None,
         seconds: tuple[NDArray[np.float64] | None, NDArray[np.float64] | None] = (None, None),
+        numbers: bool = False,
     ) -> None:
-        self.statistics = LabelStatistics(reasons, student.drain)
+        self.statistics = LabelStatistics(reasons, student.drain, numbers=numbers)
         self.own = Ledger(unit)
         self.ledger = Ledger(unit)
         """Of all processes, as of the last log, checkpoint or end of training."""
@@ -135,6 +137,10 @@ class LabelRecord:
         """Counts and metrics of all processes since the window was emptied."""
         counts, metrics = self.statistics.take_window(gather)
         return counts, _metrics(counts, metrics)
+
+    def stretch(self, gather: Gather) -> LabelCounts:
+        """Numbers of all processes since the last call."""
+        return self.statistics.take_stretch(gather)
 
     def total_ledger(self, gather: Gather) -> None:
         """Sum the ledger over processes."""

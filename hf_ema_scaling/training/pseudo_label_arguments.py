@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hf_ema_scaling.data.named_views import read_views
+from hf_ema_scaling.data.named_views import read_second_view
 from hf_ema_scaling.labels.filters import read_filters
 from hf_ema_scaling.training.argument_checks import one_of
 
@@ -31,7 +31,8 @@ class PseudoLabelArguments:
         second_view: a second view that the teacher labels, too, as JSON or a mapping of names to arguments (see
             `hf_ema_scaling.data.named_views.VIEWS`): `{"noise": {"probability": 1.0}}`. The filter `disagree` then
             judges by how much of a label it changes. Its random numbers come of a row's own content, so it is the same
-            in every batch. It costs another forward pass of the teacher.
+            in every batch. For a regression it also needs `"scale"`, the difference that is total disagreement. It
+            costs another forward pass of the teacher.
         weight_by_confidence: multiply each pseudo-label's weight by its confidence.
         max_unlabeled_loss: cap on the loss of one pseudo-labelled example (nats per target token), below
             `max_example_loss`. It is a function of the example alone, so it is the same at every kappa and in every
@@ -162,7 +163,7 @@ class PseudoLabelArguments:
         if self.second_view is not None:
             if isinstance(self.second_view, Mapping):
                 self.second_view = json.dumps(self.second_view)
-            read_views(self.second_view, "second_view")
+            read_second_view(self.second_view)
         if self.max_unlabeled_loss is not None and not self.max_unlabeled_loss > 0:
             raise ValueError(f"max_unlabeled_loss must be above 0 or None, got {self.max_unlabeled_loss}")
         if self.pl_dropout is not None and not 0 <= self.pl_dropout < 1:

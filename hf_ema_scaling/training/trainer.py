@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -21,17 +22,20 @@ from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
 from hf_ema_scaling.data.streaming import is_stream
 from hf_ema_scaling.ema import EMATeacher
 from hf_ema_scaling.labels import Labeler, LabelsByPosition, PseudoLabel, columns_of, ctc_frame_lengths, labeler_for
+from hf_ema_scaling.labels.base import LabelKind, scores_of
 from hf_ema_scaling.labels.filter_base import Filter
 from hf_ema_scaling.labels.ledger import Ledger
+from hf_ema_scaling.labels.registry import label_kind
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.cached_labels import CachedLabels
 from hf_ema_scaling.training.calibration import calibration, chosen_rows
 from hf_ema_scaling.training.collapse_watch import CollapseWatch, check_rollback
 from hf_ema_scaling.training.diagnostics import LabelStatistics
 from hf_ema_scaling.training.dropout import DropoutChange
+from hf_ema_scaling.training.flow import log_is_due
 from hf_ema_scaling.training.hidden import HiddenReferences, split_off
 from hf_ema_scaling.training.label_counts import LabelCounts
-from hf_ema_scaling.training.label_judge import durations, judge_for
+from hf_ema_scaling.training.label_judge import check_scores, durations, judge_for
 from hf_ema_scaling.training.label_record import LabelRecord, SaveLedger, Sources
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 from hf_ema_scaling.training.pseudo_label_step import drop_too_long, with_targets, without_targets
@@ -93,6 +97,7 @@ class PseudoLabelTrainer(EMATrainerMixin):
         super().__init__(model, args, **kwargs)
         labeler = labeler or labeler_for(self.model, self.processing_class)
         self.labeler: Labeler = with_second_view(labeler, pseudo.second_view, self.processing_class)
+        self.label_kind = label_kind(self.model, self.labeler)
         if getattr(self.model.config, "feat_extract_norm", None) == "group":
             logger.warning(
                 "This model's group norm sees the padding of a batch (feat_extract_norm='group'): labels depend on "
@@ -103,6 +108,7 @@ class PseudoLabelTrainer(EMATrainerMixin):
             self.model,
             pseudo,
             filters,
+            labeler=self.labeler,
             ctc=self.ctc,
             processing_class=self.processing_class,
             labelled=self.train_dataset,
@@ -115,8 +121,9 @@ class PseudoLabelTrainer(EMATrainerMixin):
             Sources(unlabeled_dataset, pseudo.source_column),
             reasons=self.judge.chain.reasons,
             student=self.student_watch,
-            hidden=None if references is None else HiddenReferences(references, self.judge.decode),
+            hidden=self._hidden(references),
             seconds=(durations(self.train_dataset, column), self.judge.seconds),
+            numbers=self.label_kind is LabelKind.NUMBERS,
         )
         self.dropout = None if pseudo.pl_dropout is None else DropoutChange(self.model, pseudo.pl_dropout)
         check_rollback(self.args, pseudo)
@@ -126,9 +133,20 @@ class PseudoLabelTrainer(EMATrainerMixin):
                 f"calibration_rows={pseudo.calibration_rows} asks for the same labelled rows again and again, which a "
                 "stream cannot give: leave it at 0, or use a map-style train_dataset"
             )
+        if pseudo.calibration_rows and self.label_kind is LabelKind.NUMBERS:
+            raise ValueError(
+                f"calibration_rows={pseudo.calibration_rows} compares confidence with accuracy, and a regression has "
+                "neither: leave it at 0"
+            )
         self._calibrated_at = -1
         self.add_callback(self.collapse)
         self.add_callback(SaveLedger(self))
+
+    def _hidden(self, references: Dataset | None) -> HiddenReferences | None:
+        if references is None:
+            return None
+        outputs = getattr(getattr(self.model, "config", None), "num_labels", None)
+        return HiddenReferences(references, self.judge.decode, kind=self.label_kind, outputs=outputs)
 
     @property
     def label_statistics(self) -> LabelStatistics:
@@ -173,15 +191,19 @@ class PseudoLabelTrainer(EMATrainerMixin):
         wanted = 1 if self.pseudo_label_args.teacher_dtype == "float32" else PARITY_ROWS
         dataset = self.run_dataset()
         count = dataset.at_most(UNLABELLED, min(wanted, self.args.per_device_train_batch_size))
+        inputs = self._collated(dataset, UNLABELLED, range(count))
         self.teacher = start_teacher(
             self.model,
             self.average,
-            self._prepare_inputs(self._collated(dataset, UNLABELLED, range(count))),
+            self._prepare_inputs(dict(inputs)),
             self.labeler,
             dtype=self.pseudo_label_args.teacher_dtype,
             factory=self.teacher_factory,
             autocast=self.accelerator.autocast,
         )
+        if self.judge.chain.needs_scores and scores_of(self.labeler) is None:
+            # Nobody knows what this labeler gives until it has given it: better now than at pl_start.
+            check_scores(self.judge.chain, self._teacher_labels(inputs, range(count)))
 
     def _collated(self, dataset: TwoSourceDataset, source: int, rows: Sequence[int]) -> dict[str, Any]:
         return dict(self.data_collator([dict(dataset[Draw(source, row, 0, 0, 1.0)][1]) for row in rows]))
@@ -198,6 +220,7 @@ class PseudoLabelTrainer(EMATrainerMixin):
         begun = step.start > self.pseudo_label_args.pl_start - CLOCK_DUST
         if self.dropout is not None:
             self.dropout.set(begun)
+        self.student_watch.begin(begun and log_is_due(self, self.state.global_step))
         micro_batches = super().label_micro_batches(inputs)
         drawn = [batch for batch in micro_batches if batch["source"] == UNLABELLED and batch["weight"]]
         number = self.state.global_step
@@ -289,12 +312,13 @@ class PseudoLabelTrainer(EMATrainerMixin):
             size = self.args.per_device_eval_batch_size
             dataset = self.run_dataset()
             batches = (self._collated(dataset, LABELLED, mine[i : i + size]) for i in range(0, len(mine), size))
-            self.log(calibration(batches, self._teacher_labels, self.labeler, self._total_counts))
+            self.log(calibration(batches, self._teacher_labels, self.labeler, self._total_counts, self.label_kind))
         return metrics
 
     def training_logs(self) -> dict[str, float]:
-        """Also what became of pseudo-labels since the last log, their weight, and the cache."""
-        logs = {**super().training_logs(), **self.record.logs(self.gather)}
+        """Also what became of pseudo-labels since the last log, their weight and gradient, and the cache."""
+        gradients = self.student_watch.gradient_logs(self._total_counts)
+        logs = {**super().training_logs(), **self.record.logs(self.gather), **gradients}
         step, start = self._last_step, self.plan.recipe.pl_start
         if step is not None and start is not None and step.end > start + CLOCK_DUST:
             rise = self.plan.recipe.pseudo_label_ramp().mean(step.start, step.end)

@@ -10,7 +10,7 @@ import tiny_whisper
 import torch
 from transformers import Wav2Vec2FeatureExtractor
 
-from hf_ema_scaling.data.named_views import FixedView, build_views, read_views
+from hf_ema_scaling.data.named_views import FixedView, build_views, read_second_view, read_views
 from hf_ema_scaling.data.speech import SpecAugment, build_character_processor
 from hf_ema_scaling.data.speech_views import AdditiveNoise, SpeedPerturbation
 from hf_ema_scaling.data.text_views import TokenMasking, WordDropout
@@ -104,3 +104,14 @@ def test_a_second_view_needs_to_know_lengths() -> None:
     with pytest.raises(ValueError, match="needs one of input_values, input_features, input_ids"):
         view({"pixel_values": torch.rand(1, 3)})
     assert read_views({"noise": None}) == {"noise": {}}
+
+
+def test_the_scale_of_a_second_view() -> None:
+    """Numbers agree up to a stated difference; other labels know no scale."""
+    assert read_second_view('{"noise": null, "scale": 2}') == ({"noise": {}}, 2)
+    assert read_second_view({"noise": {}}) == ({"noise": {}}, None)
+    for scale in (0, "wide", True):
+        with pytest.raises(ValueError, match=f"scale must be a number above 0, got {scale!r}"):
+            read_second_view({"noise": {}, "scale": scale})
+    with pytest.raises(ValueError, match="must be a mapping of names"):
+        read_second_view({"scale": 1})

@@ -20,7 +20,6 @@ from hf_ema_scaling.data.named_views import FixedView, with_second_view
 from hf_ema_scaling.data.speech_views import AdditiveNoise
 from hf_ema_scaling.labelling import Head, head_of, label_dataset, shards
 from hf_ema_scaling.labels import PseudoLabel, Row, build_filters, fit_filters, two_views
-from hf_ema_scaling.labels.two_views import disagreement
 
 
 def labelled(name: str, folder: Path, **options: Any) -> Any:
@@ -197,7 +196,7 @@ def test_numbers_disagree_by_their_distance(tmp_path: Path) -> None:
             ids[:, 1] = 5
             return {**inputs, "input_ids": ids}
 
-    twice = dataclasses.replace(head, labeler=two_views(head.labeler, Shifted()))
+    twice = dataclasses.replace(head, labeler=two_views(head.labeler, Shifted(), scale=0.5))
     case = CASES["regression"]
     label_dataset(twice, Dataset.from_list(case.rows()), tmp_path / "out", filters={"disagree": {"maximum": 0.1}})
     found = load_dataset(str(tmp_path / "out"), split="train")
@@ -205,11 +204,10 @@ def test_numbers_disagree_by_their_distance(tmp_path: Path) -> None:
         inputs = case.alone(head, given)
         with torch.no_grad():
             one, other = head.model(**inputs).logits[0], head.model(**Shifted()(inputs)).logits[0]
-        expected = float((one - other).norm() / (one.norm() + other.norm()))
+        expected = float(((one - other).abs() / 0.5).clamp(max=1).mean())
         assert json.loads(row["scores"])["disagreement"] == pytest.approx(expected, abs=1e-5)
         assert (row["reason"] == "disagree") == (expected > 0.1)
     assert {"disagree", None} == set(found["reason"])
-    assert disagreement((), ()) == 0.0
 
 
 def test_noise_of_a_second_view_is_the_rows_own() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_ema_scaling.labels import LabelsByPosition, MakesTargets, PseudoLabel, columns_of
-from hf_ema_scaling.labels.two_views import disagreement, two_views
+from hf_ema_scaling.labels.two_views import two_views
 
 
 class Rounded:
@@ -38,15 +38,6 @@ def test_targets_are_the_labelers_own_where_it_makes_them() -> None:
     plain, own = two_views(Rounded(), lambda inputs: inputs), two_views(WithTargets(), lambda inputs: inputs)
     assert not isinstance(plain, MakesTargets) and isinstance(own, MakesTargets)
     assert own.with_targets({}, [PseudoLabel((1, 2), 1.0)])["labels"].tolist() == [2]
-
-
-def test_disagreement_is_edits_over_the_longer_label() -> None:
-    assert [disagreement(*pair) for pair in (((), ()), ((1,), ()), ((1, 2, 3), (1, 3)), ((1,), (2,)))] == [
-        0.0,
-        1.0,
-        pytest.approx(1 / 3),
-        1.0,
-    ]
 
 
 class Drawn(Rounded):

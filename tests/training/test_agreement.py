@@ -10,9 +10,6 @@ import tiny
 import torch
 
 from hf_ema_scaling import EMATrainer, PseudoLabelArguments
-from hf_ema_scaling.ema import DeadTeacherError
-from hf_ema_scaling.labels import PseudoLabel
-from hf_ema_scaling.training.diagnostics import LABELLESS_ROWS, LabelStatistics
 from hf_ema_scaling.training.run_state import optimizer_family
 
 
@@ -109,16 +106,6 @@ def test_lower_error_rates_are_better(tmp_path: Path, metric: str, greater: bool
         save_steps=2,
     )
     assert args.greater_is_better is greater
-
-
-def test_a_teacher_that_labels_nothing_is_an_error() -> None:
-    statistics = LabelStatistics()
-    nothing = PseudoLabel((), 0.9, "empty")
-    statistics.add([nothing] * (LABELLESS_ROWS - 1))
-    statistics.add([PseudoLabel((1,), 0.9)])
-    statistics.add([nothing] * (LABELLESS_ROWS - 1))
-    with pytest.raises(DeadTeacherError, match=f"last {LABELLESS_ROWS} unlabelled rows"):
-        statistics.add([nothing])
 
 
 def test_epoch_stages_are_ambiguous_with_unlabelled_data(tmp_path: Path) -> None:

@@ -253,3 +253,62 @@ def test_windows_with_few_rows_are_joined(tmp_path: Path) -> None:
     made.train()
     # Fourteen rows in a reference step: four of them are more than 50.
     assert seen == [(clock, 56) for clock in np.arange(14.0, 41.0, 4.0).tolist()]
+
+
+LONG = {"collapse_window": 1000.0}
+"""A window that no run here sees the end of."""
+
+
+def silent(folder: Path, action: str, **changes: Any) -> Any:
+    values = {"pl": {"on_collapse": action, **LONG}, "labeler": collapse_runs.Silent(), **changes}
+    return collapse_runs.trainer(folder, planted=False, **values)
+
+
+@pytest.fixture
+def after_100_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fourteen rows in a reference step, from 10 on: eight steps are 112 of them."""
+    monkeypatch.setattr("hf_ema_scaling.training.collapse_watch.LABELLESS_ROWS", 100)
+
+
+@pytest.mark.usefixtures("after_100_rows")
+def test_a_teacher_that_labels_nothing_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        logging.getLogger("hf_ema_scaling").propagate = True
+        made = silent(tmp_path, "warn")
+        made.train()
+    assert made.state.global_step == 40
+    sign = "none of the last 112 unlabelled rows got a label that is kept (112 empty)"
+    assert made.collapse.guard.alarms == [[18.0, [sign]], [26.0, [sign]], [34.0, [sign]]]
+    said = [record.message for record in caplog.records if "got a label that is kept" in record.message]
+    assert len(said) == 1 and said[0].startswith(f"Pseudo-labels seem to have collapsed at reference step 18: {sign}")
+
+
+@pytest.mark.usefixtures("after_100_rows")
+def test_a_teacher_that_labels_nothing_stops_the_run_and_goes_back(tmp_path: Path) -> None:
+    made = silent(tmp_path / "stop", "stop")
+    with pytest.raises(
+        CollapseError, match=r"none of the last 112 unlabelled rows.*The last good checkpoint is .*-10 "
+    ):
+        made.train()
+    assert made.state.global_step == 18 and not made.is_in_train
+    made = silent(tmp_path / "rollback", "rollback")
+    with pytest.raises(CollapseError, match="3 rollbacks have not helped"):
+        made.train()
+    assert made.collapse.guard.pauses == [[10.0, 18.0]] * 3
+    # Off does not look.
+    made = silent(tmp_path / "off", "off")
+    made.train()
+    assert made.state.global_step == 40 and made.collapse.guard.alarms == []
+
+
+@pytest.mark.usefixtures("after_100_rows")
+def test_what_is_counted_towards_it_resumes(tmp_path: Path) -> None:
+    whole = silent(tmp_path / "whole", "warn")
+    whole.train()
+    again = silent(tmp_path / "again", "warn")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-15"))
+    assert again.collapse.guard.alarms == whole.collapse.guard.alarms
+    # One label that is kept in a stretch is enough.
+    kept = silent(tmp_path / "kept", "stop", labeler=collapse_runs.Silent(silent=False))
+    kept.train()
+    assert kept.collapse.guard.alarms == []

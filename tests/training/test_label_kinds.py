@@ -7,76 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 import tiny
 import torch
+from head_runs import NAMES, classifier, pad_tags, tagged, tagger, texts
 from torch import Tensor
-from transformers import BertConfig, BertForTokenClassification
 
 from hf_ema_scaling.data.text_views import TokenMasking, WordDropout
 from hf_ema_scaling.labels import ClassLabeler, TokenLabeler
-
-NAMES = {0: "O", 1: "B-a", 2: "I-a"}
-
-
-def classifier(problem: str = "single_label_classification", outputs: int = 3) -> Any:
-    model = tiny.bert()
-    torch.manual_seed(1)
-    model.config.problem_type, model.config.num_labels = problem, outputs
-    model.classifier = torch.nn.Linear(8, outputs)
-    model.num_labels = outputs
-    return model
-
-
-def tagger() -> BertForTokenClassification:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 8}
-    return BertForTokenClassification(
-        BertConfig(vocab_size=20, initializer_range=0.3, id2label=NAMES, **sizes, **dropout)
-    )
-
-
-def tagged(count: int, seed: int, lengths: tuple[int, int] = (4, 8)) -> datasets.Dataset:
-    """Tokens, some of which go on with a word, and a label for each word."""
-    rng = np.random.default_rng(seed)
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "word_ids": [], "labels": []}
-    for _ in range(count):
-        size = int(rng.integers(*lengths))
-        begins = np.concatenate([[True], rng.random(size - 1) < 0.6])
-        rows["input_ids"].append(rng.integers(0, 20, size).tolist())
-        rows["word_ids"].append((begins.cumsum() - 1).tolist())
-        rows["labels"].append(
-            [int(label) if first else -100 for label, first in zip(rng.integers(0, 3, size), begins, strict=True)]
-        )
-    return datasets.Dataset.from_dict(rows).with_format("torch")
-
-
-def pad_tags(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    fills = {"input_ids": 0, "word_ids": -1, "labels": -100, "attention_mask": 0}
-    rows = [{**row, "attention_mask": torch.ones_like(row["input_ids"])} for row in rows]
-    return {
-        name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=fills[name])
-        for name in rows[0]
-    }
-
-
-def texts(folder: Path, model: Any, train: Any = None, **changes: Any) -> dict[str, Any]:
-    arguments = {"max_steps": 3, "learning_rate": 0.0, "reference_batch_size": 6}
-    pseudo = {
-        name: changes.pop(name) for name in ("unlabeled_weight", "cache_steps", "min_confidence") if name in changes
-    }
-    more = {name: changes.pop(name) for name in ("labeler", "augmentation") if name in changes}
-    made: dict[str, Any] = {
-        "model": model,
-        "args": tiny.arguments(folder, **{**arguments, **changes}),
-        "train": train or tiny.sentences(9),
-        "unlabeled_dataset": tiny.sentences(12, 1, lengths=(3, 7)),
-        "pseudo_label_args": tiny.pseudo(**pseudo),
-        "data_collator": tiny.pad_sentences,
-    }
-    return made | more
 
 
 def test_probabilities_of_the_student_itself_teach_it_nothing(tmp_path: Path) -> None:

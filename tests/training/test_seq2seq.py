@@ -5,89 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import tiny
 import tiny_generation
 import torch
+from head_runs import END, PADDING, arguments, collate, model_of, rows_of
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GenerationConfig, PreTrainedTokenizerFast, WhisperFeatureExtractor
 
-from hf_ema_scaling.data import CTCCollator
-from hf_ema_scaling.data.collator import pad_labels
 from hf_ema_scaling.labels import Seq2SeqLabeler, generative_labeler_for
 from hf_ema_scaling.training.arguments import PseudoLabelArguments
 from hf_ema_scaling.training.seq2seq import EMASeq2SeqTrainer, PseudoLabelSeq2SeqTrainer
-from hf_ema_scaling.training.seq2seq_arguments import EMASeq2SeqTrainingArguments
 from hf_ema_scaling.training.trainer import PseudoLabelTrainer
 
 FAMILIES = ("whisper", "t5")
-PADDING = {"whisper": 2, "t5": 0}
-END = {"whisper": 2, "t5": 1}
-
-
-def model_of(family: str, seed: int = 0, *, dropout: float = 0.0) -> Any:
-    model = {"whisper": tiny_generation.whisper, "t5": tiny_generation.t5}[family](seed)
-    for part in model.modules():
-        if isinstance(part, torch.nn.Dropout):
-            part.p = dropout
-        elif hasattr(part, "dropout") and isinstance(part.dropout, float):
-            part.dropout = dropout
-    return model
-
-
-def rows_of(family: str, count: int, seed: int = 0, *, labels: bool = True) -> datasets.Dataset:
-    rng = np.random.default_rng(seed)
-    columns: dict[str, Any] = {}
-    if family == "gpt2":
-        prompts = [rng.integers(10, 24, int(rng.integers(3, 9))).tolist() for _ in range(count)]
-        columns["input_ids"] = prompts
-        if labels:
-            columns["labels"] = [[-100] * 2 + row[2:] for row in prompts]
-        return datasets.Dataset.from_dict(columns)
-    if family == "whisper":
-        columns["input_features"] = rng.standard_normal((count, 4, 16)).astype(np.float32).tolist()
-    else:
-        columns["input_ids"] = [rng.integers(10, 24, int(rng.integers(3, 9))).tolist() for _ in range(count)]
-    if labels:
-        before, end = ([5, 6, 9], [2]) if family == "whisper" else ([], [1])
-        columns["labels"] = [before + rng.integers(10, 24, 4).tolist() + end for _ in range(count)]
-    return datasets.Dataset.from_dict(columns)
-
-
-def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    if "input_features" in rows[0]:
-        return CTCCollator(attention_mask=False)(rows)
-    ids = [torch.tensor(row["input_ids"]) for row in rows]
-    batch = {
-        "input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
-        "attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-    }
-    if "labels" in rows[0]:
-        batch["labels"] = pad_labels([row["labels"] for row in rows])
-    return batch
-
-
-def arguments(folder: Path, **changes: Any) -> EMASeq2SeqTrainingArguments:
-    values: dict[str, Any] = {
-        "max_steps": 4,
-        "reference_batch_size": 4,
-        "ema_momentum": 0.9,
-        "learning_rate": 3e-2,
-        "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 3,
-        "max_grad_norm": 0.0,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    return EMASeq2SeqTrainingArguments(str(folder), **(values | changes))
 
 
 def text_of(family: str, ids: Any) -> list[list[int]]:

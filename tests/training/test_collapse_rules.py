@@ -1,0 +1,118 @@
+"""Collapse of skewed classes and of numbers: the rules on counts of labels, without a run."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from hf_ema_scaling.labels import PseudoLabel
+from hf_ema_scaling.training.collapse import CollapseGuard, signs_of_collapse
+from hf_ema_scaling.training.label_counts import MASS, LabelCounts
+
+SKEWS = (0.5, 0.8, 0.95)
+
+
+def counts_of(labels: torch.Tensor, *, numbers: bool = False) -> LabelCounts:
+    counts = LabelCounts(numbers)
+    counts.add_targets(labels, None)
+    values = labels.tolist()
+    counts.add_used(PseudoLabel((), 1.0, values=(one,)) if numbers else PseudoLabel((one,), 0.9) for one in values)
+    return counts
+
+
+def two_classes(share: float, rows: int = 1000) -> torch.Tensor:
+    """As many zeros as the share says, and ones."""
+    return (torch.arange(rows) >= round(share * rows)).long()
+
+
+def window(found: torch.Tensor, gold: torch.Tensor, *, numbers: bool = False) -> dict[str, float]:
+    counts = counts_of(found, numbers=numbers)
+    metrics = counts.metrics(counts_of(gold, numbers=numbers))
+    return {**metrics, "rows": float(len(found)), "targets": float(counts.targets.sum()) / MASS}
+
+
+@pytest.mark.parametrize("skew", SKEWS)
+def test_a_constant_majority_class_is_collapse_however_skewed_the_data_are(skew: float) -> None:
+    gold = two_classes(skew, 4000)
+    signs = signs_of_collapse(window(two_classes(1.0), gold), None)
+    assert f"0.00% of labels are not their most frequent class or token, {1 - skew:.2%} in the labelled data" in signs
+    # Also where a few others are left, and where it is the other class.
+    assert signs_of_collapse(window(two_classes(1 - 0.05 * (1 - skew)), gold), None) != []
+    assert len(signs_of_collapse(window(two_classes(0.0), gold), None)) == 2
+    # What was so from the start of a healthy run is no change.
+    healthy = {"rows": 1000.0, "pseudo/minority": 0.0, "pseudo/kl": 10.0}
+    assert signs_of_collapse(window(two_classes(1.0), gold), healthy) == []
+
+
+@pytest.mark.parametrize("skew", SKEWS)
+def test_other_shares_of_the_same_classes_are_no_collapse(skew: float) -> None:
+    gold = two_classes(skew, 4000)
+    for share in {skew - 0.2, skew - 0.1, skew, skew + 0.5 * (1 - skew), skew + 0.8 * (1 - skew)}:
+        assert signs_of_collapse(window(two_classes(share), gold), None) == [], share
+
+
+def test_the_old_limit_of_skewed_data_would_have_been_passed_by_labels_with_more_variety() -> None:
+    metrics = window(two_classes(0.85), two_classes(0.95, 4000))
+    assert metrics["pseudo/kl"] > 0.8 * metrics["pseudo/kl_limit"] and metrics["pseudo/kl"] < 0.08
+    assert metrics["pseudo/minority"] == pytest.approx(0.15)
+    assert metrics["pseudo/minority_labelled"] == pytest.approx(0.05)
+
+
+def test_few_labels_of_skewed_data_prove_nothing_and_are_joined() -> None:
+    """Of 100 rows 5 are expected to be others, and none is no wonder; of 400 there is no chance left."""
+    gold, guard = two_classes(0.95, 4000), CollapseGuard(0.0)
+    for number in range(1, 4):
+        assert guard.look(window(two_classes(1.0, 100), gold), 10.0 * number) == []
+    again = CollapseGuard(0.0)
+    again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    (sign,) = again.look(window(two_classes(1.0, 100), gold), 40.0)
+    assert sign.startswith("0.00% of labels are not their most frequent") and again.minority == [0.0, 0.0]
+    # Windows with others among them are joined as well.
+    healthy = CollapseGuard(0.0)
+    for number in range(1, 9):
+        assert healthy.look(window(two_classes(0.99, 100), gold), 10.0 * number) == []
+    assert healthy.healthy_until == 80.0 and healthy.healthy is not None
+    assert healthy.healthy["pseudo/minority"] == pytest.approx(0.01)
+
+
+def test_numbers_collapse_when_they_no_longer_spread() -> None:
+    rng = np.random.default_rng(0)
+    gold = torch.tensor(50_000 + 1_000 * rng.standard_normal(500))
+
+    def said(spread: float, healthy: dict[str, float] | None = None) -> list[str]:
+        found = 51_000 + spread * 1_000 * rng.standard_normal(400)
+        return signs_of_collapse(window(torch.tensor(found), gold, numbers=True), healthy)
+
+    # A regression that explains a tenth of the variance spreads a third as far: that is no collapse.
+    assert said(1.0) == said(0.33) == said(0.12) == []
+    assert said(0.05)[0].startswith("labels spread 0.05")
+    (sign,) = said(0.0)
+    assert sign == "labels spread 0.000 times as far as the labelled numbers"
+    assert said(0.05, {"rows": 400.0, "pseudo/spread": 0.07}) == []
+    assert said(0.05, {"rows": 400.0, "pseudo/spread": 0.5}) != []
+
+
+def test_numbers_are_no_probabilities() -> None:
+    """Of two numbers per row the first one has collapsed."""
+    gold = torch.tensor([[1.0, -20.0], [3.0, 20.0], [5.0, 60.0]])
+    found = torch.tensor([[2.0, 0.0], [2.0, 40.0], [2.0, -40.0]])
+    known, counts = LabelCounts(True), LabelCounts(True)
+    known.add_targets(gold, None)
+    counts.add_targets(found, None)
+    counts.add_used(PseudoLabel((), 1.0, values=tuple(row)) for row in found.tolist())
+    assert known.deviations == pytest.approx([np.std([1, 3, 5]), np.std([-20, 20, 60])])
+    metrics = counts.metrics(known)
+    assert metrics["pseudo/spread"] == 0.0 and metrics["pseudo/distinct"] == pytest.approx(1.0, rel=1e-3)
+    assert not {"pseudo/kl", "pseudo/minority", "pseudo/length_ratio"} & metrics.keys()
+    # Exact sums: the same in any order and on any number of processes, and through JSON.
+    halves = []
+    for rows in (found[:1], found[1:]):
+        half = LabelCounts(True)
+        half.add_targets(rows, None)
+        halves.append(json.loads(json.dumps(half.state_dict())))
+    assert (
+        LabelCounts.of(halves, True).deviations == LabelCounts.of(halves[::-1], True).deviations == counts.deviations
+    )
