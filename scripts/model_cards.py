@@ -4,7 +4,7 @@
     python recipes/byol.py --config recipes/configs/byol_digits.yaml --output_dir runs/byol
     python scripts/model_cards.py vader-words byol-digits
 
-A card is the README.md of what `hf-ema-scaling push RUN` would push, with the figures of `hf-ema-scaling report` that
+A card is the README.md of what `hf-ema-scaling push RUN` would push, with those charts of `hf-ema-scaling report` that
 are named here. Run from the root of the repository with the commands above, so that a card says nothing of a machine.
 """
 
@@ -14,15 +14,16 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from hf_ema_scaling.hub import CardDetails, stage
-from hf_ema_scaling.report import read_runs, write_report
+from hf_ema_scaling.report import read_runs
+from hf_ema_scaling.report.charts import Chart, HeatMap, Section, sections
+from hf_ema_scaling.report.figures import plot_section
 
 CARDS = Path(__file__).parents[1] / "model_cards"
-LARGEST = 200_000
-"""Bytes of a figure in the repository."""
 _MACHINE = re.compile(r"(?<![\w.:/])/(?:home|root|work|tmp|Users|mnt|data|opt|var)\b[^\s`\"')]*|[A-Z]:\\\S+")
 
 
@@ -33,12 +34,12 @@ class Card:
     Args:
         run: folder of the run.
         details: what the run does not know.
-        figures: sections of the report to show, by the names of its PNG files.
+        figures: the charts on each figure, by its name: keys of the run's log.
     """
 
     run: str
     details: CardDetails
-    figures: tuple[str, ...]
+    figures: Mapping[str, tuple[str, ...]]
 
 
 MODELS = {
@@ -52,7 +53,7 @@ MODELS = {
             limits="A small model from scratch that shows averaging, not the state of its task. The sentences are "
             "those of the VADER corpus (MIT; C.J. Hutto and E.E. Gilbert, ICWSM 2014), without the neutral ones.",
         ),
-        ("metrics", "average"),
+        {"accuracy": ("eval_clean_accuracy", "eval_corrupted_accuracy"), "average": ("ema/momentum", "ema/distance")},
     ),
     "byol-digits": Card(
         "runs/byol",
@@ -63,7 +64,7 @@ MODELS = {
             limits="An encoder of 8x8 images, for a linear probe. The images are the digits that come with "
             "scikit-learn (BSD-3-Clause; from the UCI repository, CC-BY-4.0).",
         ),
-        ("metrics", "average"),
+        {"accuracy": ("eval_probe_accuracy", "eval_loss"), "average": ("ema/momentum", "ema/distance")},
     ),
     "minilm-vader": Card(
         "runs/mv",
@@ -76,7 +77,7 @@ MODELS = {
             "all-MiniLM-L6-v2 (Apache-2.0); the sentences are those of the VADER corpus (MIT; C.J. Hutto and E.E. "
             "Gilbert, ICWSM 2014), without the neutral ones.",
         ),
-        ("average", "pseudo_labels"),
+        {"labels": ("pseudo/kept", "pseudo/confidence"), "average": ("ema/momentum", "ema/distance")},
     ),
 }
 
@@ -90,7 +91,7 @@ def make(name: str, root: Path = Path(), cards: Path = CARDS) -> Path:
         cards: where to.
 
     Raises:
-        ValueError: for a folder that is no complete run, a figure that is too large, or a card that names a path of
+        ValueError: for a folder that is no complete run, a chart that it does not have, or a card that names a path of
             this machine.
     """
     card = MODELS[name]
@@ -102,15 +103,15 @@ def make(name: str, root: Path = Path(), cards: Path = CARDS) -> Path:
         shutil.rmtree(copy / "figures", ignore_errors=True)
         for file in copy.glob("*.png"):
             file.unlink()
-        drawn = {path.stem: path for path in write_report(read_runs([run]), Path(folder) / "report.html")[1:]}
-        missing = [figure for figure in card.figures if figure not in drawn]
-        if missing:
-            raise ValueError(f"{run}: its report has no figure {', '.join(missing)}; it has {', '.join(drawn)}")
         (copy / "figures").mkdir()
-        for figure in card.figures:
-            if drawn[figure].stat().st_size > LARGEST:
-                raise ValueError(f"{run}: the figure {figure} has more than {LARGEST} bytes")
-            shutil.copyfile(drawn[figure], copy / "figures" / f"{figure}.png")
+        # The first chart of a key is on the reference clock.
+        charts: dict[str, Chart | HeatMap] = {}
+        for chart in (chart for section in sections(read_runs([run])) for chart in section.charts):
+            charts.setdefault(chart.key, chart)
+        for figure, keys in card.figures.items():
+            if missing := [key for key in keys if key not in charts]:
+                raise ValueError(f"{run}: there is no chart of {', '.join(missing)}, but of {', '.join(charts)}")
+            plot_section(Section(figure, figure, [charts[key] for key in keys]), copy / "figures" / f"{figure}.png")
         text = stage(copy, staged, details=card.details).read_text(encoding="utf-8")
         if found := _MACHINE.search(text):
             raise ValueError(f"{name}: the card would name {found[0]}: run the recipe with relative paths")

@@ -132,7 +132,10 @@ def build_world(folder: Path) -> Path:
         (data / "wagtail" / f"{name}.jsonl").write_text(text, encoding="utf-8")
     tiny_whisper.save(data / "whisper-tiny-en", english=True)
     tokenizer = build_word_tokenizer([" ".join([*WORDS, *(name.lower() for name in (*CLASSES, *TOPICS))])])
-    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    shape: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    # Without dropout: its masks are another matter on two processes.
+    shape |= {"intermediate_size": 8, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **shape)
     BertModel(config).save_pretrained(data / "minilm")
     tokenizer.save_pretrained(data / "minilm")

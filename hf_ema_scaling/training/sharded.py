@@ -59,6 +59,8 @@ def refuse_sharding(trainer: Trainer) -> None:
         return
     if trainer.is_distributed_loading_by_transformers:
         _refuse_load_time_sharding(trainer)
+    else:
+        _refuse_without_embeddings(model)
     if trainer.args.fp16 or getattr(trainer.accelerator, "scaler", None) is not None:
         raise NotImplementedError(
             "fp16 with FSDP2: each process would judge the overflow of its own shards, and some would skip a step "
@@ -69,6 +71,16 @@ def refuse_sharding(trainer: Trainer) -> None:
             f"{name}={value} (the model's configuration) under FSDP2: each process would skip layers of its own "
             f"choice, and gathering a layer waits for all. Set config.{name} = 0.0"
         )
+
+
+def _refuse_without_embeddings(model: Any) -> None:
+    """Accelerate's FSDP2 asks a model for its input embeddings; transformers' speech encoders answer with an error."""
+    try:
+        getattr(unwrap(model), "get_input_embeddings", lambda: None)()
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"{type(unwrap(model)).__name__} has no input embeddings, which accelerate's FSDP2 wants: train it by DDP"
+        ) from error
 
 
 def _refuse_load_time_sharding(trainer: Trainer) -> None:
