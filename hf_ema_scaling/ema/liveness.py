@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -148,7 +148,7 @@ def _output(teacher: EMATeacher, inputs: Mapping[str, Any]) -> list[Tensor]:
 
 
 @contextmanager
-def _other_weights(moving: list[Tensor]) -> Iterator[None]:
+def _other_weights(moving: Sequence[Tensor]) -> Iterator[None]:
     with overwritten(moving):
         _perturb_(moving)
         yield
@@ -170,7 +170,7 @@ def _buffers(model: nn.Module) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _perturb_(tensors: list[Tensor]) -> None:
+def _perturb_(tensors: Sequence[Tensor]) -> None:
     """Adds noise of about a tensor's own size; the same noise each time."""
     shards = [local_shard(tensor) for tensor in tensors]
     generator = torch.Generator(shards[0].device).manual_seed(0)
@@ -198,7 +198,7 @@ def _refuse_shared(model: nn.Module, average: WeightAverage) -> None:
 
 
 def _dependent_part(
-    model: nn.Module, moving: list[Tensor], average: WeightAverage, teacher: EMATeacher, inputs: Mapping[str, Any]
+    model: nn.Module, moving: Sequence[Tensor], average: WeightAverage, teacher: EMATeacher, inputs: Mapping[str, Any]
 ) -> str | None:
     """Name of the first part of the teacher whose output changes with the student."""
     runs = 0
