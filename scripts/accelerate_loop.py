@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from hf_ema_scaling import EMATeacher, ReferenceClock, SkipWatch, WeightAverage, register_average
-from hf_ema_scaling.ema import check_agreement, check_liveness, save_average
+from hf_ema_scaling.ema import check_before_labelling, save_average
 from hf_ema_scaling.scaling import OptimizerValues, scaling_rule
 
 # The recipe, at the reference batch.
@@ -145,8 +145,7 @@ def main(
     if teacher is not None:
         # Before the first label: the teacher is the network with other weights, and those are its own.
         few = {"rows": rows[:4].to(accelerator.device)}
-        check_agreement(model, average, teacher, few)
-        check_liveness(model, average, teacher, few)
+        check_before_labelling(model, average, teacher, few)
 
     if resume:
         checkpoint = newest(folder)

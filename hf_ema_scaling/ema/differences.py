@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from hf_ema_scaling.ema.forwards import name_of, replaced_forward
 from hf_ema_scaling.ema.names import canonical_name
@@ -78,7 +79,7 @@ def _by_name(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _of_module(student: nn.Module, teacher: nn.Module, where: str) -> Iterator[tuple[str, bool]]:
-    kinds = class_of(student), class_of(teacher)
+    kinds = _written_class(student), _written_class(teacher)
     if kinds[0] is not kinds[1]:
         text = f"{kinds[0].__qualname__} in the place of {kinds[1].__qualname__} {where}"
         alike = any(all(issubclass(kind, family) for kind in kinds) for family in _ALIKE_IN_EVAL)
@@ -96,6 +97,12 @@ def _of_module(student: nn.Module, teacher: nn.Module, where: str) -> Iterator[t
     hook = getattr(student, "_hf_hook", None)
     if hook is not None and type(getattr(teacher, "_hf_hook", None)) is not type(hook):
         yield f"accelerate's hook {type(hook).__qualname__!r} {where}", _identity(hook)[0] not in _LIBRARIES
+
+
+def _written_class(part: nn.Module) -> type[nn.Module]:
+    """The class that somebody wrote: torch makes a new one for every module that has parametrizations."""
+    kind = class_of(part)
+    return kind.__mro__[1] if is_parametrized(part) else kind
 
 
 def _identity(hook: Any) -> tuple[str, str]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_ema_scaling.ema.agreement import first_difference
+from hf_ema_scaling.ema.agreement import check_agreement, first_difference
 from hf_ema_scaling.ema.average import WeightAverage
 from hf_ema_scaling.ema.names import local_shard
 from hf_ema_scaling.ema.outputs import apart, floats, same
@@ -21,6 +21,32 @@ _OWN_TOLERANCE = 1e-3
 """Relative. The same weights run twice; what a student changes that is computed with its own is far above it."""
 _BUFFER_FACTOR = 1.1
 """By which buffers of the student change: statistics stay positive, and what is computed with them moves."""
+
+
+def check_before_labelling(
+    model: nn.Module,
+    average: WeightAverage,
+    teacher: EMATeacher,
+    inputs: Mapping[str, Any],
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Tests that a teacher is the student with other weights, and weights of its own: all that should hold at a start.
+
+    Args:
+        model: The student, wrapped or not; no graph of it may be alive.
+        average: Its average.
+        teacher: The teacher over that average.
+        inputs: Keyword inputs of one small batch, without labels, on the teacher's device.
+        autocast: In which the student trains.
+
+    Raises:
+        DeadTeacherError: See `check_liveness` and `check_agreement`.
+    """
+    teacher.warned = True  # what follows says more
+    check_liveness(model, average, teacher, inputs)
+    with autocast():
+        check_agreement(model, average, teacher, inputs)
 
 
 def check_liveness(model: nn.Module, average: WeightAverage, teacher: EMATeacher, inputs: Mapping[str, Any]) -> None:
@@ -49,7 +75,14 @@ def check_liveness(model: nn.Module, average: WeightAverage, teacher: EMATeacher
         shadow = {name: t.clone() for name, t in average.tensors().items() if name not in average.references}
     counts = average.num_updates, average.gathered
     with torch.random.fork_rng(devices=rng_devices(average.device)), overwritten(_buffers(model)):
-        before = _output(teacher, inputs)
+        try:
+            before = _output(teacher, inputs)
+        except AttributeError as error:
+            raise DeadTeacherError(
+                f"The teacher's module lacks what its forward asks for (AttributeError: {error}). What was put onto "
+                "the student after it was built is not on it: pass `factory=` (`teacher_factory=` to trainers and "
+                "callback), a function that returns a new model with the same in place."
+            ) from error
         try:
             with _other_weights(moving):
                 average.blend(model, 0.5)

@@ -35,7 +35,7 @@ class EMATeacher:
     copying the student, and all its parameters and buffers are the shadow tensors, which for frozen parameters are the
     student's own: labelling costs no second copy of the weights and every update of the average is seen at once. A
     `forward` that was replaced on the student is carried over, see `ema.forwards`; hooks, and modules of another class
-    that were put onto the student, are not: `check_agreement` and `check_liveness` say on one batch whether that
+    that were put onto the student, are not: `check_before_labelling` says on one batch whether that
     matters, as the trainers do when they start, and a first call without them warns of what may. With a `dtype` that
     is not the average's the module holds copies in that dtype, which are made anew at a call (or at `module`) if the
     average was written to since the last; half precision computes under autocast of that dtype, with floating inputs
@@ -170,8 +170,8 @@ class EMATeacher:
             self.warned = True
             warnings.warn(
                 f"The student has what its teacher lacks: {self._lacks}. If that changes outputs, the teacher labels "
-                "by another function: hf_ema_scaling.ema.check_agreement(model, average, teacher, inputs), called "
-                "once before labelling, tells; a `factory=` that returns a model with the same in it is the way out.",
+                "by another function: hf_ema_scaling.ema.check_before_labelling(model, average, teacher, inputs), "
+                "called once, tells; a `factory=` that returns a model with the same in it is the way out.",
                 stacklevel=3,
             )
         training = next((name for name, part in module.named_modules() if part.training), None)

@@ -14,7 +14,7 @@ from hf_ema_scaling.data.collator import MicroBatch
 from hf_ema_scaling.data.images import ImageRows, RandomViews
 from hf_ema_scaling.data.sampler import Draw
 from hf_ema_scaling.data.stream import LABELLED
-from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_agreement, check_liveness
+from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_before_labelling
 from hf_ema_scaling.training.arguments import EMATrainingArguments
 from hf_ema_scaling.training.augment import SEEDS_PER_RUN
 from hf_ema_scaling.training.losses import byol_losses
@@ -86,10 +86,8 @@ class BYOLTrainer(EMATrainerMixin):
         row = self.data_collator(
             [{"pixel_values": self.run_dataset()[Draw(LABELLED, 0, 0, 0, 1.0)][1]["pixel_values"]}]
         )
-        inputs = self._prepare_inputs(row)
-        with self.accelerator.autocast():
-            check_agreement(self.model, self.average, self.target(), inputs)
-        check_liveness(self.model, self.average, self.target(), inputs)
+        inputs, autocast = self._prepare_inputs(row), self.accelerator.autocast
+        check_before_labelling(self.model, self.average, self.target(), inputs, autocast=autocast)
 
     def target(self) -> EMATeacher:
         """The target network over the average's storage; before training, over a copy of the weights as they are."""

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_agreement, check_liveness
+from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_before_labelling
 from hf_ema_scaling.ema.export import export_average
 from hf_ema_scaling.ema.shadow import BufferPolicy
 from hf_ema_scaling.ema.skipped import SkipWatch
@@ -177,7 +178,7 @@ class EMACallback(CheckpointedAverage):
         """Tests on one small batch that `teacher` is the student with other weights, and weights of its own.
 
         Not while a graph of the student is alive, between its forward and its backward pass: the student's weights
-        are changed meanwhile. See `check_agreement` and `check_liveness`. With shards on every process together.
+        are changed meanwhile. See `check_before_labelling`. With shards on every process together.
 
         Args:
             inputs: Keyword inputs of the model without labels, on the teacher's device.
@@ -187,9 +188,8 @@ class EMACallback(CheckpointedAverage):
             DeadTeacherError: It is not.
         """
         teacher = self.teacher
-        with torch.autocast(teacher.device.type, dtype=self._half, enabled=self._half is not None):
-            check_agreement(self._student, self.average, teacher, inputs)
-        check_liveness(self._student, self.average, teacher, inputs)
+        autocast = partial(torch.autocast, teacher.device.type, dtype=self._half, enabled=self._half is not None)
+        check_before_labelling(self._student, self.average, teacher, inputs, autocast=autocast)
 
     @property
     def kappa(self) -> float:

@@ -14,7 +14,7 @@ from hf_ema_scaling.data.collator import MicroBatch, MicroBatchCollator
 from hf_ema_scaling.data.sampler import Draw
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
 from hf_ema_scaling.data.streaming import StreamHead, is_stream
-from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_agreement, check_liveness
+from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_before_labelling
 from hf_ema_scaling.labels.decoder import with_decoder_start
 from hf_ema_scaling.training.checks import check_ctc_targets, gradient_difference, gradients
 from hf_ema_scaling.training.mixin import EMATrainerMixin
@@ -179,9 +179,7 @@ def check_teacher(trainer: EMATrainerMixin) -> tuple[str, str]:
     hidden = ("labels", *trainer.columns_for_labeler())
     inputs = {name: value for name, value in inputs.items() if name not in hidden}
     inputs = with_decoder_start(trainer.model, inputs)
-    with trainer.accelerator.autocast():
-        check_agreement(trainer.model, average, teacher, inputs)
-    check_liveness(trainer.model, average, teacher, inputs)
+    check_before_labelling(trainer.model, average, teacher, inputs, autocast=trainer.accelerator.autocast)
     return PASSED, "its output is the student's with the same weights, and changes when the student does"
 
 

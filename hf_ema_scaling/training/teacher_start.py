@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_agreement, check_liveness, check_parity
+from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_before_labelling, check_liveness, check_parity
 from hf_ema_scaling.ema.teacher import HALF_PRECISION
 from hf_ema_scaling.labels import Labeler
 from hf_ema_scaling.labels.decoder import with_decoder_start
@@ -45,17 +45,16 @@ def start_teacher(
         autocast: in which the student trains.
 
     Raises:
-        DeadTeacherError: see `check_agreement`, `check_liveness` and `check_parity`.
+        DeadTeacherError: see `check_before_labelling` and `check_parity`.
     """
     teacher = EMATeacher(model, average, factory=factory, dtype=getattr(torch, dtype))
     half = teacher.dtype in HALF_PRECISION
     full = EMATeacher(model, average, factory=factory) if half else teacher
     forward = with_decoder_start(model, inputs_of_model(inputs, labeler))
-    with autocast():
-        check_agreement(model, average, full, forward)
-    teacher.warned = True
-    check_liveness(model, average, teacher, forward)
+    check_before_labelling(model, average, full, forward, autocast=autocast)
     if half:
+        teacher.warned = True
+        check_liveness(model, average, teacher, forward)
         difference = check_parity(teacher, full, forward)
         labels = [[label.ids for label in labeler.label(one, inputs)] for one in (full, teacher)]
         same = sum(a == b for a, b in zip(*labels, strict=True))

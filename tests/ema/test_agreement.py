@@ -19,9 +19,11 @@ from hf_ema_scaling.ema import (
     EMATeacher,
     WeightAverage,
     check_agreement,
+    check_before_labelling,
     check_liveness,
     check_parity,
 )
+from hf_ema_scaling.ema.differences import differences
 
 IDS = {"input_ids": torch.tensor([[1, 2, 3, 4]])}
 HEADS: dict[str, tuple[Callable[[], Any], dict[str, Tensor]]] = {
@@ -73,6 +75,7 @@ def test_equal_in_eval_mode_and_nothing_is_left_behind(head: str) -> None:
     before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     held = {name: tensor.clone() for name, tensor in average.tensors().items()}
     modes, state = [part.training for part in model.modules()], torch.get_rng_state()
+    assert not differences(model, teacher.module)
     assert check_agreement(model, average, teacher, inputs) < 1e-5
     check_liveness(model, average, teacher, inputs)
     assert tiny.same_bits(dict(model.state_dict()), before) and tiny.same_bits(dict(average.tensors()), held)
@@ -302,6 +305,9 @@ def test_a_teacher_that_lacks_what_its_forward_needs_says_so() -> None:
     )
     with pytest.raises(DeadTeacherError, match=r"cannot run inputs that the student runs \(AttributeError: .*'scale'"):
         checked(model)
+    average = WeightAverage(model)
+    with pytest.raises(DeadTeacherError, match=r"lacks what its forward asks for \(AttributeError: .*'scale'"):
+        check_before_labelling(model, average, EMATeacher(model, average), IDS)
 
 
 def test_an_average_in_the_students_storage_is_refused() -> None:
@@ -317,7 +323,9 @@ def test_a_first_call_without_a_check_warns_of_what_the_teacher_lacks() -> None:
     model.classifier.register_forward_hook(tripled)
     average = WeightAverage(model)
     teacher = EMATeacher(model, average)
-    with pytest.warns(UserWarning, match=r"teacher lacks: forward hook 'tripled' on classifier\..*check_agreement"):
+    with pytest.warns(
+        UserWarning, match=r"teacher lacks: forward hook 'tripled' on classifier\..*check_before_labelling"
+    ):
         teacher(**IDS)
     with pytest.warns(UserWarning) as warned:
         teacher(**IDS)
