@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -38,7 +38,7 @@ def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def overwritten(tensors: list[Tensor]) -> Iterator[None]:
+def overwritten(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Inside, the tensors (of DTensors this process's shards) may be written to; their bits return afterwards."""
     with torch.no_grad():
         values = [local_shard(tensor).clone() for tensor in tensors]
