@@ -186,7 +186,8 @@ def test_what_takes_too_long_is_ended() -> None:
     for number, message in ((signal.SIGPROF, "not done after 20 s"), (signal.SIGALRM, "waiting for 120 s")):
         with pytest.raises(TimeoutError, match=message):
             signal.raise_signal(number)
-    assert 0 < signal.getitimer(signal.ITIMER_PROF)[0] <= 20 and 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 120
+    # The clocks of the system are a few milliseconds coarse.
+    assert 0 < signal.getitimer(signal.ITIMER_PROF)[0] < 20.1 and 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 120.1
 
 
 @pytest.mark.parametrize("label", [-1, None])
