@@ -197,7 +197,7 @@ class LabelCounts:
     @property
     def deviations(self) -> list[float]:
         """Standard deviation of each number of a regression; nothing without rows."""
-        found = []
+        found: list[float] = []
         while (rows := self.counts[f"number_{len(found)}_rows"]) > 0:
             total, squares = (self.counts[f"number_{len(found)}_{what}"] for what in ("sum", "squares"))
             # Exact up to here, so no digits are lost where the mean is far from zero.
