@@ -180,11 +180,22 @@ def decoder(model: Any, processing_class: Any, *, ctc: bool) -> Decode | None:
     """Label ids to text; None without something that decodes, and for classifiers, whose labels are no text."""
     name = class_of(base_of(model)).__name__
     classifiers = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)
-    decode = getattr(getattr(processing_class, "tokenizer", processing_class), "decode", None)
-    if decode is None or any(name in names.values() for names in classifiers):
+    if any(name in names.values() for names in classifiers):
         return None
-    # Label ids have been collapsed: another merge would take doubled letters for one.
-    options = {"group_tokens": False} if ctc or name in TRANSDUCERS else {"skip_special_tokens": True}
+    return text_decoder(processing_class, ctc=ctc or name in TRANSDUCERS)
+
+
+def text_decoder(processing_class: Any, *, ctc: bool) -> Decode | None:
+    """Label ids to text by a tokenizer or processor; None where it does not decode.
+
+    Args:
+        processing_class: may be None.
+        ctc: whether ids have been collapsed: another merge would take doubled letters for one.
+    """
+    decode = getattr(getattr(processing_class, "tokenizer", processing_class), "decode", None)
+    if decode is None:
+        return None
+    options = {"group_tokens": False} if ctc else {"skip_special_tokens": True}
     return lambda ids: decode(list(ids), **options)
 
 

@@ -12,15 +12,36 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from hf_ema_scaling.ema import EMATeacher
-from hf_ema_scaling.labels import Labeler, MakesTargets
+from hf_ema_scaling.labels import (
+    FILTERS,
+    CTCLabeler,
+    Filter,
+    FilterChain,
+    Labeler,
+    LabelsByPosition,
+    MakesTargets,
+    PseudoLabel,
+    Row,
+    build_filters,
+)
+from hf_ema_scaling.labels.base import draws
 from hf_ema_scaling.labels.decoder import with_decoder_start
+from hf_ema_scaling.labels.filter_base import SECONDS, SOURCE, TEXT
+from hf_ema_scaling.labels.filters import read_filters
+from hf_ema_scaling.labels.score_filters import Confidence
+from hf_ema_scaling.labels.serving import check_served, names_of
+from hf_ema_scaling.labels.transducer import TransducerLabeler
+from hf_ema_scaling.labels.two_views import inner_labeler
 from hf_ema_scaling.training.callback import EMACallback
+from hf_ema_scaling.training.label_judge import source_ids, text_decoder
 from hf_ema_scaling.training.pseudo_label_step import inputs_of_model
 
 Example = Mapping[str, Any]
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 LABELS = "labels"
+CTC_LIKE = (CTCLabeler, TransducerLabeler)
+"""Labelers whose ids have been collapsed already."""
 _DUST = 1e-9
 DROPPED_IN_A_ROW = 1000
 """So many dropped pseudo-labels without one that is kept are an error: the teacher labels nothing."""
@@ -56,6 +77,14 @@ class PseudoLabelCollator:
     Before the first label of a run the teacher is compared with the student on one example, see
     `EMACallback.check_teacher`; what the labeler takes beside the model's inputs must be in its `needs_columns`.
 
+    `filters` drop labels as in `PseudoLabelArguments`, written the same way; their reasons are in `counts`. Text is
+    decoded by `processing_class`, seconds are those of `duration_column`, inputs the teacher's `input_ids`.
+    Filters whose thresholds follow the labels of a step are refused: a collator sees batches, not steps.
+
+    A labeler that draws random numbers needs to know which example is which: without `id_column` it could only go by
+    an example's place in the batch, and would draw other labels for another batch size, order or number of processes.
+    With it a label depends on the weights, the labeler's seed and the example's id.
+
     Args:
         callback: The callback that the Trainer also has in its `callbacks`.
         labeler: Makes the labels, for example a `CTCLabeler`.
@@ -67,14 +96,21 @@ class PseudoLabelCollator:
             `remove_unused_columns=True` drops columns that the model's forward does not take.
         pl_start: In reference steps of the callback's clock; until then unlabelled examples leave the batch.
         stand_ins: Labelled examples, one of which replaces a batch of which nothing is left.
+        filters: Filters by name with their arguments, as JSON or a mapping, or filters as objects.
+        min_confidence: Labels less confident than this are dropped, after all filters.
+        processing_class: Tokenizer or processor that decodes labels and inputs.
+        duration_column: Seconds of each example, for filters. It must reach the collator, and does not go on to
+            `collate`.
+        id_column: An integer of at least 0 that is the example's own, for labelers that draw; likewise.
 
     Attributes:
-        counts: Pseudo-labels so far on this process: "kept", each reason of the labeler, "before_start" for examples
-            before `pl_start`, and "stand_in" for replaced batches. Starts at zero on resume.
+        counts: Pseudo-labels so far on this process: "kept", each reason of labeler and filters, "before_start" for
+            examples before `pl_start`, and "stand_in" for replaced batches. Starts at zero on resume.
 
     Raises:
-        ValueError: `pl_start` is negative or not finite.
-        NotImplementedError: for a labeler whose targets are not rows of ids (`MakesTargets`).
+        ValueError: `pl_start` is negative or not finite; for filters that cannot be built, or that ask for what is not
+            there; for a labeler that draws without `id_column`.
+        NotImplementedError: for a labeler whose targets are not rows of ids (`MakesTargets`), and adaptive filters.
     """
 
     def __init__(
@@ -87,6 +123,11 @@ class PseudoLabelCollator:
         is_unlabeled: Callable[[Example], bool] = _has_no_labels,
         pl_start: float = 0,
         stand_ins: Sequence[Example] | None = None,
+        filters: str | Mapping[str, Any] | Sequence[Filter] | None = None,
+        min_confidence: float = 0.0,
+        processing_class: Any = None,
+        duration_column: str | None = None,
+        id_column: str | None = None,
     ) -> None:
         if not (math.isfinite(pl_start) and pl_start >= 0):
             raise ValueError(f"pl_start must be a number of reference steps of at least 0, got {pl_start!r}")
@@ -95,6 +136,12 @@ class PseudoLabelCollator:
                 f"{type(labeler).__name__} makes targets of a kind of its own, and PseudoLabelCollator takes labels "
                 "that are rows of ids, as CTC has them: use PseudoLabelTrainer"
             )
+        if draws(labeler) and id_column is None:
+            raise ValueError(
+                f"{type(labeler).__name__} draws its labels at random, and nothing in a batch of the stock loader "
+                "tells which example is which: name a column of integers that are the examples' own by id_column, "
+                "decode without a temperature, or use PseudoLabelTrainer, which knows every item's place"
+            )
         self.callback = callback
         self.labeler = labeler
         self.collate = collate
@@ -102,6 +149,10 @@ class PseudoLabelCollator:
         self.is_unlabeled = is_unlabeled
         self.pl_start = float(pl_start)
         self.stand_ins = stand_ins
+        self.duration_column = duration_column
+        self.id_column = id_column
+        self._decode = text_decoder(processing_class, ctc=isinstance(inner_labeler(labeler), CTC_LIKE))
+        self.chain = self._chain(filters, min_confidence)
         self.counts: Counter[str] = Counter()
         self._dropped_in_a_row = 0
         self._checked: EMATeacher | None = None
@@ -136,10 +187,53 @@ class PseudoLabelCollator:
         kept: list[dict[str, Any]] = []
         for i, example in enumerate(examples):
             if i not in by_row:
-                kept.append(dict(example))
+                kept.append(self._without_own(example))
             elif (target := by_row[i]) is not None:
-                kept.append({**example, LABELS: target})
+                kept.append({**self._without_own(example), LABELS: target})
         return self.collate(kept or [self._stand_in(len(examples))])
+
+    def _chain(self, written: str | Mapping[str, Any] | Sequence[Filter] | None, min_confidence: float) -> FilterChain:
+        """The filters, after a look at whether they can judge these labels."""
+        given = {what for what, there in ((TEXT, self._decode), (SECONDS, self.duration_column)) if there is not None}
+        # Whether inputs are text shows in the first batch.
+        served = (self.labeler, "this collator's labels", {*given, SOURCE})
+        chosen: list[Filter] = []
+        if isinstance(written, (str, Mapping)):
+            check_served({name: FILTERS[name] for name in read_filters(written)}, *served)
+            chosen = build_filters(written)
+        elif written is not None:
+            chosen = list(written)
+            check_served(names_of(chosen), *served)
+        if min_confidence > 0:
+            chosen.append(Confidence(min_confidence))
+            check_served({f"min_confidence={min_confidence:g}": chosen[-1]}, *served)
+        chain = FilterChain(chosen)
+        if chain.adaptive:
+            raise NotImplementedError(
+                f"{', '.join(chain.adaptive)} follows the labels of each optimizer step, over all processes, and a "
+                "collator sees batches: use PseudoLabelTrainer, or a fixed limit"
+            )
+        ways_out = {TEXT: "processing_class=, which decodes labels", SECONDS: "duration_column="}
+        for what, names in chain.needs.items():
+            if what in ways_out and what not in given:
+                raise ValueError(f"the filters {', '.join(names)} need {ways_out[what]}")
+        return chain
+
+    def _judged(
+        self, labels: list[PseudoLabel], examples: Sequence[Example], batch: Mapping[str, Any]
+    ) -> list[PseudoLabel]:
+        sources = source_ids(batch) if SOURCE in self.chain.needs and "input_ids" in batch else None
+
+        def row(number: int) -> Row:
+            seconds = None if self.duration_column is None else float(examples[number][self.duration_column])
+            ids = None if sources is None else sources[number]
+            return Row(labels[number], decode=self._decode, seconds=seconds, source_ids=ids)
+
+        return self.chain.judge(labels, row)
+
+    def _without_own(self, example: Example) -> dict[str, Any]:
+        """The example without the columns that are for this collator alone."""
+        return {name: value for name, value in example.items() if name not in (self.id_column, self.duration_column)}
 
     def _label(self, examples: list[Example]) -> list[list[int] | None]:
         """Label ids of each example, None where there are none to train on."""
@@ -147,9 +241,14 @@ class PseudoLabelCollator:
             self.counts["before_start"] += len(examples)
             return [None] * len(examples)
         teacher = self.callback.teacher
-        found = self.labeler.label(teacher, self._without_labels(examples, teacher.device))
+        batch = self._without_labels(examples, teacher.device)
+        labeler = self.labeler
+        if self.id_column is not None and isinstance(labeler, LabelsByPosition):
+            labeler = labeler.at([int(example[self.id_column]) for example in examples])
+        found = labeler.label(teacher, batch)
         if len(found) != len(examples):
             raise ValueError(f"{type(self.labeler).__name__} returned {len(found)} labels for {len(examples)} rows")
+        found = self._judged(found, examples, batch)
         for label in found:
             self.counts[label.reason or "kept"] += 1
             self._dropped_in_a_row = 0 if label.kept else self._dropped_in_a_row + 1
@@ -161,7 +260,9 @@ class PseudoLabelCollator:
         return [list(label.ids) if label.kept else None for label in found]
 
     def _without_labels(self, examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
-        rows = [{key: value for key, value in example.items() if key != LABELS} for example in examples]
+        rows = [self._without_own(example) for example in examples]
+        for row in rows:
+            row.pop(LABELS, None)
         batch = self.teacher_collate(rows)
         return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
@@ -183,4 +284,4 @@ class PseudoLabelCollator:
                 "labelled examples, or put a labelled example into every batch."
             )
         self.counts["stand_in"] += 1
-        return dict(self.stand_ins[self.callback.global_step % len(self.stand_ins)])
+        return self._without_own(self.stand_ins[self.callback.global_step % len(self.stand_ins)])

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import labelled_runs
 import pytest
+import tiny_generation
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -13,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, Wav2Vec2Co
 
 import hf_ema_scaling.training.pseudo_label_collator as module
 from hf_ema_scaling.ema import EMATeacher
-from hf_ema_scaling.labels import ClassLabeler, CTCLabeler, PseudoLabel
+from hf_ema_scaling.labels import ClassLabeler, CTCLabeler, PseudoLabel, generative_labeler_for, two_views
 from hf_ema_scaling.training.callback import EMACallback
 from hf_ema_scaling.training.pseudo_label_collator import PseudoLabelCollator
 
@@ -237,3 +240,106 @@ def test_what_cannot_work_is_refused() -> None:
             PseudoLabelCollator(callback(), CTCLabeler(BLANK), pad, pl_start=value)
     with pytest.raises(NotImplementedError, match="ClassLabeler makes targets of a kind of its own"):
         PseudoLabelCollator(callback(), ClassLabeler(2), pad)
+
+
+def test_filters_drop_labels_as_in_the_trainers(tmp_path: Path) -> None:
+    """Labels of the fixed teacher: the first average, which the student never reaches at learning rate 0."""
+    processor = labelled_runs.processor(tmp_path / "processor")
+    data = [row | {"seconds": len(row["input_values"]) / 100} for row in examples()]
+    found = [
+        label
+        for row in data
+        if "labels" not in row
+        for label in CTCLabeler(BLANK).label(wav2vec2().eval(), pad([{"input_values": row["input_values"]}]))
+    ]
+    rates = [len(label.ids) / row["seconds"] for label, row in zip(found, unlabelled_of(data), strict=True)]
+    longest, limit = sorted(len(label.ids) for label in found)[12], sorted(rates)[8]
+    sure = sorted(label.confidence for label in found)[4]
+    seen: list[set[str]] = []
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        seen.extend(set(row) for row in rows)
+        return pad(rows)
+
+    made = PseudoLabelCollator(
+        callback(),
+        CTCLabeler(BLANK),
+        collate,
+        stand_ins=examples()[:1],
+        filters={"too_long": {"maximum": longest}, "rate": {"max_characters": limit}},
+        min_confidence=sure,
+        processing_class=processor,
+        duration_column="seconds",
+    )
+    run(tmp_path, made, data=data, learning_rate=0.0, max_steps=6)
+    expected: Counter[str] = Counter()
+    decode = made._decode
+    assert decode is not None
+    for label, row in zip(found, unlabelled_of(data), strict=True):
+        reason = label.reason or ("too_long" if len(label.ids) > longest else None)
+        reason = reason or ("rate" if len(decode(label.ids).strip()) / row["seconds"] > limit else None)
+        expected[reason or ("confidence" if label.confidence < sure else "kept")] += 1
+    made.counts.pop("stand_in", None)
+    assert made.counts == expected and min(expected[name] for name in ("too_long", "rate", "confidence", "kept")) > 0
+    assert not any("seconds" in names for names in seen)
+
+
+def unlabelled_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if "labels" not in row]
+
+
+def test_filters_that_cannot_work_here_are_refused(tmp_path: Path) -> None:
+    def made(**changes: Any) -> PseudoLabelCollator:
+        return PseudoLabelCollator(callback(), CTCLabeler(BLANK), pad, **changes)
+
+    with pytest.raises(ValueError, match=r"the filter no_speech judges by .*\(CTCLabeler\); filters that work here: "):
+        made(filters={"no_speech": {}})
+    with pytest.raises(ValueError, match="the filters Repeat need processing_class="):
+        made(filters='{"repeat": {}}')
+    with pytest.raises(ValueError, match="the filters Duration need duration_column="):
+        made(filters={"duration": {"maximum": 3.0}})
+    with pytest.raises(NotImplementedError, match=r"ConfidenceQuantile.* follows the labels of each optimizer step"):
+        made(filters={"confidence_quantile": {"share": 0.3}})
+    with pytest.raises(ValueError, match="the filter rate cannot be fitted"):
+        processor = labelled_runs.processor(tmp_path)
+        made(filters={"rate": "fit"}, processing_class=processor, duration_column="seconds")
+
+
+class Draws:
+    """Labels that are drawn: by the position of a row, or its number in the batch."""
+
+    def __init__(self, positions: tuple[int, ...] | None = None) -> None:
+        self.positions = positions
+
+    def at(self, positions: Any) -> Draws:
+        return Draws(tuple(positions))
+
+    def label(self, teacher: Any, batch: Mapping[str, Tensor]) -> list[PseudoLabel]:
+        assert self.positions is not None and "id" not in batch
+        return [PseudoLabel((1 + position % 7,), 0.5) for position in self.positions]
+
+
+def test_drawn_labels_belong_to_examples_and_not_to_batches(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Draws draws its labels at random, .* by id_column, decode without"):
+        PseudoLabelCollator(callback(), Draws(), pad)
+    data = [row | {"id": 100 + number} for number, row in enumerate(examples())]
+    labels: list[dict[float, list[int]]] = []
+    for size in (4, 3):
+        collator = Spy(callback(), Draws(), pad, id_column="id")
+        run(tmp_path, collator, data=data, per_device_train_batch_size=size, max_steps=24 // size)
+        labels.append(
+            {
+                float(values[0]): [i for i in ids if i >= 0]
+                for *_, batch in collator.calls
+                for values, ids in zip(batch["input_values"], batch["labels"].tolist(), strict=True)
+            }
+        )
+    assert labels[0] == labels[1] and len(labels[0]) == 24
+    for row in unlabelled_of(data):
+        assert labels[0][float(row["input_values"][0])] == [1 + row["id"] % 7]
+    # What does not draw needs no ids: generation without a temperature, two views of CTC labels.
+    t5 = tiny_generation.t5()
+    PseudoLabelCollator(callback(), generative_labeler_for(t5, max_new_tokens=4), pad)
+    PseudoLabelCollator(callback(), two_views(CTCLabeler(BLANK), lambda batch: batch), pad)
+    with pytest.raises(ValueError, match="Seq2SeqLabeler draws its labels at random"):
+        PseudoLabelCollator(callback(), generative_labeler_for(t5, max_new_tokens=4, temperature=1.0), pad)

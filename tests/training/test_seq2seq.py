@@ -236,3 +236,44 @@ def test_what_the_arguments_refuse(tmp_path: Path) -> None:
         EMASeq2SeqTrainer(model_of("t5"), tiny.arguments(tmp_path), train_dataset=rows_of("t5", 4))
     made = arguments(tmp_path, generation_config=GenerationConfig(max_new_tokens=3))
     assert made.to_dict()["generation_config"]["max_new_tokens"] == 3
+
+
+def causal(folder: Path) -> Any:
+    """A causal language model whose teacher draws the continuation of prompts, with dropout in the student."""
+    model = tiny_generation.gpt2(5)
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.1
+    values = {"save_strategy": "steps", "save_steps": 3, "logging_strategy": "steps", "logging_steps": 1}
+    return PseudoLabelTrainer(
+        model,
+        arguments(folder, max_steps=8, per_device_train_batch_size=2, learning_rate=3e-3, **values),
+        train_dataset=rows_of("gpt2", 12),
+        unlabeled_dataset=rows_of("gpt2", 14, 1, labels=False),
+        pseudo_label_args=PseudoLabelArguments(
+            pl_start=2.0, unlabeled_ratio=2.0, filters={"length_ratio": {"maximum": 3.0}, "logprob": {"minimum": -4.0}}
+        ),
+        labeler=generative_labeler_for(model, max_new_tokens=20, temperature=1.0),
+        data_collator=collate,
+    )
+
+
+def test_a_resumed_causal_run_is_the_run_bit_for_bit(tmp_path: Path) -> None:
+    whole = causal(tmp_path)
+    whole.train()
+    kept = [log["pseudo/kept"] for log in whole.state.log_history if "pseudo/kept" in log]
+    assert len(kept) == 6 and min(kept) < 1 and all(share > 0 for share in kept[1:])
+    for stop in (3, 6):
+        torch.manual_seed(99)
+        resumed = causal(tmp_path)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+        assert resumed.state.global_step == 8
+        assert tiny.same_bits(tiny.parameters(resumed.model), tiny.parameters(whole.model))
+        assert tiny.same_bits(tiny.average(resumed), tiny.average(whole))
+        assert resumed.ledger.to_dict() == whole.ledger.to_dict()
+        names = ("pseudo/", "loss", "student/", "gradient/", "score/")
+        told = [
+            [{k: v for k, v in log.items() if k.startswith(names)} for log in made.state.log_history if "loss" in log]
+            for made in (whole, resumed)
+        ]
+        assert told[0] == told[1] and "student/disagreement" in told[0][-1]
