@@ -21,7 +21,7 @@ from hf_ema_scaling.recipe.record import write_run_record
 from hf_ema_scaling.training.publishing import write_plan, write_records
 
 CARDS = Path(__file__).parents[2] / "model_cards"
-FIGURES = {"metrics": ("eval_loss", "ema/momentum")}
+FIGURES = {"metrics": ("eval_loss",)}
 LARGEST = 200_000
 """Bytes of a figure in the repository."""
 MADE = sorted(path.parent.name for path in CARDS.glob("*/README.md"))
