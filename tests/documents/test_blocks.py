@@ -160,4 +160,3 @@ def follow(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, only: tu
                 error.add_note(f"{block.place}: {' '.join(words)}")
                 raise
             launch = launch and words[0] != "accelerate"
-
