@@ -3,9 +3,9 @@
     python scripts/api_reference.py            # writes it
     python scripts/api_reference.py --check    # exit code 1 where the file is not what would be written
 
-Every name in `hf_ema_scaling.__all__` has its module, signature and docstring; a class has its public methods too, with
-the first paragraph of each. What a class takes from transformers or torch is left out, so that the page does not depend
-on their versions.
+Every name in `hf_ema_scaling.__all__` has its module, signature and docstring; a class has its public methods too,
+with the first paragraph of each. What a class takes from transformers or torch is left out, so that the page does not
+depend on their versions.
 """
 
 from __future__ import annotations

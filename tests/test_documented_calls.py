@@ -1,4 +1,7 @@
-"""Every call of a public constructor that README and docstrings show is one that the library accepts."""
+"""Every call of a public constructor that README, guides and docstrings show is one that the library accepts.
+
+That all code of README and guides runs is tested in `tests/documents`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ LITERAL = (hf_ema_scaling.EMACallback, BatchSchedule, ReferenceClock)
 
 
 def python_blocks() -> Iterator[tuple[str, str]]:
-    places = [ROOT / "README.md", *sorted((ROOT / "hf_ema_scaling").rglob("*.py"))]
+    guides = sorted((ROOT / "recipes" / "guides").glob("*.md"))
+    places = [ROOT / "README.md", *guides, *sorted((ROOT / "hf_ema_scaling").rglob("*.py"))]
     for path in places:
         for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL):
             yield str(path.relative_to(ROOT)), textwrap.dedent(block)

@@ -54,7 +54,8 @@ def test_every_name_and_every_argument_is_there(script: ModuleType) -> None:
 
 
 def test_a_docstring_becomes_lists(script: ModuleType) -> None:
-    docstring = "Does it.\n\nArgs:\n    one: the first,\n        on two lines.\n    **rest: others.\n\nRaises:\n    ValueError: never."
+    docstring = "Does it.\n\nArgs:\n    one: the first,\n        on two lines.\n    **rest: others.\n"
+    docstring += "\nRaises:\n    ValueError: never."
     assert script.markdown(docstring).splitlines() == [
         *("Does it.", "", "**Args**", "", "- `one`: the first,", "  on two lines.", "- `**rest`: others.", ""),
         *("**Raises**", "", "- `ValueError`: never."),

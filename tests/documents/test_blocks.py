@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import gc
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import transformers.utils.hub
 from accelerate.state import AcceleratorState
 from documents import commands
-from documents.blocks import DOCUMENTS, FILE, PYTHON, SHELL, Block, blocks, skip_without
+from documents.blocks import DOCUMENTS, FILE, OUTPUT, PYTHON, SHELL, Block, blocks, skip_without
 from documents.setups import SETUPS
 from hub.loopback import TOKEN, Hub, loopback
 from transformers.utils.hub import HfApi
@@ -105,12 +106,16 @@ def test_commands_are_read_by_their_parsers(
     name: str, places: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(places(name))
-    for block in BLOCKS[name]:
+    for block, following in zip_longest(BLOCKS[name], BLOCKS[name][1:]):
         for words in block.commands() if block.language == SHELL else []:
             try:
                 commands.read(words)
                 if words[:2] == ["hf-ema-scaling", "plan"]:
-                    assert "steps" in commands.run(words)
+                    printed = commands.run(words)
+                    assert "steps" in printed
+                    # Plans are arithmetic: what a document shows of them is what they print.
+                    if following is not None and following.language == OUTPUT and len(block.commands()) == 1:
+                        assert printed.split() == following.text.split()
             except BaseException as error:
                 error.add_note(f"{block.place}: {' '.join(words)}")
                 raise
@@ -160,4 +165,3 @@ def follow(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, only: tu
                 error.add_note(f"{block.place}: {' '.join(words)}")
                 raise
             launch = launch and words[0] != "accelerate"
-
