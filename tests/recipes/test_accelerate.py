@@ -100,7 +100,9 @@ def test_launched_recipes_take_the_same_steps(config: Path, tmp_path: Path) -> N
         assert json.loads((tmp_path / name / "run.json").read_text())["processes"] == 2
         assert two.keys() == one.keys()
         for key, value in one.items():
-            torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5)
+            # Each process sees micro-batches of its own: batch statistics are not what is claimed.
+            if "running_" not in key and "num_batches" not in key:
+                torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
