@@ -18,8 +18,10 @@ from hf_ema_scaling.training import collapse_watch
 
 pytestmark = pytest.mark.distributed
 
-TOLERANCE = 3e-5
-"""Relative, in the norm over all parameters: float32 sums in another order, and a few steps of their consequences."""
+TOLERANCE = 3e-4
+"""Relative, in the norm over all parameters: float32 sums in another order, and what a few steps of a random model
+make of them (5.6e-5 for T5 at its third step). One label more or less changes 1e-2 and more.
+"""
 
 
 @pytest.fixture(scope="module")
