@@ -22,8 +22,8 @@ TOLERANCES = {"t5": 1e-2}
 TOLERANCE = 3e-4
 """Relative, in the norm over all parameters: float32 sums in another order, and what a few steps make of them.
 
-The random T5, whose weights are large, makes 5.6e-5 of them at its third step and 3e-3 at its fifth. Labels are compared
-exactly.
+The random T5, whose weights are large, makes 5.6e-5 of them at its third step and 3e-3 at its fifth. Labels are
+compared exactly.
 """
 
 
