@@ -55,13 +55,14 @@ class PseudoLabelArguments:
             which is then `cache_half_lives * cache_refresh` half-lives. With a momentum schedule, half-lives are those
             of `ema_momentum`.
         source_column: column of the unlabelled set that says where each row comes from, for the ledger.
-        hidden_reference_column: column of the unlabelled set with true texts, classes or label ids. It is taken out of
-            the data that training sees and looked up only to log the error rate of pseudo-labels (`hidden/*`).
+        hidden_reference_column: column of the unlabelled set with true texts, label ids, or what the labelled set has
+            as labels. It is taken out of the data that training sees and looked up only to log the error of
+            pseudo-labels (`hidden/*`, see `hidden_metrics`).
         calibration_rows: labelled rows that the teacher labels at each evaluation, to log its error and how far its
             confidence is from its accuracy (`calibration/*`); 0 for none.
-        on_collapse: what to do when labels collapse (`CollapseGuard`): warn; stop, with an error once training has
-            ended in good order; rollback to the last checkpoint from before, and go on from there with pseudo-labels
-            paused until the clock of the alarm and at half their weight from then on; or off.
+        on_collapse: what to do when labels collapse (`signs_of_collapse`), or none of 1000 is kept: warn; stop, with
+            an error once training has ended in good order; rollback to the last checkpoint from before, and go on from
+            there with pseudo-labels paused until the clock of the alarm and at half their weight from then on; or off.
         collapse_window: reference steps over which labels are judged.
     """
 

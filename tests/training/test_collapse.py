@@ -150,7 +150,7 @@ def test_stop_ends_in_good_order_and_names_the_good_checkpoint(tmp_path: Path) -
     saved = sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
     assert saved == [5, 10, 15, 20, 25] and (tmp_path / "ledger.json").exists()
     # From there a tamer run goes on.
-    tame = collapse_runs.trainer(tmp_path, planted=False, pl={"on_collapse": "stop", "unlabeled_weight": 0.0})
+    tame = collapse_runs.trainer(tmp_path, planted=False, pl={"on_collapse": "warn", "unlabeled_weight": 0.0})
     tame.train(resume_from_checkpoint=str(good))
     assert tame.state.global_step == 40
 
