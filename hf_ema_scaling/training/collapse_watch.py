@@ -91,14 +91,16 @@ class CollapseWatch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Look at the window that ends here, if one does, and whether any label is kept at all."""
-        if self.action == "off":
-            return control
         number = state.global_step - 1
         step = self.trainer.sampler.step(number)
         if step.end <= self.guard.pl_start + CLOCK_DUST:
             return control
-        signs = self._look_at_window(step) or self._look_for_labels(number, step.end)
-        return self._act(signs, step.end, control) if signs else control
+        if self.action != "off" and (signs := self._look_at_window(step)):
+            return self._act(self.action, signs, step.end, control)
+        if signs := self._look_for_labels(number, step.end):
+            # There is nothing to train on: that is an error whatever collapses may be.
+            return self._act("rollback" if self.action == "rollback" else "stop", signs, step.end, control)
+        return control
 
     def _look_at_window(self, step: SampledStep) -> list[str]:
         """Signs in the window that ends with this step; windows are joined until they hold `LEAST_ROWS`."""
@@ -139,9 +141,9 @@ class CollapseWatch(TrainerCallback):
     def _folder(self) -> Path:
         return Path(str(self.trainer.args.output_dir))
 
-    def _act(self, signs: list[str], clock: float, control: TrainerControl) -> TrainerControl:
+    def _act(self, action: str, signs: list[str], clock: float, control: TrainerControl) -> TrainerControl:
         said = f"Pseudo-labels seem to have collapsed at reference step {clock:g}: {'; '.join(signs)}."
-        if self.action == "warn":
+        if action == "warn":
             # Once for each set of signs: figures in them change from window to window.
             kinds = tuple("".join(c for c in sign if not c.isdigit()) for sign in signs)
             if kinds not in self._warned:
@@ -150,11 +152,11 @@ class CollapseWatch(TrainerCallback):
             return control
         good = self._good_checkpoint()
         rollbacks = len(self.guard.pauses)
-        if self.action == "rollback" and good is not None and rollbacks < MOST_ROLLBACKS:
+        if action == "rollback" and good is not None and rollbacks < MOST_ROLLBACKS:
             logger.warning(f"{said} Going back to {good[0]}, without pseudo-labels up to this point of the clock.")
             self.guard.roll_back(good[1], clock)
             raise RollBack(good[0])
-        if self.action == "rollback" and good is not None:
+        if action == "rollback" and good is not None:
             said += f" {rollbacks} rollbacks have not helped."
         # Nothing is saved any more: a checkpoint of collapsed weights could push out a good one.
         control.should_training_stop = True

@@ -60,9 +60,10 @@ class PseudoLabelArguments:
             pseudo-labels (`hidden/*`, see `hidden_metrics`).
         calibration_rows: labelled rows that the teacher labels at each evaluation, to log its error and how far its
             confidence is from its accuracy (`calibration/*`); 0 for none.
-        on_collapse: what to do when labels collapse (`signs_of_collapse`), or none of 1000 is kept: warn; stop, with
-            an error once training has ended in good order; rollback to the last checkpoint from before, and go on from
-            there with pseudo-labels paused until the clock of the alarm and at half their weight from then on; or off.
+        on_collapse: what to do when labels collapse (`signs_of_collapse`): warn; stop, with an error once training has
+            ended in good order; rollback to the last checkpoint from before, and go on from there with pseudo-labels
+            paused until the clock of the alarm and at half their weight from then on; or off. A teacher none of whose
+            last 1000 labels is kept stops the run under `warn` and `off`, too.
         collapse_window: reference steps over which labels are judged.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -18,6 +19,7 @@ import torch
 from hf_ema_scaling.labels import Labeler, LabelsByPosition, PseudoLabel, generative_labeler_for, labeler_for
 from hf_ema_scaling.training import collapse_watch
 from hf_ema_scaling.training.arguments import PseudoLabelArguments
+from hf_ema_scaling.training.collapse import CollapseError
 from hf_ema_scaling.training.seq2seq import PseudoLabelSeq2SeqTrainer
 from hf_ema_scaling.training.trainer import PseudoLabelTrainer
 
@@ -59,7 +61,9 @@ class NotingTargets(Noting):
 
 def trainer(folder: Path, family: str, *, rank: int | None = None, dropped: Collection[int] = ()) -> Any:
     """Two reference batches a step; sampled labels where they are generated."""
-    values: dict[str, Any] = {"max_steps": 8, "kappa": 2.0, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+    # The random T5 has large weights: at a higher rate it makes much of the last digit within a few steps.
+    rate = 1e-3 if family == "t5" else 1e-2
+    values: dict[str, Any] = {"max_steps": 8, "kappa": 2.0, "per_device_train_batch_size": 2, "learning_rate": rate}
     values |= {"reference_batch_size": 8, "adam_epsilon": 1e-3, "logging_strategy": "steps", "logging_steps": 2}
     pseudo = PseudoLabelArguments(pl_start=2.0, unlabeled_ratio=3.0)
     if family == "bert":
@@ -129,7 +133,8 @@ def silent(folder: Path, silent: bool) -> list[Any]:
         save_strategy="no",
     )
     collapse_watch.LABELLESS_ROWS = 100
-    made.train()
+    with contextlib.suppress(CollapseError):
+        made.train()
     return list(made.collapse.guard.alarms)
 
 

@@ -18,13 +18,8 @@ from hf_ema_scaling.training import collapse_watch
 
 pytestmark = pytest.mark.distributed
 
-TOLERANCES = {"t5": 1e-2}
 TOLERANCE = 3e-4
-"""Relative, in the norm over all parameters: float32 sums in another order, and what a few steps make of them.
-
-The random T5, whose weights are large, makes 5.6e-5 of them at its third step and 3e-3 at its fifth. Labels are
-compared exactly.
-"""
+"""Relative, in the norm over all parameters: float32 sums in another order, and what a few steps make of them."""
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +48,9 @@ def test_labels_and_weights_are_those_of_one_process(ranks: list[dict[str, Any]]
         assert tiny.same_bits(first[key], second[key]), key
         assert len(one[key]) == len(first[key]) > 3
         for step, expected in enumerate(one[key]):
-            assert tiny.difference(expected, first[key][step]) < TOLERANCES.get(family, TOLERANCE), (key, step)
+            assert tiny.difference(expected, first[key][step]) < TOLERANCE, (key, step)
     # Labels are part of what is learned: without them the weights are others.
-    assert any(tiny.difference(one["weights"][step], first["weights"][0]) > 0.01 for step in range(1, 4))
+    assert any(tiny.difference(one["weights"][step], first["weights"][0]) > 3 * TOLERANCE for step in range(1, 4))
     for found, wanted in zip(first["logs"], one["logs"], strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)
     assert any(0 < log.get("gradient/unlabelled_share", 0) < 1 for log in one["logs"])
@@ -67,6 +62,6 @@ def test_a_teacher_that_labels_nothing_is_one_that_does_so_on_all_processes(
 ) -> None:
     monkeypatch.setattr(collapse_watch, "LABELLESS_ROWS", collapse_watch.LABELLESS_ROWS)  # put back afterwards
     alone = head_processes.silent(tmp_path, True)
-    assert [clock for clock, _ in alone] == [18.0, 26.0, 34.0]
+    assert [clock for clock, _ in alone] == [18.0]
     assert [rank["both silent"] for rank in ranks] == [alone, alone]
     assert [rank["one silent"] for rank in ranks] == [[], []]
