@@ -6,6 +6,7 @@ which is not run. On the line before its fence may stand, one after the other:
     <!-- needs: NAME, NAME -->      set-ups of `documents.setups`, whose names the block may use
     <!-- packages: NAME, NAME -->   it is skipped where one of them is not installed
     <!-- small: 20_000 -> 4 -->      what is put in the place of a text of the block when it is run
+    <!-- process -->                it runs in a process of its own, as a user's program that knows the Hub alone
     <!-- train -->                  `trainer.train()` follows each assignment to `trainer`
     <!-- file: NAME -->             what the block holds is written to a file of this name
 """
@@ -30,7 +31,7 @@ DOCUMENTS = {path.stem: path for path in [ROOT / "README.md", *sorted(GUIDES.glo
 SHELL, PYTHON, FILE, OUTPUT = "bash", "python", "yaml", "text"
 COMMENT = re.compile(r"<!-- ([a-z]+)(?:: (.*?))? -->")
 FENCE = re.compile(r"^```(\w*)\s*$")
-DIRECTIVES = ("needs", "packages", "small", "train", "file")
+DIRECTIVES = ("needs", "packages", "small", "process", "train", "file")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from hf_ema_scaling.recipe import parse
 from hf_ema_scaling.recipe.config import read_mapping
 from hf_ema_scaling.recipe.registry import RECIPES, kind_of_file
 
-STEPS, START = 24, 8
+STEPS, START = 12, 4
 """Reference steps of a run, and where pseudo-labels or large batches begin."""
 SMALL = {
     "max_steps": STEPS,
@@ -45,10 +45,10 @@ SMALL = {
     "warmup_steps": 2,
     "num_stable_steps": 4,
     "num_decay_steps": 2,
-    "eval_steps": 8,
-    "save_steps": 8,
-    "logging_steps": 4,
-    "save_total_limit": 20,
+    "eval_steps": 4,
+    "save_steps": 4,
+    "logging_steps": 2,
+    "save_total_limit": 100,
     "hidden_size": 16,
     "dim": 16,
     "intermediate_size": 16,
@@ -68,7 +68,7 @@ EXTRA: dict[str, list[str]] = {
     "scripts/accelerate_loop.py": ["--reference-steps", "32", "--save-every", "16"],
     "scripts/benchmark_ema.py": ["--quick", "--rounds", "1", "--steps", "3", "--model", "many-small"],
     "scripts/benchmark_step.py": ["--quick", "--rounds", "1"],
-    "scripts/noisy_parabola.py": ["--steps", "64", "--replicates", "2", "--kappa", "8"],
+    "scripts/noisy_parabola.py": ["--steps", "64", "--kappa", "8"],
     "scripts/kappa_sweep.py": ["--kappas", "2", "--seeds", "0", "--processes", "1"],
 }
 FETCHED = ("scripts/prepare_asterisk.py", "scripts/prepare_vader.py")
