@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_ema_scaling.ema.average import WeightAverage
 from hf_ema_scaling.ema.folders import folder_name
+from hf_ema_scaling.ema.half_precision import warn_of_half_precision
 from hf_ema_scaling.ema.loop_files import (
     changed_tensors,
     checksums,
@@ -124,6 +125,8 @@ def register_average(
     taken = _REGISTERED.setdefault(accelerator, set())
     if folder in taken:
         raise ValueError(f"this accelerator already saves an average in the folder {folder!r}: give one another name=")
+
+    warn_of_half_precision(model)
 
     def save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         on_each_node = accelerator.project_configuration.save_on_each_node

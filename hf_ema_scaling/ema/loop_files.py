@@ -67,6 +67,7 @@ def faults(folder: Path, accelerator: Accelerator, *, models: int, processes: in
     paths = [student_file(folder, index) for index in range(models)]
     for name, parts in ((OPTIMIZER_NAME, accelerator._optimizers), (SCHEDULER_NAME, accelerator._schedulers)):
         paths += [folder / (f"{name}_{index}.bin" if index else f"{name}.bin") for index in range(len(parts))]
+    paths += [folder / f"custom_checkpoint_{index}.pkl" for index in range(len(accelerator._custom_objects))]
     if accelerator.scaler is not None:
         paths.append(folder / SCALER_NAME)
     if processes == accelerator.num_processes:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_ema_scaling.ema.names import Entry, local_shard, unwrap
 
@@ -32,6 +32,9 @@ def swapped_in(
         entries: Its tensors that `write` changes in place.
         write: Writes the other weights.
         reshard: Brings sharded tensors back to where they were at the beginning.
+
+    Raises:
+        RuntimeError: Something cast the model inside.
     """
     inner = unwrap(model)
     with torch.no_grad():
@@ -41,10 +44,23 @@ def swapped_in(
         write()
         yield
     finally:
-        reshard()
-        with torch.no_grad():
-            for entry, value in zip(entries, own, strict=True):
-                for slot in entry.slots:
-                    # Looked up again: a buffer may have been replaced by another object (e.g. by `.to()`).
-                    local_shard(getattr(slot.owner, slot.leaf)).copy_(value)
         _SWAPPED.discard(inner)
+        reshard()
+        _put_back(entries, own)
+
+
+@torch.no_grad()
+def _put_back(entries: list[Entry], own: list[Tensor]) -> None:
+    cast = []
+    for entry, value in zip(entries, own, strict=True):
+        for slot in entry.slots:
+            # Looked up again: a buffer may have been replaced by another object (e.g. by `.to()`).
+            held = local_shard(getattr(slot.owner, slot.leaf))
+            held.copy_(value)
+            if held.dtype != value.dtype:
+                cast.append(f"{slot.name!r} was {value.dtype} and is {held.dtype}")
+    if cast:
+        raise RuntimeError(
+            f"the model was cast while it held the average, so its own weights came back rounded: {cast[0]}. Evaluate "
+            "without bf16_full_eval and fp16_full_eval (bf16=True computes in half precision and casts nothing)"
+        )

@@ -217,6 +217,11 @@ class EMATrainingArguments(TrainingArguments):
             raise ValueError(
                 f"lr_scheduler_type={self.lr_scheduler_type} follows metrics, not data seen: choose another"
             )
+        if self.bf16_full_eval or self.fp16_full_eval:
+            raise ValueError(
+                "bf16_full_eval and fp16_full_eval cast the model itself, so the student's weights would come back "
+                "from an evaluation rounded: leave them False; bf16=True evaluates under autocast"
+            )
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor is not supported: the trainers own the loss")
         if self.max_example_loss is not None and not self.max_example_loss > 0:

@@ -9,9 +9,9 @@ from torch import nn
 
 from hf_ema_scaling.data.sampler import SampledStep
 from hf_ema_scaling.ema import WeightAverage
+from hf_ema_scaling.ema.half_precision import warn_of_half_precision
 from hf_ema_scaling.scaling import ScalingPlan, weight_from_log_momentum
 from hf_ema_scaling.training.arguments import EMATrainingArguments
-from hf_ema_scaling.training.stock import warn_of_half_precision
 
 
 def new_average(model: nn.Module, args: EMATrainingArguments) -> WeightAverage:

@@ -11,7 +11,7 @@ from hf_ema_scaling.ema.skipped import SkipWatch
 from hf_ema_scaling.training.average_update import AverageMover, new_average
 from hf_ema_scaling.training.checks import LivenessWatch, share_statistics
 from hf_ema_scaling.training.split_step import SplitSteps
-from hf_ema_scaling.training.stock import learns
+from hf_ema_scaling.training.stock import learns, nonfinite_parameter
 
 logger = logging.get_logger(__name__)
 
@@ -46,7 +46,11 @@ class AveragedSteps(SplitSteps):
             self._mover.before_step(self.plan, self.average, self.model, self._last_step)
 
     def update_average(self) -> None:
-        """Move the average by what the step just taken drew; a skipped step moves nothing."""
+        """Move the average by what the step just taken drew; a skipped step moves nothing.
+
+        Raises:
+            FloatingPointError: A weight is not finite, though the gradient was; the average has not moved.
+        """
         assert self.average is not None and self._last_step is not None
         if self.batch_statistics and self.accelerator.num_processes > 1:
             share_statistics(self.model)
@@ -55,6 +59,12 @@ class AveragedSteps(SplitSteps):
         if dropped or self._skip_watch.was_skipped(self.optimizer):
             return
         number = self.state.global_step + 1
+        if (broken := nonfinite_parameter(self.model)) is not None:
+            raise FloatingPointError(
+                f"{broken!r} is not finite after optimizer step {number}, though its gradient was: the average has "
+                "not moved, and nothing of this step is saved. Go on from the last checkpoint with a lower "
+                "learning_rate, and look at adam_epsilon and at the optimizer's precision"
+            )
         moved = (self.plan, self.average, self.model, self._last_step)
         weight = self._mover.after_step(*moved, number=number, last=number == self.sampler.num_steps)
         if self._watch is None or weight is None or weight == 1 or not learns(self.optimizer):

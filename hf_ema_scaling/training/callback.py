@@ -17,6 +17,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_before_labelling
 from hf_ema_scaling.ema.export import export_average
+from hf_ema_scaling.ema.half_precision import warn_of_half_precision
 from hf_ema_scaling.ema.shadow import BufferPolicy
 from hf_ema_scaling.ema.skipped import SkipWatch
 from hf_ema_scaling.ema.storage import OnMissing
@@ -29,7 +30,6 @@ from hf_ema_scaling.training.stock import (
     loader_batch_size,
     nonfinite_parameter,
     refuse_unsupported,
-    warn_of_half_precision,
 )
 
 _DUST = 1e-9
@@ -259,6 +259,12 @@ class EMACallback(CheckpointedAverage):
         model: nn.Module = kwargs["model"]
         refuse_unsupported(args, model)
         self._claim_folder(state)
+        if args.save_total_limit == 1 and args.should_save:
+            warnings.warn(
+                "save_total_limit=1: Trainer deletes the older checkpoint before the average of the new one is "
+                "written, so a full disk or a crash in between leaves none that is complete. Keep at least two.",
+                stacklevel=2,
+            )
         if args.enable_jit_checkpoint and isinstance(kwargs.get("train_dataloader"), DataLoader):
             # Schedulers send SIGTERM to every process there is; a worker's death would come before the checkpoint.
             shield_workers(kwargs["train_dataloader"])

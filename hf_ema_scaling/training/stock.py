@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from transformers import TrainingArguments
 
 from hf_ema_scaling.ema.names import local_shard
 from hf_ema_scaling.ema.sharding import is_flat_sharded, over_shards
-from hf_ema_scaling.ema.teacher import HALF_PRECISION
+from hf_ema_scaling.training.checks import batch_statistics_of
 from hf_ema_scaling.training.sharded import FSDP1, ZERO_3
 
 
@@ -48,11 +47,16 @@ def loader_batch_size(loader: Any, world_size: int) -> int:
 
 @torch.no_grad()
 def nonfinite_parameter(model: nn.Module) -> str | None:
-    """Name of the first trainable parameter with a NaN or an infinity, or None; of shards, on any process.
+    """Name of the first trainable parameter, or statistic of BatchNorm, with a NaN or an infinity, or None.
+
+    Of shards, on any process.
 
     One multi-tensor reduction and one host synchronisation; the names are looked at only when something is wrong.
     """
     named = [(name, p.detach()) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
+    # A step that is skipped has no effect on parameters, but its forward passes have one on these.
+    statistics = {id(buffer) for buffer in batch_statistics_of(model) if buffer.is_floating_point()}
+    named += [(name, buffer) for name, buffer in model.named_buffers() if id(buffer) in statistics]
     # On a CPU the Euclidean norm takes a twentieth of the time of the largest magnitude, but overflows where a weight
     # is above 1e19: what it finds is looked at again.
     for order in (2.0, math.inf):
@@ -81,21 +85,6 @@ def _finite_norms(parameters: list[Tensor], order: float) -> list[bool]:
         # One process must not stop while the others wait for it.
         finite = over_shards((~finite).int(), parameters) == 0
     return [bool(good) for good in finite.tolist()]
-
-
-def warn_of_half_precision(model: nn.Module) -> None:
-    """Warns if trainable parameters are in half precision, saying what is lost and the way out."""
-    half = {p.dtype: name for name, p in model.named_parameters() if p.requires_grad and p.dtype in HALF_PRECISION}
-    for dtype, name in half.items():
-        bits = {torch.bfloat16: 8, torch.float16: 11}[dtype]
-        warnings.warn(
-            f"trainable parameters are {dtype} (for example {name!r}): a step that changes a weight by less than "
-            f"1 part in {2 ** (bits + 1)} of it is rounded away, so a small learning rate trains only some of the "
-            "weights, and the optimizer keeps its moments in that dtype too. from_pretrained keeps the dtype of a "
-            "checkpoint: pass dtype=torch.float32 to it and let TrainingArguments(bf16=True) compute in half "
-            "precision. (The average is kept in full precision, but can only follow these weights.)",
-            stacklevel=3,
-        )
 
 
 def learns(optimizer: Any) -> bool:

@@ -237,6 +237,15 @@ def test_frozen_parameters_are_copied() -> None:
     torch.testing.assert_close(average.tensors()["linear.bias"], model.linear.bias.detach() - 0.9)
 
 
+def test_a_model_that_is_cast_while_swapped_says_so() -> None:
+    model = nn.Linear(2, 2)
+    average = WeightAverage(model)
+    with pytest.raises(RuntimeError, match=r"'weight' was torch.float32 and is torch.bfloat16.* bf16_full_eval"):
+        with average.swapped(model):
+            model.to(torch.bfloat16)
+    average.update(model, 0.9)  # it is not taken for swapped any more
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swap_restores_bits_also_on_exception(dtype: torch.dtype) -> None:
     model = Net().to(dtype)

@@ -219,7 +219,8 @@ def test_a_checkpoint_holds_the_average_as_a_model(tmp_path: Path) -> None:
 
 def test_rotation_takes_the_average_along_and_keeps_its_order(tmp_path: Path) -> None:
     average = callback()
-    trainer(average, tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1).train()
+    with pytest.warns(UserWarning, match="save_total_limit=1: .* Keep at least two"):
+        trainer(average, tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1).train()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
     assert (tmp_path / "checkpoint-6" / "ema" / "ema_state.json").is_file()
 
@@ -407,6 +408,15 @@ def test_nonfinite_parameter(dtype: torch.dtype) -> None:
             model[1].bias[1] = value
         assert nonfinite_parameter(model) == "1.bias"
     model[1].bias.requires_grad_(False)
+    assert nonfinite_parameter(model) is None
+
+
+def test_statistics_of_batch_norm_that_are_not_finite_are_seen() -> None:
+    """A step that is skipped for its gradient leaves them behind, and an average would never get rid of them."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model(torch.full((2, 3), math.inf))
+    assert nonfinite_parameter(model) == "1.running_mean"
+    model[1].reset_running_stats()
     assert nonfinite_parameter(model) is None
 
 

@@ -113,6 +113,17 @@ def test_the_check_at_the_start_leaves_every_bit(tmp_path: Path) -> None:
     assert tiny.difference(expected, {n: tiny.average(made)[n] for n in expected}) < 1e-7
 
 
+@pytest.mark.parametrize("action", ["raise", "skip"])
+def test_weights_that_are_not_finite_never_enter_the_average(tmp_path: Path, action: str) -> None:
+    """Adam without eps makes NaN of gradients that are zero: nothing of it may be averaged or saved."""
+    made = bert_run(tmp_path, max_steps=6, adam_epsilon=0.0, on_nonfinite=action, save_strategy="steps", save_steps=1)
+    with pytest.raises(FloatingPointError, match=r"is not finite after optimizer step 1, though its gradient was"):
+        made.train()
+    assert made.average.num_updates == 0
+    assert tiny.same_bits(made.recorder.initial, {name: tiny.average(made)[name] for name in made.recorder.initial})
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 def test_a_long_warmup_is_not_mistaken_for_death(tmp_path: Path) -> None:
     made = bert_run(
         tmp_path, max_steps=6, lr_scheduler_type="constant_with_warmup", warmup_steps=3, ema_momentum=0.999999

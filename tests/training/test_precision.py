@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from tiny import same_bits
 from transformers import Trainer, TrainingArguments
 
+from hf_ema_scaling import ReferenceClock, WeightAverage
+from hf_ema_scaling.ema.accelerate_state import register_average
 from hf_ema_scaling.training.arguments import PseudoLabelArguments
 from hf_ema_scaling.training.callback import EMACallback
 
@@ -95,6 +98,12 @@ def test_a_student_in_half_precision_is_warned_of_once(tmp_path: Path, door: str
     assert sum("trainable parameters are" in str(w.message) for w in caught) == 1
 
 
+def test_a_registered_average_warns_too() -> None:
+    model = tiny.bert().to(torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"trainable parameters are torch.bfloat16 .*1 part in 512"):
+        register_average(Accelerator(cpu=True), model, WeightAverage(model), ReferenceClock(4)).remove()
+
+
 def test_frozen_half_precision_and_float32_are_not_warned_of(tmp_path: Path) -> None:
     model = tiny.bert()
     model.bert.to(torch.bfloat16).requires_grad_(False)
@@ -102,7 +111,7 @@ def test_frozen_half_precision_and_float32_are_not_warned_of(tmp_path: Path) -> 
     made = tiny.trainer(tiny.bert(), tiny.arguments(tmp_path, max_steps=1), tiny.sentences(8))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        from hf_ema_scaling.training.stock import warn_of_half_precision
+        from hf_ema_scaling.ema.half_precision import warn_of_half_precision
 
         warn_of_half_precision(model)
         warn_of_half_precision(made.model)
