@@ -203,13 +203,15 @@ def written_below(kind: type) -> dict[str, str]:
 def field_lines(kind: type) -> Iterator[str]:
     """Fields with their texts, of a data class that documents them one by one and not in its docstring."""
     below = written_below(kind)
+    # Not `field.type`: HfArgumentParser writes other types into it.
+    types = {name: found for base in reversed(kind.__mro__) for name, found in inspect.get_annotations(base).items()}
     for each in dataclasses.fields(kind):
         text = each.metadata.get("help") or below.get(each.name)
         if not text or each.name not in own_fields(kind) or f"{each.name}:" in (kind.__doc__ or ""):
             continue
         unset = each.default is dataclasses.MISSING
         stated = "" if unset else f", default `{default(each.default)}`"
-        yield f"- `{each.name}` (`{annotation(each.type)}`{stated}): {text}"
+        yield f"- `{each.name}` (`{annotation(types[each.name])}`{stated}): {text}"
 
 
 def entry(name: str) -> str:

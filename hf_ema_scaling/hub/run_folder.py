@@ -61,9 +61,10 @@ class RunFolder:
         return (self.folder / "adapter_config.json").is_file()
 
     def figures(self) -> list[str]:
-        """PNG files in the folder and in `figures/`, relative to the folder."""
-        found = [*self.folder.glob("*.png"), *(self.folder / "figures").rglob("*.png")]
-        return sorted(path.relative_to(self.folder).as_posix() for path in found if path.is_file())
+        """PNG files in the folder, in `figures/` and beside a report (`report_figures/`), relative to the folder."""
+        places = ("*.png", "figures/**/*.png", "*_figures/*.png")
+        found = {path for place in places for path in self.folder.glob(place) if path.is_file()}
+        return sorted(path.relative_to(self.folder).as_posix() for path in found)
 
     def average_files(self) -> dict[str, str]:
         """Files of the average's folder, relative to it, and where each belongs beside the model that it is part of.

@@ -11,7 +11,7 @@ import pytest
 from hub.test_markdown import HOSTILE, one_line, seen
 from huggingface_hub import ModelCard
 
-from hf_ema_scaling.hub import CardDetails, render_model_card
+from hf_ema_scaling.hub import CardDetails, render_model_card, stage
 from hf_ema_scaling.hub.results import Score, scores
 
 METRICS = {
@@ -111,6 +111,15 @@ def test_recipe_and_scaled_values(run: Path) -> None:
     assert "3 optimizer steps stand for 4 reference steps." in told and "1,270 parameters" in told
     assert "The plan warned: kappa \\* (1 - ema\\_momentum) is 0.2 at kappa=2" in told
     assert "![curve](curve.png)" in text and "## Pseudo-labels" not in text
+
+
+def test_the_figures_of_a_report_are_in_the_card(run: Path, tmp_path: Path) -> None:
+    """`report` draws them into a folder beside its page."""
+    (run / "report_figures").mkdir()
+    (run / "report_figures" / "metrics.png").write_bytes(b"\x89PNG another")
+    text = stage(run, tmp_path / "staged").read_text(encoding="utf-8")
+    assert "](report_figures/metrics.png)" in text and "](curve.png)" in text
+    assert (tmp_path / "staged" / "report_figures" / "metrics.png").read_bytes() == b"\x89PNG another"
 
 
 def test_ledger_and_record(run: Path) -> None:
