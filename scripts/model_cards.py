@@ -73,10 +73,10 @@ MODELS = {
             language=("en",),
             license="apache-2.0",
             tags=("sentiment",),
-            limits="Learnt from 100 labels of film sentences and the labels of its own average. This is seed 0; over five "
-            "seeds its average is no better than that of the same recipe on labels alone (`recipes/README.md`). It starts from "
-            "all-MiniLM-L6-v2 (Apache-2.0); the sentences are those of the VADER corpus (MIT; C.J. Hutto and E.E. "
-            "Gilbert, ICWSM 2014), without the neutral ones.",
+            limits="Learnt from 100 labels of film sentences and the labels of its own average. This is seed 0; over "
+            "five seeds its average is no better than that of the same recipe on labels alone (`recipes/README.md`). "
+            "It starts from all-MiniLM-L6-v2 (Apache-2.0); the sentences are those of the VADER corpus (MIT; C.J. "
+            "Hutto and E.E. Gilbert, ICWSM 2014), without the neutral ones.",
         ),
         {"labels": ("pseudo/kept", "pseudo/confidence"), "average": ("ema/momentum", "ema/distance")},
     ),
