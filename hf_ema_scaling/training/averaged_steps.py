@@ -49,7 +49,7 @@ class AveragedSteps(SplitSteps):
         """Move the average by what the step just taken drew; a skipped step moves nothing.
 
         Raises:
-            FloatingPointError: A weight is not finite, though the gradient was; the average has not moved.
+            FloatingPointError: A weight is not finite, though the gradient was; it is not averaged.
         """
         assert self.average is not None and self._last_step is not None
         if self.batch_statistics and self.accelerator.num_processes > 1:
@@ -61,8 +61,8 @@ class AveragedSteps(SplitSteps):
         number = self.state.global_step + 1
         if (broken := nonfinite_parameter(self.model)) is not None:
             raise FloatingPointError(
-                f"{broken!r} is not finite after optimizer step {number}, though its gradient was: the average has "
-                "not moved, and nothing of this step is saved. Go on from the last checkpoint with a lower "
+                f"{broken!r} is not finite after optimizer step {number}, though its gradient was: it is not "
+                "averaged, and nothing of this step is saved. Go on from the last checkpoint with a lower "
                 "learning_rate, and look at adam_epsilon and at the optimizer's precision"
             )
         moved = (self.plan, self.average, self.model, self._last_step)

@@ -349,7 +349,7 @@ class EMACallback(CheckpointedAverage):
         broken = nonfinite_parameter(model)
         if broken is not None:
             raise FloatingPointError(
-                f"parameter {broken!r} is not finite after optimizer step {self._step}; the average stays at its "
+                f"{broken!r} is not finite after optimizer step {self._step}; the average stays at its "
                 f"{self.average.num_updates} updates. Resume from the last checkpoint with a lower learning rate or "
                 "max_grad_norm, and look at this step's batch; EMATrainer can skip such a step (on_nonfinite='skip')."
             )

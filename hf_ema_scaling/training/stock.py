@@ -1,4 +1,4 @@
-"""What `EMACallback` asks of the stock Trainer's loop: batch size, skipped steps, finite weights, what is refused."""
+"""What averages ask of a Trainer's loop, the stock one's above all: batch size, finite weights, what is refused."""
 
 from __future__ import annotations
 

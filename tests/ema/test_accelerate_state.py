@@ -192,6 +192,20 @@ def test_weights_saved_without_safetensors_are_verified_too(tmp_path: Path) -> N
         resumed.accelerator.load_state(str(tmp_path / "3"))
 
 
+def test_objects_of_ones_own_are_verified_before_anything_is_loaded(tmp_path: Path) -> None:
+    loop = Loop()
+    loop.accelerator.register_for_checkpointing(torch.nn.Linear(1, 1))
+    loop.train(0, 1)
+    loop.accelerator.save_state(str(tmp_path / "one"))
+    path = tmp_path / "one" / "custom_checkpoint_0.pkl"
+    path.write_bytes(path.read_bytes()[:-40])
+    loop.train(1, 2)
+    before = loop.bits()
+    with pytest.raises(AverageStateError, match=r"custom_checkpoint_0\.pkl is not readable"):
+        loop.accelerator.load_state(str(tmp_path / "one"))
+    assert tiny.same_bits(loop.bits(), before)
+
+
 def test_a_save_into_an_older_checkpoint_that_ends_early_leaves_no_half_of_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
