@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_ema_scaling.ema import compiled
 from hf_ema_scaling.ema.names import local_shard
 from hf_ema_scaling.ema.sharding import over_shards
 
@@ -53,7 +54,8 @@ class Pairs:
     Where dtypes agree, an update is one multi-tensor call, which on a CPU is a loop without Python in it and runs at
     the speed of memory. Where they differ (float32 shadow, bfloat16 source) sources are cast through one scratch:
     small tensors share it, large ones pass piece by piece, so that the cast is still in the cache when it is used and
-    no temporary grows with the model.
+    no temporary grows with the model. Both are done by one compiled loop where that can be (`ema.compiled`): a CPU,
+    float32 averages, `numba` installed; not a bit of the result depends on it.
 
     Args:
         shadow: Tensors of one device and dtype to update; their dtype is that of the arithmetic and of the result.
@@ -74,6 +76,8 @@ class Pairs:
         self._rounds: list[_Round] | None = None
         self._cut: list[tuple[Tensor, int]] = []
         self._copied: list[tuple[int, int, int]] | None = None
+        self._loop: compiled.Loop | None = None
+        self._looked = False
 
     def lerp_(self, weight: float, *, away: bool = False) -> None:
         """Moves every shadow tensor towards its source in place: `s <- s + weight * (p - s)`.
@@ -95,6 +99,8 @@ class Pairs:
             return
         if weight == 1.0:
             self.copy_()
+        elif (loop := self._compiled()) is not None:
+            loop.lerp_(weight)
         elif not self._mixed:
             torch._foreach_lerp_(self.shadow, self.source, weight)
         else:
@@ -119,6 +125,13 @@ class Pairs:
 
     def _versions(self) -> list[tuple[int, int, int]]:
         return [(s._version, p._version, p.data_ptr()) for s, p in zip(self.shadow, self.source, strict=True)]
+
+    def _compiled(self) -> compiled.Loop | None:
+        if not self._looked or (self._loop is not None and not self._loop.holds()):
+            self._looked = True
+            suits = compiled.suits(self.shadow, self.source)
+            self._loop = compiled.Loop(self.shadow, self.source) if suits else None
+        return self._loop
 
     def _laid_out(self) -> list[_Round]:
         # Pieces are views, and `.data =` may have given a source other storage since they were cut.
