@@ -1,9 +1,10 @@
-"""The update of a float32 average on a CPU as one compiled loop over all its tensors (optional, needs `numba`).
+"""The update of a float32 average by bfloat16 weights on a CPU as one compiled loop (optional, needs `numba`).
 
-PyTorch takes about a microsecond for every tensor of a multi-tensor call on a CPU, starts its threads anew for each,
-and needs a second pass where dtypes differ. Here the addresses of all tensors are laid out once, every thread runs
-over its share of them, and bfloat16 is widened in a register. The arithmetic is that of `torch.lerp`, with the same
-fused multiply-add: what comes out has the same bits.
+PyTorch has no operation that reads bfloat16 and moves float32: it casts into a scratch first, which on a CPU does not
+get faster with threads, and takes a microsecond or more for every tensor. Here the addresses of all tensors are laid
+out once, every thread runs over its share of them, and bfloat16 is widened in a register. The arithmetic is that of
+`torch.lerp`, with the same fused multiply-add: what comes out has the same bits. Where dtypes agree PyTorch's own
+loop is as fast, its threads being awake already.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 
 MIN_ELEMENTS = 1 << 20
 """Elements from which a compiled update is worth the second that compiling it takes."""
-_SOURCE_DTYPES = (torch.float32, torch.bfloat16)
 
 Kernel = Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], float], None]
 
@@ -41,17 +41,16 @@ def available() -> bool:
 
 
 def suits(shadow: Sequence[Tensor], source: Sequence[Tensor]) -> bool:
-    """Whether `Loop` can update these: enough plain dense float32 tensors on a CPU, sources laid out alike.
+    """Whether `Loop` can update these: enough plain dense float32 tensors on a CPU, bfloat16 sources laid out alike.
 
     Args:
         shadow: Tensors to update.
-        source: As many others; float32 or bfloat16, all alike.
+        source: As many others.
     """
     return (
         sum(map(Tensor.numel, shadow)) >= MIN_ELEMENTS
-        and source[0].dtype in _SOURCE_DTYPES
         and all(_plain(tensor, torch.float32) for tensor in shadow)
-        and all(_plain(tensor, source[0].dtype) for tensor in source)
+        and all(_plain(tensor, torch.bfloat16) for tensor in source)
         and all(s.shape == p.shape and s.stride() == p.stride() for s, p in zip(shadow, source, strict=True))
         and available()
     )
@@ -86,7 +85,7 @@ class Loop:
         self._shadow = list(shadow)
         self._source = list(source)
         self._addresses = self._look()
-        self._kernel = kernel(source[0].dtype)
+        self._kernel = kernel()
         self._threads = 0
         self._shares: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
 
@@ -145,12 +144,13 @@ if hasattr(os, "register_at_fork"):
 
 
 @functools.cache
-def kernel(dtype: torch.dtype) -> Kernel:
-    """Compiles the update for sources of this dtype, float32 or bfloat16, once in a process."""
+def kernel() -> Kernel:
+    """Compiles the update, once in a process."""
     # Its own types speak of what its compiler sees, not of what Python does.
     numba, core, extending = (
         cast(Any, importlib.import_module(name)) for name in ("numba", "numba.core", "numba.extending")
     )
+    types = core.types
 
     # `carray` takes an address as a pointer only.
     @extending.intrinsic
@@ -158,23 +158,14 @@ def kernel(dtype: torch.dtype) -> Kernel:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return builder.inttoptr(arguments[0], core.cgutils.voidptr_t)
 
-        return core.types.voidptr(core.types.int64), generate
+        return types.voidptr(types.int64), generate
 
     compiled = functools.partial(numba.njit, nogil=True, fastmath={"contract"}, error_model="numpy")
-    narrow = dtype == torch.bfloat16
-    stored = np.uint16 if narrow else np.float32
 
-    if narrow:
-
-        @compiled
-        def widened(value: Any) -> Any:
-            # bfloat16 is the upper half of float32.
-            return np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
-    else:
-
-        @compiled
-        def widened(value: Any) -> Any:
-            return value
+    @compiled
+    def widened(bits: Any) -> Any:
+        # bfloat16 is the upper half of float32.
+        return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
     def update(shadows: Any, sources: Any, lengths: Any, weight: Any) -> None:
         # `torch.lerp` starts from the end that is nearer, so that a weight near one loses no digits.
@@ -182,7 +173,7 @@ def kernel(dtype: torch.dtype) -> Kernel:
         rest = weight - np.float32(1.0)
         for index in range(len(lengths)):
             shadow = numba.carray(pointer(shadows[index]), (lengths[index],), np.float32)
-            source = numba.carray(pointer(sources[index]), (lengths[index],), stored)
+            source = numba.carray(pointer(sources[index]), (lengths[index],), np.uint16)
             if near:
                 for i in range(lengths[index]):
                     shadow[i] = shadow[i] + weight * (widened(source[i]) - shadow[i])
@@ -191,5 +182,5 @@ def kernel(dtype: torch.dtype) -> Kernel:
                     value = widened(source[i])
                     shadow[i] = value + rest * (value - shadow[i])
 
-    rows = core.types.int64[::1]
-    return cast(Kernel, compiled(core.types.void(rows, rows, rows, core.types.float32))(update))
+    rows = types.int64[::1]
+    return cast(Kernel, compiled(types.void(rows, rows, rows, types.float32))(update))

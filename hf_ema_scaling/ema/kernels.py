@@ -54,8 +54,8 @@ class Pairs:
     Where dtypes agree, an update is one multi-tensor call, which on a CPU is a loop without Python in it and runs at
     the speed of memory. Where they differ (float32 shadow, bfloat16 source) sources are cast through one scratch:
     small tensors share it, large ones pass piece by piece, so that the cast is still in the cache when it is used and
-    no temporary grows with the model. Both are done by one compiled loop where that can be (`ema.compiled`): a CPU,
-    float32 averages, `numba` installed; not a bit of the result depends on it.
+    no temporary grows with the model. With `numba` a CPU needs no cast of bfloat16 (`ema.compiled`); not a bit of the
+    result depends on that.
 
     Args:
         shadow: Tensors of one device and dtype to update; their dtype is that of the arithmetic and of the result.
@@ -99,10 +99,10 @@ class Pairs:
             return
         if weight == 1.0:
             self.copy_()
-        elif (loop := self._compiled()) is not None:
-            loop.lerp_(weight)
         elif not self._mixed:
             torch._foreach_lerp_(self.shadow, self.source, weight)
+        elif (loop := self._compiled()) is not None:
+            loop.lerp_(weight)
         else:
             for shadow, source, cast in self._laid_out():
                 torch._foreach_copy_(cast, source)
