@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -103,6 +104,45 @@ def test_blocks_that_are_compiled_one_by_one(tmp_path: Path) -> None:
     other = WeightAverage(model)
     load_average(tmp_path, model, other)
     assert tiny.same_bits(dict(other.tensors()), dict(average.tensors()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
+def test_generated_code_trains_and_labels_as_plain_code_does() -> None:
+    """Inductor, which reads weights where they lay when it was called: updates and swaps must stay in place."""
+
+    def run(compile_: Any) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        torch.manual_seed(0)
+        model = tiny.bert().eval()  # no dropout: both versions draw alike
+        student = compile_(model)
+        average = WeightAverage(student)
+        teacher = EMATeacher(student, average)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        outputs = []
+        for _ in range(5):
+            student(**INPUTS, labels=torch.tensor([1])).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update(student, 0.8)
+            with torch.no_grad(), average.swapped(student):
+                outputs.append(student(**INPUTS).logits.clone())
+            with torch.no_grad():
+                outputs.append(student(**INPUTS).logits.clone())
+                outputs.append(teacher(**INPUTS).logits.clone())
+        return {name: tensor.clone() for name, tensor in average.tensors().items()}, outputs
+
+    # With gradients and without are two graphs of their own, for training and for evaluation.
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        weights, outputs = run(torch.compile)
+        assert torch._dynamo.utils.counters["inductor"]
+    expected_weights, expected = run(lambda model: model)
+    assert weights.keys() == expected_weights.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected_weights[name], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
+    for averaged, student, labels in zip(outputs[0::3], outputs[1::3], outputs[2::3], strict=True):
+        torch.testing.assert_close(averaged, labels, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(averaged, student, rtol=1e-3)
 
 
 @pytest.mark.slow
