@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import zipfile
 import zlib
 from pathlib import Path
@@ -55,6 +56,12 @@ def flush_names(folder: str | Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def free_at(folder: Path) -> str:
+    """How much room the disk of a folder has, in words for an error message."""
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    return f"{free / 1e9:.1f} GB are free there"
 
 
 def check_zip(path: str | Path) -> None:

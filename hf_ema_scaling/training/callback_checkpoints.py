@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from hf_ema_scaling.ema import EMATeacher, WeightAverage, save_average
+from hf_ema_scaling.ema.durable import free_at
 from hf_ema_scaling.ema.folders import folder_name
 from hf_ema_scaling.ema.storage import OnMissing
 from hf_ema_scaling.scaling import ReferenceClock
@@ -147,10 +148,17 @@ class CheckpointedAverage(TrainerCallback):
 
         Raises:
             FileNotFoundError: The checkpoint is not where Trainer writes checkpoints.
+            OSError, SafetensorError: It could not be written, for example for want of space; a note says from which
+                checkpoint to go on.
         """
         # Where nothing is written the folder need not be known, or visible.
         checkpoint = written_checkpoint(args, state) if args.should_save else Path(str(args.output_dir))
-        self._save(checkpoint, kwargs["model"], state, write=args.should_save)
+        try:
+            self._save(checkpoint, kwargs["model"], state, write=args.should_save)
+        except Exception as error:
+            if args.should_save:
+                error.add_note(self._not_saved(checkpoint))
+            raise
 
     def _save(self, checkpoint: Path, model: nn.Module, state: TrainerState, *, write: bool) -> None:
         # Tells a resume whether this average and the weights it finds there belong together.
@@ -166,6 +174,15 @@ class CheckpointedAverage(TrainerCallback):
             write=write,
         )
         self._saved_step = state.global_step
+
+    def _not_saved(self, checkpoint: Path) -> str:
+        newest = self.newest_checkpoint(checkpoint.parent)
+        found = f"{checkpoint} has the student, but nothing of the average; {free_at(checkpoint)}. "
+        if newest is None:
+            way_out = f"EMACallback(on_missing_average='rebuild') resumes {checkpoint.name} with a new average."
+            return f"{found}No checkpoint is complete: {way_out}"
+        way_out = f"train(resume_from_checkpoint=callback.newest_checkpoint({str(checkpoint.parent)!r}))"
+        return f"{found}{newest.name} is complete: {way_out} continues from it."
 
     def _follow_just_in_time(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module

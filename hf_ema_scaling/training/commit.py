@@ -19,7 +19,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from hf_ema_scaling.ema.durable import flush, flush_names, rename
+from hf_ema_scaling.ema.durable import flush, flush_names, free_at, rename
 from hf_ema_scaling.training.arguments import EMATrainingArguments
 from hf_ema_scaling.training.checkpoints import checkpoint_step, checkpoints_in, faults_of, what_is_missing
 
@@ -101,8 +101,7 @@ def _clear(folder: Path) -> None:
 def _not_saved(folder: Path) -> str:
     complete = (path for path in reversed(checkpoints_in(folder.parent)) if not what_is_missing(path))
     newest = next(complete, None)
-    free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
-    return f"{folder} was not saved and its parts were deleted; {free / 1e9:.1f} GB are free there. " + (
+    return f"{folder} was not saved and its parts were deleted; {free_at(folder.parent)}. " + (
         "No earlier checkpoint is complete."
         if newest is None
         else f"{newest.name} is complete: train(resume_from_checkpoint=True) continues from it."

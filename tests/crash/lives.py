@@ -104,7 +104,7 @@ class Diary(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step + 1 == self.command.get("limit_files_in"):
-            limit_files(self.command["limit"])
+            other_lives.limit_files(self.command["limit"])
         if state.global_step + 1 == self.command.get("sigterm_in"):
             self._tell()
 
@@ -133,11 +133,6 @@ class Rows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return dict(self.rows[index])
-
-
-def limit_files(size: int) -> None:
-    """Files can grow to `size` bytes; writing more fails as on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 DATA = {
@@ -190,7 +185,7 @@ def live(command: dict[str, Any]) -> None:
     if kind == "trainer":
         trainers_life(folder, command)
     elif kind == "callback":
-        other_lives.callback_life(folder)
+        other_lives.callback_life(folder, command)
     elif kind == "loop":
         other_lives.loop_life(folder)
     elif kind == "overwriting":
@@ -219,7 +214,7 @@ def trainers_life(folder: Path, command: dict[str, Any]) -> None:
     def save_rng_state(output_dir: str) -> None:
         whole(output_dir)
         if made.state.global_step == command.get("limit_before_commit_of"):
-            limit_files(100)  # Trainer's state is smaller than what is written before it
+            other_lives.limit_files(100)  # Trainer's state is smaller than what is written before it
         if made.state.global_step == command.get("sigterm_while_saving"):
             os.kill(os.getpid(), signal.SIGTERM)
 

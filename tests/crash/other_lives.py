@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import random
+import resource
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +38,11 @@ def seed(resumed: bool) -> None:
     torch.manual_seed(99 if resumed else 0)
 
 
+def limit_files(size: int) -> None:
+    """Files can grow to `size` bytes; writing more fails as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
 # ---- EMACallback
 
 
@@ -56,7 +62,22 @@ class Steps(TrainerCallback):
         self.rows = []
 
 
-def callback_life(folder: Path) -> None:
+class FullDisk(TrainerCallback):
+    """Limits files in an optimizer step, or when Trainer has written its part of a checkpoint."""
+
+    def __init__(self, command: dict[str, Any]) -> None:
+        self.command = command
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step + 1 == self.command.get("limit_files_in"):
+            limit_files(self.command["limit"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.command.get("limit_average_of"):
+            limit_files(self.command["limit"])
+
+
+def callback_life(folder: Path, command: dict[str, Any]) -> None:
     average = EMACallback(0.9, reference_batch_size=4)
     checkpoint = average.newest_checkpoint(folder)
     seed(checkpoint is not None)
@@ -78,7 +99,7 @@ def callback_life(folder: Path) -> None:
         model,
         stock_runs.arguments(folder, **changes),
         train_dataset=stock_runs.Sentences(),
-        callbacks=[average, Steps(folder.with_suffix(".drawn"), model)],
+        callbacks=[FullDisk(command), average, Steps(folder.with_suffix(".drawn"), model)],
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 

@@ -22,6 +22,47 @@ def survivor(folder: Path) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def assert_same_end(folder: Path, reference: Path, whole: dict[str, bytes]) -> None:
+    ours = files(folder / f"checkpoint-{STEPS}")
+    assert ours.keys() == whole.keys()
+    for name, content in whole.items():
+        if name == "trainer_state.json":
+            assert trainer_state(ours[name], STEPS) == trainer_state(content, STEPS)
+        elif name != "training_args.bin":  # holds the folder
+            assert ours[name] == content, name
+    assert json.loads(ours["ema/ema_state.json"])["num_updates"] == STEPS
+    assert_same_draws(folder, reference)
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [
+        pytest.param("config.json", marks=pytest.mark.slow),
+        pytest.param("model.safetensors", marks=pytest.mark.slow),
+        "optimizer.pt",
+        "ema/config.json",
+        "ema/model.safetensors",
+    ],
+)
+def test_a_full_disk_loses_no_earlier_checkpoint(lives: Lives, tmp_path: Path, fails: str) -> None:
+    reference, folder = tmp_path / "reference", tmp_path / "run"
+    assert lives.live(reference, kind="callback") == 0, log(reference)
+    whole = files(reference / f"checkpoint-{STEPS}")
+    of_average = fails.startswith("ema/")
+    when = "limit_average_of" if of_average else "limit_files_in"
+    assert lives.live(folder, kind="callback", **{when: 6, "limit": len(whole[fails]) - 1}) == 1, log(folder)
+    errors = log(folder)
+    assert "File too large" in errors or fails == "optimizer.pt"  # of which torch says "iostream error"
+    assert ("checkpoint-6 has the student, but nothing of the average" in errors) == of_average
+    assert ("checkpoint-3 is complete: train(resume_from_checkpoint=" in errors) == of_average
+    # Whatever Trainer has left of the new one, the older one is whole, and found.
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    assert not any(path.name.startswith((".", "ema")) for path in (folder / "checkpoint-6").iterdir())
+    assert survivor(folder) == 3
+    assert lives.live(folder, kind="callback") == 0, log(folder)
+    assert_same_end(folder, reference, whole)
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_a_run_with_the_callback_goes_on_as_if_nothing_had_happened(
     lives: Lives, tmp_path: Path
@@ -53,14 +94,6 @@ def test_killed_at_any_moment_a_run_with_the_callback_goes_on_as_if_nothing_had_
             kills.append(how)
             survived.append(survivor(folder))
             assert lives.live(folder, kind="callback") == 0, log(folder)
-        ours = files(folder / f"checkpoint-{STEPS}")
-        assert ours.keys() == whole.keys()
-        for name, content in whole.items():
-            if name == "trainer_state.json":
-                assert trainer_state(ours[name], STEPS) == trainer_state(content, STEPS)
-            elif name != "training_args.bin":  # holds the folder
-                assert ours[name] == content, name
-        assert json.loads(ours["ema/ema_state.json"])["num_updates"] == STEPS
-        assert_same_draws(folder, reference)
+        assert_same_end(folder, reference, whole)
     print(f"{len(kills)} kills {kills}, resumed from {survived}")
     assert len(kills) >= 6 and len(set(survived)) >= 3, (kills, survived)
