@@ -13,6 +13,8 @@ pytest.importorskip("espeakng_loader")
 pytest.importorskip("matplotlib")
 
 import tiny
+from hub.conftest import hub as loopback_hub  # noqa: F401 - a fixture
+from hub.loopback import Hub
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from typer.testing import CliRunner
@@ -21,6 +23,7 @@ from hf_ema_scaling import demo
 from hf_ema_scaling.cli import main
 from hf_ema_scaling.data.synthetic import SyntheticCorpusConfig
 from hf_ema_scaling.demo import arms, run
+from hf_ema_scaling.hub import push
 
 CORPUS = SyntheticCorpusConfig(
     labelled_minutes=0.3, unlabelled_minutes=0.5, evaluation_minutes=0.2, labelled_voices=3, unlabelled_voices=4
@@ -106,7 +109,8 @@ def test_arms_start_from_the_weights_and_the_average_of_one_labelled_phase(runs:
 def test_json_is_one_object_and_the_ablation_leaves_the_momentum_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "SyntheticCorpusConfig", lambda seed: dataclasses.replace(CORPUS, seed=seed))
+    for module in (run, arms):
+        monkeypatch.setattr(module, "SyntheticCorpusConfig", lambda seed: dataclasses.replace(CORPUS, seed=seed))
     options = ["--arms", "labelled", "--steps", str(STEPS), "--kappa", "8", "--no-scale-ema", "--json"]
     done = CliRunner().invoke(main, ["demo", *options, "--output-dir", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
@@ -118,6 +122,29 @@ def test_json_is_one_object_and_the_ablation_leaves_the_momentum_alone(
     scaled = [row for row in logs if row.get("ema/kappa") == 8.0]
     assert scaled
     assert [row["ema/momentum"] for row in scaled] == pytest.approx([demo.DemoConfig().ema_momentum] * len(scaled))
+    record = json.loads((tmp_path / "run" / "labelled" / "run.json").read_text())
+    words = "demo --arms labelled --seed 0 --kappa 8 --no-scale-ema --steps 20"
+    assert " ".join(record["command"]) == f"hf-ema-scaling {words}" and "unlabelled" not in record["data"]
+
+
+@pytest.mark.slow
+def test_an_arm_is_pushed_with_a_whole_card(
+    runs: tuple[Path, dict[str, Any]],
+    loopback_hub: Hub,  # noqa: F811
+) -> None:
+    folder, summary = runs
+    push(folder / "pseudo", "tester/demo")
+    files = loopback_hub.files("tester/demo")
+    card = files["README.md"].decode()
+    assert {"run.json", "scaling_plan.json", "metrics.json", "ledger.json"} <= files.keys()
+    assert "| kappa | 1 | 1 | 8 |" in card and "automatic-speech-recognition" in card
+    rho = CONFIG.ema_momentum
+    assert f"| EMA momentum | {rho} | {rho} | {rho**8:.7g} |" in card and "half-life of 733.798 samples" in card
+    scored = summary["arms"]["pseudo"]
+    assert f"| evaluation set | WER | {scored['average_wer']:.4f} | {scored['student_wer']:.4f} |" in card
+    assert "- unlabelled: the same, 0.5 minutes by other voices" in card
+    # No command makes this corpus.
+    assert "The command was not recorded." in card and '"speech"' not in card
 
 
 def test_the_command_names_what_is_in_the_way(tmp_path: Path) -> None:

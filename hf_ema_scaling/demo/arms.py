@@ -6,7 +6,7 @@ import string
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from hf_ema_scaling.training.flow import StopAt
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 from hf_ema_scaling.training.process import peak_memory, prepare_process
 from hf_ema_scaling.training.progress import step_values
+from hf_ema_scaling.training.run_record import own_record
 
 ARMS = ("labelled", "pseudo", "topline")
 LABELLED_PHASE = "labelled_phase"
@@ -205,6 +206,28 @@ def build_model(config: DemoConfig, processor: Any, seed: int) -> ParakeetForCTC
     )
 
 
+def run_record(job: ArmJob) -> dict[str, Any]:
+    """What `run.json` of an arm says: the command that trains it again, and on what speech."""
+    corpus = job.corpus
+    sets = {
+        "labelled": f"synthetic speech (eSpeak NG), {corpus.labelled_minutes:g} minutes in a quiet room",
+        "unlabelled": f"the same, {corpus.unlabelled_minutes:g} minutes by other voices in noise of any strength",
+        "evaluation": f"the same, {corpus.evaluation_minutes:g} minutes by further voices in such noise",
+    }
+    if job.name not in ("pseudo", "topline"):
+        del sets["unlabelled"]
+    arm = "labelled" if job.name == LABELLED_PHASE else job.name
+    words = ["hf-ema-scaling", "demo", "--arms", arm, "--seed", str(job.seed)]
+    words += ["--kappa", f"{job.kappa:g}"] if job.kappa != 1 else []
+    words += [] if job.scale_ema else ["--no-scale-ema"]
+    words += ["--steps", str(job.config.steps)] if job.config.steps != DemoConfig().steps else []
+    # Other recipes and corpora are of programs that call `run_demo`, and no command makes them.
+    ours = job.config == DemoConfig().of_length(job.config.steps) and corpus == SyntheticCorpusConfig(seed=job.seed)
+    record = own_record({}, None, 1, command=words if ours else ())
+    settings = {"seed": job.seed, "kappa": job.kappa, **asdict(job.config)}
+    return {**record, "data": sets, "settings": settings, "preparation": ['pip install -e ".[demo,report]"']}
+
+
 class ToplineTrainer(PseudoLabelTrainer):
     """The pseudo-label trainer with the true labels in the place of the teacher's: the most that labels can give.
 
@@ -331,6 +354,7 @@ def build_trainer(job: ArmJob, data: DemoData, callbacks: list[TrainerCallback])
         shared["references"] = data.references
     trainer = builders.get(job.name, EMATrainer)(**shared)
     progress.trainer = trainer
+    trainer.run_record = run_record(job)
     # The demo's own lines and bars take their place.
     trainer.pop_callback(PrinterCallback)
     return trainer

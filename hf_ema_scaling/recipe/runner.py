@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping
 
 from hf_ema_scaling.hub.results import COLUMNS, KEY
-from hf_ema_scaling.recipe.record import write_run_record
+from hf_ema_scaling.recipe.record import run_record
 from hf_ema_scaling.training.mixin import EMATrainerMixin
-from hf_ema_scaling.training.publishing import write_plan, write_records
+from hf_ema_scaling.training.records import write_records
 
 
 def run(trainer: EMATrainerMixin) -> dict[str, float]:
@@ -25,8 +25,7 @@ def run(trainer: EMATrainerMixin) -> dict[str, float]:
     args, main = trainer.args, trainer.is_world_process_zero()
     if main:
         print(trainer.plan.explain(), flush=True)
-        # Now too, for reports on runs that are not at their end.
-        write_plan(trainer)
+    trainer.run_record = run_record(sys.argv, trainer.accelerator.num_processes)
     resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
     metrics: dict[str, float] = dict(trainer.train(resume).metrics)
     metrics["optimizer_steps"] = trainer.state.global_step
@@ -34,11 +33,11 @@ def run(trainer: EMATrainerMixin) -> dict[str, float]:
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
     if main:
-        write_records(trainer, metrics)
-        write_run_record(args.output_dir, sys.argv, trainer.accelerator.num_processes)
         print(results_table(metrics), flush=True)
     trainer.save_state()
     trainer.save_model()
+    if main:
+        write_records(trainer, metrics)
     return metrics
 
 

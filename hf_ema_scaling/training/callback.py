@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_before_labelling
 from hf_ema_scaling.ema.export import export_average
@@ -31,6 +32,9 @@ from hf_ema_scaling.training.stock import (
     nonfinite_parameter,
     refuse_unsupported,
 )
+from hf_ema_scaling.training.stock_records import stock_plan, write_stock_metrics, write_stock_start
+
+logger = logging.get_logger(__name__)
 
 _DUST = 1e-9
 
@@ -58,6 +62,10 @@ class EMACallback(CheckpointedAverage):
     Just-in-time checkpoints and the checkpoints in the trial folders of a hyper-parameter search have it too; with
     `enable_jit_checkpoint` the workers that load training data survive a SIGTERM to the whole process group. After a
     crash, `train(resume_from_checkpoint=average.newest_checkpoint(output_dir))` goes on from the newest complete one.
+
+    For the model card of `hf-ema-scaling push`, the run's `scaling_plan.json`, `run.json` and `metrics.json` are
+    written into `output_dir` (by a callback without a `name`). To have the average's scores there, evaluate it after
+    training: `with callback.averaged_weights(): trainer.evaluate(metric_key_prefix="eval_ema")`.
 
     Several averages of one run: give each callback but one a `name`, and so a folder `ema-<name>`; each resumes,
     exports and teaches on its own.
@@ -151,6 +159,7 @@ class EMACallback(CheckpointedAverage):
         self._skip_watch = SkipWatch()
         self._alive = False
         self._watch: LivenessWatch | None = None
+        self._recorded = False
 
     def __repr__(self) -> str:
         name = "" if self.name is None else f", name={self.name!r}"
@@ -310,6 +319,21 @@ class EMACallback(CheckpointedAverage):
                 raise
         elif attempt:
             self._restart()
+        self._write_start(args, state, kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notes that the run came to its end, and writes its metrics for a model card."""
+        super().on_train_end(args, state, control, **kwargs)
+        self._write_metrics(args, state)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Writes the metrics of an evaluation after training, of the average's too (prefix `eval_ema`)."""
+        if self._average is not None and not self._running:
+            self._write_metrics(args, state)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -376,6 +400,36 @@ class EMACallback(CheckpointedAverage):
         if self._teacher is None:
             self._teacher = EMATeacher(self._student, self._average, factory=self.teacher_factory)
         return True
+
+    def _write_start(self, args: TrainingArguments, state: TrainerState, run: Mapping[str, Any]) -> None:
+        """Plan and start of the run; a model card is worth no error."""
+        self._recorded = False
+        # Only one average of a run is pushed, and the folders of a search's trials are not known here.
+        if self.name is not None or not args.should_save or state.is_hyper_param_search:
+            return
+        try:
+            plan = stock_plan(
+                args,
+                run["optimizer"],
+                steps=state.max_steps,
+                units=self._units,
+                momentum=self.momentum,
+                reference_batch_size=self.reference_batch_size,
+                ema_start=self.ema_start,
+            )
+            write_stock_start(args, plan, **run)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            logger.warning(f"EMACallback writes no plan of this run, so its model card will have none: {error}")
+            return
+        self._recorded = True
+
+    def _write_metrics(self, args: TrainingArguments, state: TrainerState) -> None:
+        if not self._recorded or not args.should_save:
+            return
+        try:
+            write_stock_metrics(args, state, state.max_steps * self.kappa)
+        except OSError as error:
+            logger.warning(f"EMACallback could not write the metrics of this run: {error}")
 
     def _refresh_teacher(self) -> None:
         if self._teacher is not None:

@@ -27,6 +27,7 @@ from hf_ema_scaling.training.flow import AverageUpdate, ReferenceFlow
 from hf_ema_scaling.training.losses import ExampleLoss
 from hf_ema_scaling.training.progress import show_scaling
 from hf_ema_scaling.training.publishing import push_checkpoint, push_trained
+from hf_ema_scaling.training.records import KeepRecords
 from hf_ema_scaling.training.run_state import run_state_to_resume
 from hf_ema_scaling.training.saved_run import SavedRun
 from hf_ema_scaling.training.scheduler import PlanScheduler
@@ -67,6 +68,7 @@ class EMATrainerMixin(SavedRun):
         take_over_just_in_time(self)
         show_scaling(self)
         self.callback_handler.callbacks[:0] = [ReferenceFlow(self), AverageUpdate(self), self._sigterm]
+        self.add_callback(KeepRecords(self))
         self.layout = self._lay_out(None) if self.train_dataset is not None else None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,8 +16,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 
 from hf_ema_scaling.hub.details import CardDetails, is_repo_id
 from hf_ema_scaling.hub.push import prepare, prepare_mirror
-from hf_ema_scaling.hub.run_folder import METRICS_NAME, PLAN_NAME
-from hf_ema_scaling.training.tracking import scalar_logs
+from hf_ema_scaling.training.records import write_records, write_start
 
 if TYPE_CHECKING:
     from hf_ema_scaling.training.mixin import EMATrainerMixin
@@ -86,7 +83,7 @@ def push_checkpoint(trainer: EMATrainerMixin, checkpoint: str) -> None:
     state = trainer.state
     steps = args.save_strategy == SaveStrategy.STEPS
     message = f"Training in progress, {f'step {state.global_step}' if steps else f'epoch {int(state.epoch or 0)}'}"
-    write_plan(trainer)
+    write_start(trainer)
     # A checkpoint is never written to again, but may be deleted before it is pushed: hard links outlive that.
     common: dict[str, Any] = {
         "revision": args.hub_revision,
@@ -110,48 +107,6 @@ def push_checkpoint(trainer: EMATrainerMixin, checkpoint: str) -> None:
         trainer.push_in_progress = PushInProgress(futures)  # type: ignore[arg-type]
     else:
         busy.jobs.extend(futures)
-
-
-def write_records(trainer: EMATrainerMixin, metrics: Mapping[str, float] | None = None) -> None:
-    """`scaling_plan.json` and `metrics.json` into `output_dir`; to be called on the main process.
-
-    Args:
-        trainer: the trainer.
-        metrics: values by name; None for those in the trainer's log that are of the weights it holds.
-    """
-    write_plan(trainer)
-    metrics = logged_metrics(trainer) if metrics is None else metrics
-    # JSON knows neither NaN nor infinity.
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in scalar_logs(dict(metrics)).items()
-    }
-    _write(trainer, METRICS_NAME, finite)
-
-
-def write_plan(trainer: EMATrainerMixin) -> None:
-    """`scaling_plan.json` into `output_dir`."""
-    _write(trainer, PLAN_NAME, trainer.plan.to_dict())
-
-
-def logged_metrics(trainer: EMATrainerMixin) -> dict[str, float]:
-    """The last evaluation of the weights that the trainer holds, what `train()` returned, and the steps done."""
-    state, history = trainer.state, trainer.state.log_history
-    ended = max((place for place, entry in enumerate(history) if "train_runtime" in entry), default=-1)
-    found = [entry for entry in history[ended + 1 :] if ended >= 0]
-    if not any(key.startswith("eval_") for entry in found for key in entry):
-        best = state.best_global_step if trainer.args.load_best_model_at_end else None
-        found = [entry for entry in history if entry.get("step") == (best or state.global_step)]
-    scored = {key: value for entry in found for key, value in entry.items() if key.startswith("eval_")}
-    trained = {} if ended < 0 else {k: v for k, v in history[ended].items() if k not in ("step", "epoch")}
-    done = {"optimizer_steps": state.global_step, "reference_steps": trainer.plan.recipe.max_steps}
-    return {**trained, **done, **scored}
-
-
-def _write(trainer: EMATrainerMixin, name: str, content: Mapping[str, Any]) -> None:
-    folder = Path(str(trainer.args.output_dir))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _repo(trainer: EMATrainerMixin) -> str:

@@ -15,6 +15,7 @@ from hf_ema_scaling.training.averaged_steps import AveragedSteps
 from hf_ema_scaling.training.checkpoints import restored_average
 from hf_ema_scaling.training.commit import committed
 from hf_ema_scaling.training.evaluation import BothWeightsEvaluation
+from hf_ema_scaling.training.records import write_records
 from hf_ema_scaling.training.run_state import RunState
 from hf_ema_scaling.training.sharded import check_optimizer_state
 from hf_ema_scaling.training.streaming import save_places
@@ -24,11 +25,17 @@ from hf_ema_scaling.training.student_files import student_checksums
 class SavedRun(BothWeightsEvaluation, AveragedSteps):
     """Saves student and average of `AveragedSteps` side by side, and resumes from what it saved."""
 
+    run_record: dict[str, Any] | None = None
+    """What `run.json` is to hold; None for what the trainer knows of how the program was started."""
     resume_random_state = True
     """Whether a resumed run draws the dropout masks of the run that was interrupted; False draws others."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The student at the root of `output_dir`, the average in `ema/`; both before any push."""
+        """The student at the root of `output_dir`, the average in `ema/`; both before any push.
+
+        Plan, metrics and `run.json` lie beside them, so that `hf-ema-scaling push` knows them; in a checkpoint, those
+        of the run's folder count.
+        """
         with self._as_student():
             super().save_model(output_dir, _internal_call=True)
         if self.average is not None:
@@ -37,6 +44,8 @@ class SavedRun(BothWeightsEvaluation, AveragedSteps):
                 state.student = student_checksums(folder)
             saved: dict[str, Any] = {"state": state.to_dict(), "processing_class": self.processing_class}
             save_average(folder / "ema", self.model, self.average, write=self.args.should_save, **saved)
+            if self.args.should_save and not _internal_call:
+                write_records(self, folder=folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

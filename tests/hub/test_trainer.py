@@ -16,7 +16,7 @@ from safetensors.torch import load
 from transformers import TrainerCallback
 
 from hf_ema_scaling.hub import CardDetails, PushError, push
-from hf_ema_scaling.training.publishing import logged_metrics
+from hf_ema_scaling.training.records import logged_metrics
 
 NAME = "tester/run"
 PLAIN = {"kappa": None, "small_batch_until": None}
@@ -243,15 +243,15 @@ def test_metrics_are_those_of_the_weights(tmp_path: Path) -> None:
     made = speech_trainer(tmp_path / "run", **PLAIN)
     made.train()
     made.state.log_history.insert(0, {"eval_loss": 1.0, "step": 3})
-    metrics = logged_metrics(made)
+    metrics = logged_metrics(made.state, 4)
     assert "eval_loss" not in metrics  # step 3 of 4
     assert metrics["optimizer_steps"] == metrics["reference_steps"] == 4 and "train_loss" in metrics
     expected = {key: value for key, value in made.evaluate().items() if key.startswith("eval_")}
-    assert expected.items() <= logged_metrics(made).items()
-    made.args.load_best_model_at_end, made.state.best_global_step = True, 3
-    assert logged_metrics(made)["eval_loss"] == expected["eval_loss"]  # measured after training
+    assert expected.items() <= logged_metrics(made.state, 4).items()
+    made.state.best_global_step = 3
+    assert logged_metrics(made.state, 4, best=True)["eval_loss"] == expected["eval_loss"]  # measured after training
     made.state.log_history.pop()
-    assert logged_metrics(made)["eval_loss"] == 1.0
+    assert logged_metrics(made.state, 4, best=True)["eval_loss"] == 1.0
 
 
 def test_hub_weights_are_one_of_two(tmp_path: Path) -> None:

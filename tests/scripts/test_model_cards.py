@@ -17,8 +17,8 @@ from hub.conftest import speech_trainer
 
 from hf_ema_scaling.hub import CardDetails
 from hf_ema_scaling.hub.model_card import TAGS
-from hf_ema_scaling.recipe.record import write_run_record
-from hf_ema_scaling.training.publishing import write_plan, write_records
+from hf_ema_scaling.recipe.record import run_record
+from hf_ema_scaling.training.records import write_json
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 FIGURES = {"metrics": ("eval_loss",)}
@@ -71,13 +71,11 @@ def run(tmp_path: Path) -> Path:
     made.evaluate()
     made.save_model()
     made.save_state()
-    write_plan(made)
-    write_records(made)
     return folder
 
 
 def test_a_card_is_made_of_a_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_run_record(run, ["recipes/asr_ctc.py", "--output_dir", "runs/tiny"], 1)
+    write_json(run, "run.json", run_record(["recipes/asr_ctc.py", "--output_dir", "runs/tiny"], 1))
     details = CardDetails(title="tiny", license="mit")
     monkeypatch.setitem(script.MODELS, "tiny", script.Card("runs/tiny", details, FIGURES))
     (run / "old.png").write_bytes(b"not to be shown")
@@ -98,7 +96,7 @@ def test_a_card_is_made_of_a_run(run: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_paths_of_a_machine_are_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_run_record(run, ["recipes/asr_ctc.py", "--labelled", "/home/ann/a.jsonl"], 1)
+    write_json(run, "run.json", run_record(["recipes/asr_ctc.py", "--labelled", "/home/ann/a.jsonl"], 1))
     monkeypatch.setitem(
         script.MODELS,
         "tiny",

@@ -221,7 +221,7 @@ def test_rotation_takes_the_average_along_and_keeps_its_order(tmp_path: Path) ->
     average = callback()
     with pytest.warns(UserWarning, match="save_total_limit=1: .* Keep at least two"):
         trainer(average, tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1).train()
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-6"]
     assert (tmp_path / "checkpoint-6" / "ema" / "ema_state.json").is_file()
 
 

@@ -282,7 +282,7 @@ def test_an_incomplete_checkpoint_takes_no_complete_ones_place(
     (tmp_path / "checkpoint-3").mkdir()  # earlier, and not
     made.train(resume_from_checkpoint=True)
     kept = ["checkpoint-4", "checkpoint-5"][-limit:]
-    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == kept
     assert all(what_is_missing(tmp_path / name) == [] for name in kept)
 
 
@@ -291,13 +291,17 @@ def test_of_checkpoints_that_are_models_only_none_is_deleted_as_incomplete(
 ) -> None:
     gone("optimizer.pt")(copied(whole, tmp_path, 6))
     run(tmp_path, max_steps=5, save_total_limit=4, save_only_model=True).train()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in (2, 4, 5, 6)]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
+        f"checkpoint-{step}" for step in (2, 4, 5, 6)
+    ]
 
 
 def test_without_a_limit_nothing_is_deleted(whole: tuple[Any, Path], tmp_path: Path) -> None:
     cut("optimizer.pt")(copied(whole, tmp_path, 2, 6))
     run(tmp_path, init=7, max_steps=5).train(resume_from_checkpoint=True)
-    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in (2, 4, 5, 6)}
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+        f"checkpoint-{step}" for step in (2, 4, 5, 6)
+    }
 
 
 def test_an_error_while_saving_leaves_no_part_and_says_what_is_left(
@@ -317,7 +321,7 @@ def test_an_error_while_saving_leaves_no_part_and_says_what_is_left(
     note = error.value.__notes__[0]
     assert f"{tmp_path / 'checkpoint-4'} was not saved and its parts were deleted; " in note and " GB are free" in note
     assert "checkpoint-2 is complete: train(resume_from_checkpoint=True) continues from it." in note
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-2"]
     assert "save_to_json" not in vars(made.state)
 
 
