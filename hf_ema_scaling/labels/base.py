@@ -75,6 +75,23 @@ class MakesTargets(Protocol):
 
 
 @runtime_checkable
+class ReadsLabelledRows(Protocol):
+    """A labeler for whom the inputs of a labelled row are not those of the same row without its label."""
+
+    def as_unlabelled(self, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """What the rows would be if nobody had labelled them, and their labels.
+
+        Args:
+            inputs: collated, padded inputs of labelled rows, without `labels`.
+            labels: theirs.
+
+        Returns:
+            Inputs for `label`, and labels, padded with negative ids, to compare with what it gives.
+        """
+        ...
+
+
+@runtime_checkable
 class LabelsByPosition(Protocol):
     """A labeler that draws random numbers: they belong to an item's place in the stream, not to a batch."""
 

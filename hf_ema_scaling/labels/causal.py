@@ -130,6 +130,34 @@ class CausalLMLabeler:
             for prompt, (tokens, ended), likelihood in zip(prompts, ends, likelihoods, strict=True)
         ]
 
+    def as_unlabelled(self, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Prompts without their completions, and these: the teacher must not see what it is to say.
+
+        A prompt is what comes before the first token with a label, at least one token, as nothing predicts the first.
+        Of rows with several turns the first completion counts. A row without labels is all prompt.
+
+        Args:
+            inputs: `input_ids` and where rows differ in length `attention_mask`.
+            labels: int64 `(rows, tokens)`, -100 on prompts and padding.
+
+        Raises:
+            ValueError: as `prompts_of`.
+        """
+        prompts, completions = [], []
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        targets_of = [row[kept].tolist() for row, kept in zip(labels, mask, strict=True)]
+        for ids, targets in zip(prompts_of(inputs), targets_of, strict=True):
+            start = next((place for place, target in enumerate(targets) if place and target >= 0), len(ids))
+            end = next((place for place in range(start, len(ids)) if targets[place] < 0), len(ids))
+            prompts.append(ids[:start])
+            completions.append(targets[start:end])
+        device = labels.device
+        found = {
+            "input_ids": padded(prompts, self.eos_ids[0], device),
+            "attention_mask": padded([[1] * len(prompt) for prompt in prompts], 0, device),
+        }
+        return found, padded(completions, -100, device)
+
     def with_targets(self, inputs: Mapping[str, Tensor], labels: Sequence[PseudoLabel]) -> dict[str, Tensor]:
         """The student's inputs: prompt and label one after the other, padded on the right, the prompt masked.
 

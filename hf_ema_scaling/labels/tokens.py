@@ -109,6 +109,18 @@ class TokenLabeler:
             scores={"min_confidence": min(confidences), "masked": 1 - sum(sure) / len(sure)},
         )
 
+    def as_unlabelled(self, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The inputs with `word_ids`, which labelled rows come without: each token with a label begins a word.
+
+        With `label_all_tokens` that makes a word of every labelled token, and so a count of tokens.
+
+        Args:
+            inputs: as for `label`, but for `word_ids`.
+            labels: int64 `(rows, tokens)`, -100 where a token has none.
+        """
+        labelled = labels >= 0
+        return {**inputs, WORD_IDS: (labelled.cumsum(-1) - 1).masked_fill(~labelled, -1)}, labels
+
     def with_targets(self, inputs: Mapping[str, Tensor], labels: Sequence[PseudoLabel]) -> dict[str, Tensor]:
         """The student's inputs with `labels` in them.
 

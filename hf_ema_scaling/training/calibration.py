@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hf_ema_scaling.data.collator import pad_labels
 from hf_ema_scaling.labels.agreement import errors
-from hf_ema_scaling.labels.base import Labeler, LabelKind, MakesTargets, PseudoLabel
+from hf_ema_scaling.labels.base import Labeler, LabelKind, MakesTargets, PseudoLabel, ReadsLabelledRows
+from hf_ema_scaling.labels.two_views import inner_labeler
 
 BINS = 10
 """Bins of confidence, of equal width."""
@@ -24,8 +25,8 @@ def chosen_rows(available: int, wanted: int) -> list[int]:
 
 
 def calibration(
-    batches: Iterable[Mapping[str, Tensor]],
-    label: Callable[[Mapping[str, Tensor]], list[PseudoLabel]],
+    batches: Iterable[tuple[Sequence[int], Mapping[str, Tensor]]],
+    label: Callable[[Mapping[str, Tensor], Sequence[int]], list[PseudoLabel]],
     labeler: Labeler,
     total: Callable[[Tensor], Tensor],
     kind: LabelKind | None = None,
@@ -33,8 +34,9 @@ def calibration(
     """Labels labelled rows and compares.
 
     Args:
-        batches: collated labelled rows of this process, with their `labels`, on the CPU.
-        label: labels inputs, by the teacher.
+        batches: row numbers, and collated labelled rows of this process, with their `labels`, on the CPU.
+        label: labels inputs, as `labeler` has them of unlabelled rows, by the teacher. A labeler that draws does so by
+            the row number, so that the split into batches and processes changes nothing.
         labeler: makes targets of labels, as in training.
         total: sums a float64 vector over the processes.
         kind: what labels say; not numbers, which have no accuracy.
@@ -48,10 +50,12 @@ def calibration(
     """
     edits, lengths = 0.0, 0.0
     bins: NDArray[np.float64] = np.zeros((BINS, 3))
-    for batch in batches:
+    for rows, batch in batches:
         inputs = dict(batch)
         gold = inputs.pop("labels")
-        labels = label(inputs)
+        if isinstance(reader := inner_labeler(labeler), ReadsLabelledRows):
+            inputs, gold = reader.as_unlabelled(inputs, gold)
+        labels = label(inputs, rows)
         targets = _targets(labeler, inputs, labels)
         for one, (wrong, size) in zip(labels, _wrong(labels, targets, gold, kind), strict=True):
             edits, lengths = edits + wrong, lengths + size
@@ -59,11 +63,11 @@ def calibration(
             bins[min(int(one.confidence * BINS), BINS - 1)] += (1.0, one.confidence, accuracy)
     sums = total(torch.tensor([edits, lengths, *bins.flatten()], dtype=torch.float64)).numpy()
     (edits, lengths), bins = sums[:2], sums[2:].reshape(BINS, 3)
-    rows = bins[:, 0].sum()
-    if rows == 0 or lengths == 0:
+    judged = bins[:, 0].sum()
+    if judged == 0 or lengths == 0:
         return {}
     gaps = np.abs(bins[:, 1] - bins[:, 2]).sum()
-    return {"calibration/error": float(edits / lengths), "calibration/ece": float(gaps / rows)}
+    return {"calibration/error": float(edits / lengths), "calibration/ece": float(gaps / judged)}
 
 
 def _targets(labeler: Labeler, inputs: Mapping[str, Tensor], labels: Sequence[PseudoLabel]) -> Tensor:

@@ -20,10 +20,14 @@ LEAST_ROWS = 50
 """Windows are joined until they hold so many unlabelled rows: fewer say nothing."""
 EMPTY_SHARE, EMPTY_RISE = 0.5, 0.25
 BLANK_APPROACH = 0.9
-DISTINCT_SHARE, DISTINCT_NUMBER = 0.25, 0.5
+DISTINCT_SHARE, DISTINCT_NUMBER, LEAST_DISTINCT = 0.25, 0.5, 20
 KL_SHARE, KL_FLOOR = 0.8, 0.5
 MINORITY_SHARE, LEAST_MINORITY = 0.1, 20
 SPREAD_SHARE = 0.1
+COUNTED = {"pseudo/minority": "targets", "pseudo/yes": "yes_rows", "pseudo/no": "no_rows"}
+"""Shares that are judged against labelled data, and the name of what they are shares of."""
+LEAST_TARGETS = 20
+"""Frequencies of fewer tokens or classes are not compared: a single one is always all of them."""
 LABELLESS_ROWS = 1000
 """After so many rows, over all processes, the guard asks whether any of their labels was kept."""
 LENGTH_FACTOR = 3.0
@@ -61,19 +65,24 @@ def signs_of_collapse(now: Mapping[str, float], healthy: Mapping[str, float] | N
       class looks like however skewed the data are. It takes as many labels as hold `LEAST_MINORITY` others in
       labelled data (`targets`; the guard joins windows until there are), for then chance alone does not do it: to see
       2 where 20 are expected has a probability below 1e-6.
+    - several classes: the share of labels that have any class (`pseudo/yes`), or of those that lack any (`pseudo/no`),
+      is below `MINORITY_SHARE` of that in labelled data, and below half of that in the healthy window: the teacher
+      says no to every class of every row, or yes. It takes as many rows as hold `LEAST_MINORITY` such labels in the
+      labelled data (`yes_rows`, `no_rows`; windows are joined), so rare classes are no sign.
     - spread: of numbers, the standard deviation is below `SPREAD_SHARE` of that of labelled numbers, and below half of
       that in the healthy window (`pseudo/spread`): the teacher says much the same of every row.
     - empty: more than `EMPTY_SHARE` of labels are empty, `EMPTY_RISE` more than in the healthy window, while the loss
       on unlabelled data is lower than there, or gone.
     - blank: the share of blank frames has come nine tenths of the way from the healthy window to 1, while that loss is
       lower.
-    - distinct: the share of distinct labels is below a quarter, and their number below half, of the healthy window's.
+    - distinct: the share of distinct labels is below a quarter, and their number below half, of the healthy window's,
+      which had at least `LEAST_DISTINCT`: of a few rare classes some windows hold none.
     - length: labels have become `LENGTH_FACTOR` times as long or as short, against labelled data.
 
     Args:
-        now: metrics of the window (`LabelCounts.metrics`, `student_metrics`), `rows`, and `targets`, the number of
-            tokens or classes of kept labels.
-        healthy: those of the first healthy window; None before there is one, which leaves the first four rules.
+        now: metrics of the window (`LabelCounts.metrics`, `student_metrics`), `rows`, and for each of `COUNTED` what
+            it is a share of: `targets`, the number of tokens or classes of kept labels, and kept rows.
+        healthy: those of the first healthy window; None before there is one, which leaves the first five rules.
     """
     found = []
     if now.get("pseudo/kept") == 0:
@@ -84,13 +93,17 @@ def signs_of_collapse(now: Mapping[str, float], healthy: Mapping[str, float] | N
         found.append(
             f"labels are {kl:.2f} nats from the labelled data, where one single class or token is {limit:.2f}"
         )
-    others, labelled = now.get("pseudo/minority", 1.0), now.get("pseudo/minority_labelled", 0.0)
-    before = (healthy or {}).get("pseudo/minority", math.inf)
-    certain = now.get("targets", 0.0) * labelled >= LEAST_MINORITY
-    if certain and others < min(MINORITY_SHARE * labelled, 0.5 * before):
-        found.append(
-            f"{others:.2%} of labels are not their most frequent class or token, {labelled:.2%} in the labelled data"
-        )
+    said = {
+        "pseudo/minority": "are not their most frequent class or token",
+        "pseudo/yes": "have any class",
+        "pseudo/no": "lack any class",
+    }
+    for name, what in said.items():
+        share, labelled = now.get(name, 1.0), now.get(f"{name}_labelled", 0.0)
+        before = (healthy or {}).get(name, math.inf)
+        certain = now.get(COUNTED[name], 0.0) * labelled >= LEAST_MINORITY
+        if certain and share < min(MINORITY_SHARE * labelled, 0.5 * before):
+            found.append(f"{share:.2%} of labels {what}, {labelled:.2%} in the labelled data")
     spread, before = now.get("pseudo/spread", math.inf), (healthy or {}).get("pseudo/spread", math.inf)
     if spread < min(SPREAD_SHARE, 0.5 * before):
         found.append(f"labels spread {spread:.3f} times as far as the labelled numbers")
@@ -106,6 +119,7 @@ def signs_of_collapse(now: Mapping[str, float], healthy: Mapping[str, float] | N
     shares = [one.get("pseudo/distinct", 0.0) for one in (now, healthy)]
     numbers = [one.get("pseudo/distinct", 0.0) * one.get("pseudo/kept", 0.0) * one["rows"] for one in (now, healthy)]
     fewer = shares[0] < DISTINCT_SHARE * shares[1] and numbers[0] < DISTINCT_NUMBER * numbers[1]
+    fewer = fewer and numbers[1] >= LEAST_DISTINCT
     if now.get("pseudo/kept", 0.0) > 0 and fewer:
         found.append(f"{shares[0]:.1%} of labels are distinct, {shares[1]:.1%} before")
     lengths = [one.get("pseudo/length_ratio", 0.0) for one in (now, healthy)]
@@ -125,8 +139,8 @@ class CollapseGuard:
         pl_start: reference step at which pseudo-labels begin; checkpoints up to there are good.
 
     Attributes:
-        minority: labels that are not the most frequent class of their window, and all, since there were enough of
-            them to judge by.
+        shares: for each of `COUNTED` labels that are of this share (not the most frequent class of their window, for
+            one), and all, since there were enough of them to judge by.
         labelless_from: unlabelled rows drawn when it was last asked whether any label is kept.
         alarms: clock and signs of every alarm.
         pauses: clock of the checkpoint and of the alarm of every rollback.
@@ -139,34 +153,39 @@ class CollapseGuard:
         self.checkpoints: list[list[Any]] = []
         self.pauses: list[list[float]] = []
         self.alarms: list[list[Any]] = []
-        self.minority = [0.0, 0.0]
+        self.shares = {name: [0.0, 0.0] for name in COUNTED}
         self.labelless_from = 0
         self._decided: dict[str, Any] = {}
 
     def look(self, metrics: Mapping[str, float], clock: float) -> list[str]:
         """Judge the window that ends at `clock`, and note what it says; the signs of collapse in it."""
-        joined = self._joined(metrics)
-        signs = signs_of_collapse({**metrics, **joined}, self.healthy)
+        if metrics.get("targets", math.inf) < LEAST_TARGETS:
+            metrics = {name: value for name, value in metrics.items() if name != "pseudo/kl"}
+        joined = {name: self._joined(name, metrics) for name in COUNTED if name in metrics}
+        sizes = {COUNTED[name]: size for name, (_, size) in joined.items()}
+        signs = signs_of_collapse(
+            {**metrics, **{name: share for name, (share, _) in joined.items()}, **sizes}, self.healthy
+        )
         if signs:
             self.alarms.append([clock, signs])
             return signs
         self.healthy_until = clock
         if self.healthy is None:
-            self.healthy = {name: value for name, value in metrics.items() if name != "pseudo/minority"}
-        # What is compared with later is a share that was certain, too.
-        if joined and self.minority[1] == 0:
-            self.healthy.setdefault("pseudo/minority", joined["pseudo/minority"])
+            self.healthy = {name: value for name, value in metrics.items() if name not in COUNTED}
+        for name, (share, size) in joined.items():
+            # What is compared with later is a share that was certain, too.
+            if size and self.shares[name][1] == 0:
+                self.healthy.setdefault(name, share)
         return []
 
-    def _joined(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The share of the minority over as many windows as it takes to judge it."""
-        if "pseudo/minority" not in metrics:
-            return {}
-        here = metrics.get("targets", 0.0)
-        targets, others = self.minority[1] + here, self.minority[0] + metrics["pseudo/minority"] * here
-        enough = targets * metrics["pseudo/minority_labelled"] >= LEAST_MINORITY
-        self.minority = [0.0, 0.0] if enough else [others, targets]
-        return {"pseudo/minority": others / targets, "targets": targets} if targets else {}
+    def _joined(self, name: str, metrics: Mapping[str, float]) -> tuple[float, float]:
+        """A share over as many windows as it takes to judge it, and what it is a share of."""
+        here = metrics.get(COUNTED[name], 0.0)
+        before, size = self.shares[name]
+        part, size = before + metrics[name] * here, size + here
+        enough = size * metrics[f"{name}_labelled"] >= LEAST_MINORITY
+        self.shares[name] = [0.0, 0.0] if enough else [part, size]
+        return (part / size if size else 1.0), size
 
     def labelless(self, dropped: Mapping[str, int], clock: float) -> list[str]:
         """Note that none of the last rows has a label that is kept; the sign of it.
@@ -212,7 +231,7 @@ class CollapseGuard:
             "checkpoints": self.checkpoints,
             "pauses": self.pauses,
             "alarms": self.alarms,
-            "minority": self.minority,
+            "shares": self.shares,
             "labelless_from": self.labelless_from,
         }
 
@@ -224,5 +243,5 @@ class CollapseGuard:
         self.checkpoints = [list(entry) for entry in state.get("checkpoints", [])]
         self.pauses = [list(entry) for entry in state.get("pauses", [])]
         self.alarms = [list(entry) for entry in state.get("alarms", [])]
-        self.minority = list(state.get("minority", [0.0, 0.0]))
+        self.shares = {name: list(state.get("shares", {}).get(name, [0.0, 0.0])) for name in COUNTED}
         self.labelless_from = int(state.get("labelless_from", 0))

@@ -110,7 +110,9 @@ class CollapseWatch(TrainerCallback):
         if counts.counts["rows"] < LEAST_ROWS:
             return []
         self.trainer.label_statistics.window = LabelCounts()
-        sizes = {"rows": counts.counts["rows"], "targets": float(counts.targets.sum()) / MASS}
+        kept = counts.counts["kept"]
+        sizes = {"targets": float(counts.targets.sum()) / MASS, "yes_rows": kept, "no_rows": kept}
+        sizes["rows"] = counts.counts["rows"]
         return self.guard.look({**metrics, **sizes}, step.end)
 
     def _look_for_labels(self, number: int, clock: float) -> list[str]:

@@ -89,6 +89,7 @@ class LabelCounts:
             self._add_numbers(labels)
             return
         if labels.is_floating_point():
+            self._add_answers(labels)
             if labels.ndim == 2 and labels.shape[1] > 1:
                 self._add_targets(np.rint(labels.double().sum(0).numpy() * MASS).astype(np.int64))
             return
@@ -103,6 +104,17 @@ class LabelCounts:
             self.counts[f"number_{place}_rows"] += len(parts)
             self.counts[f"number_{place}_sum"] += sum(parts)
             self.counts[f"number_{place}_squares"] += sum(part * part for part in parts)
+
+    def _add_answers(self, labels: Tensor) -> None:
+        """Of rows with a yes or no (or its probability) for each class: how many say yes, and no, to any class."""
+        answers = labels.double().reshape(len(labels), -1)
+        if labels.ndim != 2 or not ((answers >= 0) & (answers <= 1)).all():
+            self.counts["unanswered"] += len(labels)
+            return
+        self.counts["answered"] += len(labels)
+        for name, surest in (("yes", answers.amax(-1)), ("no", 1 - answers.amin(-1))):
+            # Rounded row by row, for the sum to be the same in any order.
+            self.counts[f"answered_{name}"] += int(torch.round(surest * MASS).long().sum())
 
     def _add_targets(self, found: NDArray[np.int64]) -> None:
         self.targets = _padded_sum(self.targets, found[:BUCKETS])
@@ -156,8 +168,11 @@ class LabelCounts:
             tokens or classes from the labelled ones', nats), `pseudo/kl_limit` (what it were if all were the most
             frequent one), `pseudo/minority` and `pseudo/minority_labelled` (share of tokens or classes that are not
             the most frequent one, of kept and of labelled labels) and `pseudo/length_ratio` (tokens per second, or per
-            row, over those of labelled rows). Of numbers there are, in their place, `pseudo/spread` (standard
-            deviation over that of labelled numbers; of several numbers the smallest such ratio).
+            row, over those of labelled rows). Of rows with several classes there are also `pseudo/yes` and
+            `pseudo/no`, the share of kept labels that have any class, and that lack any (of probabilities the mean of
+            the highest one, and of 1 less the lowest), and `pseudo/yes_labelled` and `pseudo/no_labelled`. Of numbers
+            there are, in place of all these, `pseudo/spread` (standard deviation over that of labelled numbers; of
+            several numbers the smallest such ratio).
         """
         counts = self.counts
         logs = {
@@ -183,6 +198,10 @@ class LabelCounts:
         if self.targets.any() and gold.targets.any():
             logs["pseudo/kl"], logs["pseudo/kl_limit"] = _divergence(self.targets, gold.targets)
             logs["pseudo/minority"], logs["pseudo/minority_labelled"] = self.minority, gold.minority
+        if min(one.counts["answered"] for one in (self, gold)) and not self.counts["unanswered"]:
+            for name in ("yes", "no"):
+                for key, one in ((f"pseudo/{name}", self), (f"pseudo/{name}_labelled", gold)):
+                    logs[key] = one.counts[f"answered_{name}"] / MASS / one.counts["answered"]
         spreads = [found / known for found, known in zip(self.deviations, gold.deviations, strict=False) if known > 0]
         if spreads:
             logs["pseudo/spread"] = min(spreads)

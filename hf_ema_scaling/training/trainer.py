@@ -311,7 +311,8 @@ class PseudoLabelTrainer(EMATrainerMixin):
             mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
             size = self.args.per_device_eval_batch_size
             dataset = self.run_dataset()
-            batches = (self._collated(dataset, LABELLED, mine[i : i + size]) for i in range(0, len(mine), size))
+            parts = [mine[i : i + size] for i in range(0, len(mine), size)]
+            batches = ((part, self._collated(dataset, LABELLED, part)) for part in parts)
             self.log(calibration(batches, self._teacher_labels, self.labeler, self._total_counts, self.label_kind))
         return metrics
 

@@ -1,15 +1,18 @@
-"""Collapse of skewed classes and of numbers: the rules on counts of labels, without a run."""
+"""Collapse of skewed classes, of several classes and of numbers: the rules on counts of labels, without a run."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import head_runs
 import numpy as np
 import pytest
+import tiny
 import torch
 
-from hf_ema_scaling.labels import PseudoLabel
-from hf_ema_scaling.training.collapse import CollapseGuard, signs_of_collapse
+from hf_ema_scaling.labels import MultiLabelLabeler, PseudoLabel
+from hf_ema_scaling.training.collapse import CollapseError, CollapseGuard, signs_of_collapse
 from hf_ema_scaling.training.label_counts import MASS, LabelCounts
 
 SKEWS = (0.5, 0.8, 0.95)
@@ -69,13 +72,124 @@ def test_few_labels_of_skewed_data_prove_nothing_and_are_joined() -> None:
     again = CollapseGuard(0.0)
     again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     (sign,) = again.look(window(two_classes(1.0, 100), gold), 40.0)
-    assert sign.startswith("0.00% of labels are not their most frequent") and again.minority == [0.0, 0.0]
+    assert sign.startswith("0.00% of labels are not their most frequent") and again.shares["pseudo/minority"] == [
+        0.0,
+        0.0,
+    ]
     # Windows with others among them are joined as well.
     healthy = CollapseGuard(0.0)
     for number in range(1, 9):
         assert healthy.look(window(two_classes(0.99, 100), gold), 10.0 * number) == []
     assert healthy.healthy_until == 80.0 and healthy.healthy is not None
     assert healthy.healthy["pseudo/minority"] == pytest.approx(0.01)
+
+
+def several(rows: int, classes: int, share: float, seed: int = 0) -> torch.Tensor:
+    """Yes to each class with a probability."""
+    return torch.tensor(np.random.default_rng(seed).random((rows, classes)) < share).float()
+
+
+def several_window(found: torch.Tensor, gold: torch.Tensor) -> dict[str, float]:
+    counts, known = LabelCounts(), LabelCounts()
+    # In two micro-batches, and through JSON.
+    for half in (found[: len(found) // 3], found[len(found) // 3 :]):
+        part = LabelCounts()
+        part.add_targets(half, None)
+        part.add_used(PseudoLabel(tuple(row.nonzero()[0].tolist()), 0.9) for row in (half >= 0.5).numpy())
+        counts.merge(LabelCounts.of([json.loads(json.dumps(part.state_dict()))]))
+    known.add_targets(gold, None)
+    sizes = {name: float(len(found)) for name in ("rows", "yes_rows", "no_rows")}
+    return {**counts.metrics(known), **sizes, "targets": float(counts.targets.sum()) / MASS}
+
+
+@pytest.mark.parametrize("classes", [1, 6])
+def test_a_no_to_every_class_is_collapse_and_so_is_a_yes(classes: int) -> None:
+    gold = several(2000, classes, 0.3)
+    share = float(gold.any(-1).float().mean())
+    metrics = several_window(torch.zeros(300, classes), gold)
+    assert metrics["pseudo/yes"] == 0.0 and metrics["pseudo/no"] == 1.0
+    assert metrics["pseudo/yes_labelled"] == pytest.approx(share)
+    (sign,) = signs_of_collapse(metrics, None)
+    assert sign == f"0.00% of labels have any class, {share:.2%} in the labelled data"
+    # Also with the few yeses that are left, and where students learn probabilities that say no.
+    few = torch.zeros(300, classes)
+    few[:3, 0] = 1.0
+    assert any("have any class" in sign for sign in signs_of_collapse(several_window(few, gold), None))
+    soft = several_window(torch.full((300, classes), 0.01), gold)
+    assert soft["pseudo/yes"] == pytest.approx(0.01, abs=1e-4)
+    assert any(sign.startswith("1.00% of labels have any") for sign in signs_of_collapse(soft, None))
+    every = signs_of_collapse(several_window(torch.ones(300, classes), gold), None)
+    assert any(sign.startswith("0.00% of labels lack any class") for sign in every)
+    # What was so in the first window, and did not become worse, is what these data are like.
+    healthy = {"rows": 300.0, "pseudo/yes": 0.01}
+    assert signs_of_collapse(several_window(torch.full((300, classes), 0.01), gold), healthy) == []
+
+
+def test_rare_classes_raise_no_alarm_until_there_are_enough_rows() -> None:
+    """One row in fifty has a class: of 100 rows none is no wonder, of 1000 it is."""
+    gold, guard = several(20_000, 4, 0.005), CollapseGuard(0.0)
+    silent = torch.zeros(100, 4)
+    for number in range(1, 11):
+        assert guard.look(several_window(silent, gold), 10.0 * number) == []
+        again = CollapseGuard(0.0)
+        again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+        guard = again
+    for number in range(11, 14):
+        if signs := guard.look(several_window(silent, gold), 10.0 * number):
+            break
+    assert len(signs) == 1 and signs[0].startswith("0.00% of labels have any class, 1.9")
+    assert number == 11
+
+
+@pytest.mark.parametrize(("classes", "share"), [(4, 0.005), (40, 0.0005), (40, 0.02), (3, 0.9)])
+def test_labels_as_rare_or_frequent_as_the_labelled_ones_raise_no_alarm(classes: int, share: float) -> None:
+    gold, guard = several(5000, classes, share), CollapseGuard(0.0)
+    for number in range(200):
+        assert guard.look(several_window(several(100, classes, share, 1 + number), gold), 10.0 * number) == [], number
+    assert guard.healthy is not None and "pseudo/yes" in guard.healthy
+
+
+def test_a_handful_of_distinct_labels_may_be_one_by_chance() -> None:
+    def having(distinct: float) -> dict[str, float]:
+        return {"rows": 100.0, "pseudo/kept": 1.0, "pseudo/distinct": distinct}
+
+    assert signs_of_collapse(having(0.01), having(0.05)) == []
+    assert signs_of_collapse(having(0.01), having(0.19)) == []
+    (sign,) = signs_of_collapse(having(0.01), having(0.2))
+    assert sign == "1.0% of labels are distinct, 20.0% before"
+
+
+@pytest.mark.parametrize(("threshold", "said"), [(0.9999, "have any class"), (0.0001, "lack any class"), (0.5, None)])
+def test_a_run_whose_teacher_says_no_or_yes_to_everything_is_stopped(
+    tmp_path: Path, threshold: float, said: str | None
+) -> None:
+    rows = tiny.sentences(60).remove_columns("labels").add_column("labels", several(60, 3, 0.4).tolist())
+    model = head_runs.classifier("multi_label_classification", 3)
+    labeler = MultiLabelLabeler(3, thresholds=threshold)
+    made = head_runs.texts(
+        tmp_path, model, rows.with_format("torch"), labeler=labeler, max_steps=30, learning_rate=1e-3
+    )
+    made["pseudo_label_args"] = tiny.pseudo(on_collapse="stop", collapse_window=10.0)
+    trainer = tiny.trainer(**made)
+    if said is None:
+        trainer.train()
+        assert trainer.collapse.guard.alarms == []
+        return
+    with pytest.raises(CollapseError, match=rf"0.00% of labels {said}, \d+.\d+% in the labelled data"):
+        trainer.train()
+
+
+def test_numbers_between_zero_and_one_alone_are_answers() -> None:
+    gold = several(100, 3, 0.5)
+    strange = LabelCounts()
+    strange.add_targets(torch.tensor([[0.2, 1.5, 0.1]]), None)
+    strange.add_targets(gold, None)
+    strange.add_used([PseudoLabel((1,), 0.9)])
+    known = LabelCounts()
+    known.add_targets(gold, None)
+    assert "pseudo/yes" not in strange.metrics(known)
+    classes = counts_of(two_classes(0.5))
+    assert "pseudo/yes" not in classes.metrics(counts_of(two_classes(0.5)))
 
 
 def test_numbers_collapse_when_they_no_longer_spread() -> None:

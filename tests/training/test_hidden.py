@@ -98,19 +98,19 @@ def test_calibration_counts_what_counts(tmp_path: Path) -> None:
     gold = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
     batch = {"logits": torch.tensor([[-3.0, 3.0, 3.0, -3.0], [-3.0, -3.0, 3.0, -3.0]]), "labels": gold}
 
-    def classes(inputs: Any) -> list[PseudoLabel]:
+    def classes(inputs: Any, rows: Any) -> list[PseudoLabel]:
         return several.from_logits(inputs["logits"])
 
-    found = calibration([batch], classes, several, lambda total: total, LabelKind.CLASSES)
+    found = calibration([(range(2), batch)], classes, several, lambda total: total, LabelKind.CLASSES)
     assert found["calibration/error"] == pytest.approx(2 / 8)
     tagger = TokenLabeler({0: "a", 1: "b", 2: "c"}, min_word_confidence=0.6)
     logits = torch.tensor([[[5.0, 0, 0], [0, 5.0, 0], [0, 0.1, 0], [0, 0, 5.0]]])
     batch = {"logits": logits, "word_ids": torch.tensor([[0, 1, 2, 3]]), "labels": torch.tensor([[0, 2, 1, 2]])}
 
-    def words(inputs: Any) -> list[PseudoLabel]:
+    def words(inputs: Any, rows: Any) -> list[PseudoLabel]:
         return tagger.from_logits(inputs["logits"], inputs["word_ids"])
 
-    found = calibration([batch], words, tagger, lambda total: total, LabelKind.WORDS)
+    found = calibration([(range(2), batch)], words, tagger, lambda total: total, LabelKind.WORDS)
     assert found["calibration/error"] == pytest.approx(1 / 3)
     made = head_runs.texts(tmp_path, head_runs.classifier("regression", 1))
     with pytest.raises(ValueError, match="calibration_rows=2 compares confidence with accuracy, and a regression has"):
