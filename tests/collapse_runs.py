@@ -69,3 +69,13 @@ def trainer(folder: Path, *, planted: bool, pl: Any = None, labeler: Any = None,
         labeler=labeler or Classes(),
         pseudo_label_args=tiny.pseudo(**(pseudo | (pl or {}))),
     )
+
+
+class InTurns(Classes):
+    """Calls all rows of a step one class, and those of the next step the next class."""
+
+    step: Callable[[], int]
+    """The number of the step."""
+
+    def label(self, teacher: Callable[..., Any], batch: Mapping[str, Tensor]) -> list[PseudoLabel]:
+        return [PseudoLabel((self.step() % 3,), 0.9) for _ in batch["input_ids"]]

@@ -61,6 +61,10 @@ def signs_of_collapse(now: Mapping[str, float], healthy: Mapping[str, float] | N
       class looks like however skewed the data are. It takes as many labels as hold `LEAST_MINORITY` others in
       labelled data (`targets`; the guard joins windows until there are), for then chance alone does not do it: to see
       2 where 20 are expected has a probability below 1e-6.
+    - one class at a time: the share of labels that are not the most frequent class *of their step*
+      (`pseudo/minority_within`) is below `MINORITY_SHARE` of that in labelled data, and below half of that in the
+      healthy window. A teacher that calls everything one class in this step and another class in the next has all
+      classes over a window. It takes as many labels as the rule before, and is asked where the two before are silent.
     - spread: of numbers, the standard deviation is below `SPREAD_SHARE` of that of labelled numbers, and below half of
       that in the healthy window (`pseudo/spread`): the teacher says much the same of every row.
     - empty: more than `EMPTY_SHARE` of labels are empty, `EMPTY_RISE` more than in the healthy window, while the loss
@@ -71,9 +75,9 @@ def signs_of_collapse(now: Mapping[str, float], healthy: Mapping[str, float] | N
     - length: labels have become `LENGTH_FACTOR` times as long or as short, against labelled data.
 
     Args:
-        now: metrics of the window (`LabelCounts.metrics`, `student_metrics`), `rows`, and `targets`, the number of
-            tokens or classes of kept labels.
-        healthy: those of the first healthy window; None before there is one, which leaves the first four rules.
+        now: metrics of the window (`LabelCounts.metrics`, `student_metrics`, `LabelStatistics.take_window`), `rows`,
+            `targets` and `within`, the numbers of tokens or classes of kept labels that shares are of.
+        healthy: those of the first healthy window; None before there is one, which leaves the first five rules.
     """
     found = []
     if now.get("pseudo/kept") == 0:
@@ -90,6 +94,14 @@ def signs_of_collapse(now: Mapping[str, float], healthy: Mapping[str, float] | N
     if certain and others < min(MINORITY_SHARE * labelled, 0.5 * before):
         found.append(
             f"{others:.2%} of labels are not their most frequent class or token, {labelled:.2%} in the labelled data"
+        )
+    within, labelled = now.get("pseudo/minority_within", 1.0), now.get("pseudo/minority_within_labelled", 0.0)
+    before = (healthy or {}).get("pseudo/minority_within", math.inf)
+    certain = now.get("within", 0.0) * labelled >= LEAST_MINORITY
+    if not found and certain and within < min(MINORITY_SHARE * labelled, 0.5 * before):
+        found.append(
+            f"labels are of one class at a time: {within:.2%} are not the most frequent class of their step, "
+            f"{labelled:.2%} in the labelled data"
         )
     spread, before = now.get("pseudo/spread", math.inf), (healthy or {}).get("pseudo/spread", math.inf)
     if spread < min(SPREAD_SHARE, 0.5 * before):
@@ -127,6 +139,7 @@ class CollapseGuard:
     Attributes:
         minority: labels that are not the most frequent class of their window, and all, since there were enough of
             them to judge by.
+        within: the same of labels that are not the most frequent class of their step.
         labelless_from: unlabelled rows drawn when it was last asked whether any label is kept.
         alarms: clock and signs of every alarm.
         pauses: clock of the checkpoint and of the alarm of every rollback.
@@ -140,33 +153,30 @@ class CollapseGuard:
         self.pauses: list[list[float]] = []
         self.alarms: list[list[Any]] = []
         self.minority = [0.0, 0.0]
+        self.within = [0.0, 0.0]
         self.labelless_from = 0
         self._decided: dict[str, Any] = {}
 
     def look(self, metrics: Mapping[str, float], clock: float) -> list[str]:
         """Judge the window that ends at `clock`, and note what it says; the signs of collapse in it."""
-        joined = self._joined(metrics)
-        signs = signs_of_collapse({**metrics, **joined}, self.healthy)
+        self.minority, minority = _joined(self.minority, metrics, "pseudo/minority", "targets")
+        self.within, within = _joined(self.within, metrics, "pseudo/minority_within", "within")
+        signs = signs_of_collapse({**metrics, **minority, **within}, self.healthy)
         if signs:
             self.alarms.append([clock, signs])
             return signs
         self.healthy_until = clock
         if self.healthy is None:
-            self.healthy = {name: value for name, value in metrics.items() if name != "pseudo/minority"}
+            shares = ("pseudo/minority", "pseudo/minority_within")
+            self.healthy = {name: value for name, value in metrics.items() if name not in shares}
         # What is compared with later is a share that was certain, too.
-        if joined and self.minority[1] == 0:
-            self.healthy.setdefault("pseudo/minority", joined["pseudo/minority"])
+        for joined, left, name in (
+            (minority, self.minority, "pseudo/minority"),
+            (within, self.within, "pseudo/minority_within"),
+        ):
+            if joined and left[1] == 0:
+                self.healthy.setdefault(name, joined[name])
         return []
-
-    def _joined(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The share of the minority over as many windows as it takes to judge it."""
-        if "pseudo/minority" not in metrics:
-            return {}
-        here = metrics.get("targets", 0.0)
-        targets, others = self.minority[1] + here, self.minority[0] + metrics["pseudo/minority"] * here
-        enough = targets * metrics["pseudo/minority_labelled"] >= LEAST_MINORITY
-        self.minority = [0.0, 0.0] if enough else [others, targets]
-        return {"pseudo/minority": others / targets, "targets": targets} if targets else {}
 
     def labelless(self, dropped: Mapping[str, int], clock: float) -> list[str]:
         """Note that none of the last rows has a label that is kept; the sign of it.
@@ -213,6 +223,7 @@ class CollapseGuard:
             "pauses": self.pauses,
             "alarms": self.alarms,
             "minority": self.minority,
+            "within": self.within,
             "labelless_from": self.labelless_from,
         }
 
@@ -225,4 +236,28 @@ class CollapseGuard:
         self.pauses = [list(entry) for entry in state.get("pauses", [])]
         self.alarms = [list(entry) for entry in state.get("alarms", [])]
         self.minority = list(state.get("minority", [0.0, 0.0]))
+        self.within = list(state.get("within", [0.0, 0.0]))
         self.labelless_from = int(state.get("labelless_from", 0))
+
+
+def _joined(
+    before: list[float], metrics: Mapping[str, float], name: str, size: str
+) -> tuple[list[float], dict[str, float]]:
+    """A share of a minority over as many windows as it takes to judge it.
+
+    Args:
+        before: labels of the minority and all, of windows that did not suffice.
+        metrics: of this window: the share, that of labelled data (`<name>_labelled`), and the labels it is of.
+        name: of the share.
+        size: of their number.
+
+    Returns:
+        What is left for the next window, and the share and number with those of the windows before in them; nothing
+        where the window has no such share.
+    """
+    if name not in metrics:
+        return before, {}
+    here = metrics.get(size, 0.0)
+    others, total = before[0] + metrics[name] * here, before[1] + here
+    enough = total * metrics.get(f"{name}_labelled", 0.0) >= LEAST_MINORITY
+    return [0.0, 0.0] if enough else [others, total], {name: others / total, size: total} if total else {}
