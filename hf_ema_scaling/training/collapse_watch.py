@@ -122,7 +122,7 @@ class CollapseWatch(TrainerCallback):
     def _usual_minority(self) -> float | None:
         """`labelled_minority` of this run; None where classes of labelled rows are not known beforehand."""
         if self._usual is None:
-            dataset = self.trainer.train_dataset
+            dataset: Any = self.trainer.train_dataset
             columns = [] if is_stream(dataset) else getattr(dataset, "column_names", None) or []
             column = next((name for name in LABEL_COLUMNS if name in columns), None)
             share = None

@@ -34,9 +34,9 @@ class PseudoLabelArguments:
             in every batch. For a regression it also needs `"scale"`, the difference that is total disagreement. It
             costs another forward pass of the teacher.
         align_labels: `all` or `source` for distribution alignment of labels of one class (`LabelAlignment`): the
-            teacher's probabilities are multiplied by the share of the class among labelled rows over their mean on
-            unlabelled ones, all together or by `source_column`. For unlabelled data whose classes are as frequent as
-            those of the labelled set. None for labels as they are.
+            teacher's probabilities are shifted so that classes are as frequent as among labelled rows, over all
+            unlabelled rows or in each source (`source_column`) by itself. For unlabelled data whose classes are about
+            as frequent as those of the labelled set. None for labels as they are.
         weight_by_confidence: multiply each pseudo-label's weight by its confidence.
         max_unlabeled_loss: cap on the loss of one pseudo-labelled example (nats per target token), below
             `max_example_loss`. It is a function of the example alone, so it is the same at every kappa and in every

@@ -39,8 +39,10 @@ def shares(made: Any) -> np.ndarray[Any, Any]:
     return targets / targets.sum()
 
 
-@pytest.mark.parametrize("soft", [False, True])
-def test_the_student_learns_classes_as_frequent_as_those_of_labelled_rows(tmp_path: Path, soft: bool) -> None:
+@pytest.mark.parametrize(("soft", "near"), [(False, 0.2), (True, 0.07)])
+def test_the_student_learns_classes_as_frequent_as_those_of_labelled_rows(
+    tmp_path: Path, soft: bool, near: float
+) -> None:
     found = {}
     for align in (None, "all"):
         made = trainer(tmp_path / str(align), soft, {"align_labels": align, "on_collapse": "off"})
@@ -48,7 +50,7 @@ def test_the_student_learns_classes_as_frequent_as_those_of_labelled_rows(tmp_pa
         found[align] = shares(made)
     labelled = np.bincount(made.train_dataset["labels"], minlength=3) / len(made.train_dataset)
     assert found[None][0] > 0.5
-    assert np.abs(found["all"] - labelled).max() < 0.1 < np.abs(found[None] - labelled).max()
+    assert np.abs(found["all"] - labelled).max() < near < np.abs(found[None] - labelled).max()
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -64,14 +66,15 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert not tiny.same_bits(tiny.parameters(plain.model), tiny.parameters(whole.model))
 
 
-def test_means_at_the_end_are_the_same_at_every_kappa_and_split(tmp_path: Path) -> None:
+def test_shifts_at_the_end_are_the_same_at_every_kappa_and_split(tmp_path: Path) -> None:
     """The labels of `Leaning` do not depend on weights, so nothing but the data is left."""
-    means = []
+    shifts = []
     for kappa, rows in ((1.0, 16), (4.0, 16), (4.0, 3)):
         made = trainer(tmp_path / f"{kappa}-{rows}", kappa=kappa, per_device_train_batch_size=rows)
         made.train()
-        means.append(made.judge.alignment.alignment.means())
-    assert means[1] == pytest.approx(means[0], rel=1e-7) and (means[1] == means[2]).all()
+        shifts.append(made.judge.alignment.alignment.shifts())
+    assert shifts[1] == pytest.approx(shifts[0], rel=1e-6) and (shifts[1] == shifts[2]).all()
+    assert shifts[0][0, 0] < -0.2 < 0 < shifts[0][0, 1]
 
 
 def test_sources_are_aligned_one_by_one(tmp_path: Path) -> None:
@@ -84,14 +87,13 @@ def test_sources_are_aligned_one_by_one(tmp_path: Path) -> None:
     for align in ("all", "source"):
         made = trainer(tmp_path / align, True, {**named, "align_labels": align}, unlabelled=unlabelled)
         made.train()
-        found[align] = made.judge.alignment.alignment.means()
-    p = torch.tensor([1.0, 2.0, 0.0]).softmax(-1)
-    q = torch.tensor([1.0, 0.0, 2.0]).softmax(-1)
+        found[align] = made.judge.alignment.alignment.shifts()
     assert found["all"].shape == (1, 3) and found["source"].shape == (2, 3)
-    assert found["source"][0] == pytest.approx(p.numpy(), abs=0.03) and found["source"][1] == pytest.approx(
-        q.numpy(), abs=0.03
-    )
-    assert found["all"][0] == pytest.approx(((p + q) / 2).numpy(), abs=0.03)
+    # Where all rows say class 1 it is made rarer, and the other two alike.
+    assert found["source"][0, 1] < -0.4 < 0.1 < min(found["source"][0, [0, 2]])
+    assert found["source"][1, 2] < -0.4 < 0.1 < min(found["source"][1, [0, 1]])
+    # Together they say 1 as often as 2, of which labelled rows have 27 and 17.
+    assert found["all"][0, 2] < -0.2 < 0.1 < found["all"][0, 1]
 
 
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
