@@ -6,7 +6,7 @@ Fetches the source package of vaderSentiment 3.3.2 with pip and writes a folder 
 and `test` (sentences from film reviews) and `shifted` (Amazon product reviews), columns `text` and `label` (negative
 or positive: scores from -4 to 4, of which those in [-0.5, 0.5] are left out). All copies of one sentence are in one
 split. For pseudo-labels there are also `products`, half of the sentences in `shifted`, and `unlabelled`, the texts of
-`train` and of the other half, without their labels.
+`train` and of the other half, without their labels, with a column `source` (movies or products).
 
 C.J. Hutto and E.E. Gilbert: VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text.
 ICWSM-14, Ann Arbor, 2014.
@@ -119,7 +119,9 @@ def main(
     shifted = [row for row in products if row[0].casefold() not in seen]
     adapting, held_out = split_by_text(shifted, 0.5, seed)
     splits = {"train": train, "test": test, "shifted": shifted, "products": held_out}
-    unlabelled = Dataset.from_dict({"text": [text for text, _ in [*train, *adapting]]})
+    texts = [text for text, _ in [*train, *adapting]]
+    origins = ["movies"] * len(train) + ["products"] * len(adapting)
+    unlabelled = Dataset.from_dict({"text": texts, "source": origins})
     sets = {name: to_dataset(rows) for name, rows in splits.items()} | {"unlabelled": unlabelled}
     with quiet_unless_terminal():
         DatasetDict(sets).save_to_disk(str(output))

@@ -103,6 +103,7 @@ def prepare_classification(
     label_column: str | None,
     max_length: int,
     length_column: str = "length",
+    keep: Sequence[str] = (),
     on_bad_item: str = RAISE,
 ) -> Dataset:
     """Token ids, label ids and lengths; each row is tokenised once and nothing is padded.
@@ -115,6 +116,7 @@ def prepare_classification(
         label_column: column of the labels; None for unlabelled texts.
         max_length: tokens, special ones included, at which texts are cut.
         length_column: name of the column for the number of tokens, by which a run puts similar lengths together.
+        keep: further columns that stay as they are.
         on_bad_item: `raise` an error for a label that is not in `label_ids`, or `skip` its row, counted and named in
             the log.
 
@@ -148,11 +150,12 @@ def prepare_classification(
     made = tokenizer("a").keys()
     numbers = [*([] if label_column is None else ["labels"]), length_column]
     features = {name: List(Value("int32")) for name in made} | dict.fromkeys(numbers, Value("int64"))
+    features |= {name: dataset.features[name] for name in keep}
     with quiet_unless_terminal():
         return dataset.map(
             encode,
             batched=True,
-            remove_columns=dataset.column_names,
+            remove_columns=[name for name in dataset.column_names if name not in keep],
             features=Features(features),
             desc="tokenising",
         )

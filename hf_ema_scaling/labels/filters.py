@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_ema_scaling.labels.alignment import LabelAlignment
 from hf_ema_scaling.labels.base import PseudoLabel
 from hf_ema_scaling.labels.filter_base import AdaptiveFilter, Filter, Row
 from hf_ema_scaling.labels.score_filters import Confidence, Disagree, Entropy, LogProbability, NoEnd, NoSpeech
@@ -146,17 +147,20 @@ class FilterChain:
 
     Args:
         filters: in order.
+        alignment: corrects labels before they come here; its means are kept with the statistics of filters.
 
     Raises:
         ValueError: for two adaptive filters that are the same.
     """
 
-    def __init__(self, filters: Iterable[Filter]) -> None:
+    def __init__(self, filters: Iterable[Filter], alignment: LabelAlignment | None = None) -> None:
         self.filters = list(filters)
         adaptive = [one for one in self.filters if isinstance(one, AdaptiveFilter)]
-        self.adaptive = {repr(one): one for one in adaptive}
+        self.adaptive: dict[str, AdaptiveFilter | LabelAlignment] = {repr(one): one for one in adaptive}
         if len(self.adaptive) < len(adaptive):
             raise ValueError(f"an adaptive filter is given twice: {', '.join(self.adaptive)}")
+        if alignment is not None:
+            self.adaptive[repr(alignment)] = alignment
         # To ask a protocol about every row would take longer than to judge it.
         self._pairs = [(one, one if isinstance(one, AdaptiveFilter) else None) for one in self.filters]
 

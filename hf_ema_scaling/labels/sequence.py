@@ -14,6 +14,9 @@ from hf_ema_scaling.labels.base import CONFIDENCE, LabelKind, PseudoLabel
 from hf_ema_scaling.labels.forward import refuse_rows, teacher_logits
 from hf_ema_scaling.labels.score_filters import ENTROPY
 
+MARGIN = "margin"
+"""The highest probability less the second highest."""
+
 
 class _SequenceLabeler(ABC):
     """One row of logits is one label.
@@ -81,12 +84,15 @@ class ClassLabeler(_SequenceLabeler):
         temperature: the softmax is taken of logits / temperature: below 1 it sharpens. The class does not depend on
             it; probabilities, confidence and scores do.
 
+    Attributes:
+        probabilities: whether hard labels have probabilities, too; then nothing may learn them (`LabelAlignment`).
+
     Raises:
         ValueError: for fewer than two classes, or a temperature that is not above 0.
     """
 
     kind = LabelKind.CLASS
-    score_names = frozenset({CONFIDENCE, ENTROPY, "margin"})
+    score_names = frozenset({CONFIDENCE, ENTROPY, MARGIN})
 
     def __init__(self, classes: int, *, soft: bool = False, temperature: float = 1.0) -> None:
         super().__init__(classes)
@@ -96,6 +102,7 @@ class ClassLabeler(_SequenceLabeler):
             raise ValueError(f"temperature must be above 0, got {temperature}")
         self.soft = soft
         self.temperature = temperature
+        self.probabilities = False
 
     def _labels(self, logits: Tensor) -> list[PseudoLabel]:
         # In float64 probabilities of a row add up to 1 beyond what float32 targets can show.
@@ -108,8 +115,8 @@ class ClassLabeler(_SequenceLabeler):
             PseudoLabel(
                 (winner,),
                 row[winner],
-                values=tuple(row) if self.soft else (),
-                scores={ENTROPY: entropy, "margin": margin},
+                values=tuple(row) if self.soft or self.probabilities else (),
+                scores={ENTROPY: entropy, MARGIN: margin},
             )
             for winner, row, entropy, margin in zip(best, probabilities.tolist(), entropies, margins, strict=True)
         ]
@@ -139,7 +146,7 @@ class MultiLabelLabeler(_SequenceLabeler):
     """
 
     kind = LabelKind.CLASSES
-    score_names = frozenset({CONFIDENCE, ENTROPY, "margin"})
+    score_names = frozenset({CONFIDENCE, ENTROPY, MARGIN})
 
     def __init__(self, classes: int, *, soft: bool = False, thresholds: float | Sequence[float] = 0.5) -> None:
         super().__init__(classes)
@@ -163,7 +170,7 @@ class MultiLabelLabeler(_SequenceLabeler):
                 tuple(yes.nonzero().flatten().tolist()),
                 sure,
                 values=tuple(row if self.soft else yes.double().tolist()),
-                scores={ENTROPY: entropy, "margin": margin},
+                scores={ENTROPY: entropy, MARGIN: margin},
             )
             for yes, sure, row, entropy, margin in zip(
                 chosen, confidence, p.tolist(), bits.tolist(), margins, strict=True

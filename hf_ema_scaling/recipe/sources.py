@@ -63,7 +63,12 @@ def load_speech(
 
 
 def load_text(
-    source: str, *, text_column: str = "text", label_column: str | None = "label", on_bad_item: str = RAISE
+    source: str,
+    *,
+    text_column: str = "text",
+    label_column: str | None = "label",
+    also: Sequence[str] = (),
+    on_bad_item: str = RAISE,
 ) -> Dataset:
     """Texts and their labels, in the order they have in a source.
 
@@ -72,6 +77,7 @@ def load_text(
         text_column: column of the texts.
         label_column: column of the labels: strings, integers or a `ClassLabel`; None where there are none or they must
             not be read.
+        also: further columns, as they are.
         on_bad_item: `raise` an error for a row whose text is empty or null or whose label names no class, and for a
             line of a manifest that is no row, or `skip` it, counted by reason and named in the log.
 
@@ -83,7 +89,7 @@ def load_text(
         ValueError: for a source that cannot be loaded, has no rows, or lacks a column, and for a bad row.
         NotImplementedError: for a URL: streaming is not supported yet.
     """
-    wanted = [text_column] if label_column is None else [text_column, label_column]
+    wanted = [text_column, *([] if label_column is None else [label_column]), *also]
     check = partial(_check_text, text_column, label_column)
     rows_of = partial(_manifest_rows, bad=BadItems(on_bad_item), check=check, arguments=TEXT_ARGUMENTS)
     dataset = _found(source, wanted, TEXT_ARGUMENTS, rows_of).select_columns(wanted)

@@ -81,7 +81,13 @@ def build_text_classification(
         return rows.select(drawn_by_class(rows[data.label_column][:], data.labels_per_class, seed))
 
     texts = prepare_texts(
-        data, model, args, unlabelled=data.unlabelled, max_unlabelled=data.max_unlabelled, choose=choose
+        data,
+        model,
+        args,
+        unlabelled=data.unlabelled,
+        max_unlabelled=data.max_unlabelled,
+        source_column=pseudo.source_column,
+        choose=choose,
     )
     shared = texts.of_trainer(args) | {"augmentation": views.build(texts.tokenizer)}
     if texts.unlabelled is None:

@@ -145,6 +145,7 @@ def prepare_texts(
     *,
     unlabelled: str | None = None,
     max_unlabelled: int | None = None,
+    source_column: str | None = None,
     choose: Callable[[Dataset], Dataset] = lambda rows: rows,
 ) -> PreparedTexts:
     """Loads and tokenises texts, and builds the classifier.
@@ -158,6 +159,7 @@ def prepare_texts(
         args: of the run.
         unlabelled: source of unlabelled texts, None without.
         max_unlabelled: use the first so many of them only.
+        source_column: column that says where each of them comes from, which stays with them.
         choose: picks the labelled rows of those loaded.
 
     Raises:
@@ -166,7 +168,13 @@ def prepare_texts(
 
     def load(source: str, limit: int | None, labels: bool = True) -> Dataset:
         column = data.label_column if labels else None
-        dataset = load_text(source, text_column=data.text_column, label_column=column, on_bad_item=data.on_bad_item)
+        dataset = load_text(
+            source,
+            text_column=data.text_column,
+            label_column=column,
+            also=() if labels else kept,
+            on_bad_item=data.on_bad_item,
+        )
         return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
     def prepare(source: str, dataset: Dataset, labels: bool = True) -> Dataset:
@@ -179,9 +187,11 @@ def prepare_texts(
                 label_column=data.label_column if labels else None,
                 max_length=data.max_length,
                 length_column=args.length_column_name,
+                keep=() if labels else kept,
                 on_bad_item=data.on_bad_item,
             )
 
+    kept = () if source_column is None else (source_column,)
     config = None if model.model_config is None else new_config(model.model_config)
     with args.main_process_first(desc="preparing texts"):
         everything = load(data.labelled, data.max_labelled)

@@ -145,6 +145,10 @@ class EMATrainingArguments(TrainingArguments):
     augment_start: float = field(
         default=0.0, metadata={"help": "Reference step at which augmentation of the student's input begins."}
     )
+    augment_labelled: bool = field(
+        default=True,
+        metadata={"help": "Augment labelled rows, too; if not, only what the student sees of unlabelled ones."},
+    )
     on_nonfinite: str = field(
         default="raise", metadata={"help": "A gradient that is not finite: raise, or skip the step."}
     )

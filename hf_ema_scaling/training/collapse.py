@@ -24,8 +24,15 @@ DISTINCT_SHARE, DISTINCT_NUMBER, LEAST_DISTINCT = 0.25, 0.5, 20
 KL_SHARE, KL_FLOOR = 0.8, 0.5
 MINORITY_SHARE, LEAST_MINORITY = 0.1, 20
 SPREAD_SHARE = 0.1
-COUNTED = {"pseudo/minority": "targets", "pseudo/yes": "yes_rows", "pseudo/no": "no_rows"}
+WITHIN = "pseudo/minority_within"
+COUNTED = {"pseudo/minority": "targets", "pseudo/yes": "yes_rows", "pseudo/no": "no_rows", WITHIN: "within"}
 """Shares that are judged against labelled data, and the name of what they are shares of."""
+_RARE = {
+    "pseudo/minority": "{:.2%} of labels are not their most frequent class or token",
+    "pseudo/yes": "{:.2%} of labels have any class",
+    "pseudo/no": "{:.2%} of labels lack any class",
+    WITHIN: "labels are of one class at a time: {:.2%} are not the most frequent class of their step",
+}
 LEAST_TARGETS = 20
 """Frequencies of fewer tokens or classes are not compared: a single one is always all of them."""
 LABELLESS_ROWS = 1000
@@ -69,6 +76,11 @@ def signs_of_collapse(now: Mapping[str, float], healthy: Mapping[str, float] | N
       is below `MINORITY_SHARE` of that in labelled data, and below half of that in the healthy window: the teacher
       says no to every class of every row, or yes. It takes as many rows as hold `LEAST_MINORITY` such labels in the
       labelled data (`yes_rows`, `no_rows`; windows are joined), so rare classes are no sign.
+    - one class at a time: the share of labels that are not the most frequent class *of their step*
+      (`pseudo/minority_within`) is below `MINORITY_SHARE` of that in labelled data, and below half of that in the
+      healthy window. A teacher that calls everything one class in this step and another class in the next has all
+      classes over a window. It takes as many labels (`within`) as the rule of the minority, and is asked where all
+      before are silent.
     - spread: of numbers, the standard deviation is below `SPREAD_SHARE` of that of labelled numbers, and below half of
       that in the healthy window (`pseudo/spread`): the teacher says much the same of every row.
     - empty: more than `EMPTY_SHARE` of labels are empty, `EMPTY_RISE` more than in the healthy window, while the loss
@@ -80,8 +92,9 @@ def signs_of_collapse(now: Mapping[str, float], healthy: Mapping[str, float] | N
     - length: labels have become `LENGTH_FACTOR` times as long or as short, against labelled data.
 
     Args:
-        now: metrics of the window (`LabelCounts.metrics`, `student_metrics`), `rows`, and for each of `COUNTED` what
-            it is a share of: `targets`, the number of tokens or classes of kept labels, and kept rows.
+        now: metrics of the window (`LabelCounts.metrics`, `student_metrics`,
+            `LabelStatistics.take_window`), `rows`, and for each of `COUNTED` what
+            it is a share of: numbers of tokens or classes of kept labels (`targets`, `within`), and kept rows.
         healthy: those of the first healthy window; None before there is one, which leaves the first five rules.
     """
     found = []
@@ -93,17 +106,12 @@ def signs_of_collapse(now: Mapping[str, float], healthy: Mapping[str, float] | N
         found.append(
             f"labels are {kl:.2f} nats from the labelled data, where one single class or token is {limit:.2f}"
         )
-    said = {
-        "pseudo/minority": "are not their most frequent class or token",
-        "pseudo/yes": "have any class",
-        "pseudo/no": "lack any class",
-    }
-    for name, what in said.items():
+    for name, text in _RARE.items():
         share, labelled = now.get(name, 1.0), now.get(f"{name}_labelled", 0.0)
         before = (healthy or {}).get(name, math.inf)
         certain = now.get(COUNTED[name], 0.0) * labelled >= LEAST_MINORITY
-        if certain and share < min(MINORITY_SHARE * labelled, 0.5 * before):
-            found.append(f"{share:.2%} of labels {what}, {labelled:.2%} in the labelled data")
+        if certain and share < min(MINORITY_SHARE * labelled, 0.5 * before) and not (found and name == WITHIN):
+            found.append(f"{text.format(share)}, {labelled:.2%} in the labelled data")
     spread, before = now.get("pseudo/spread", math.inf), (healthy or {}).get("pseudo/spread", math.inf)
     if spread < min(SPREAD_SHARE, 0.5 * before):
         found.append(f"labels spread {spread:.3f} times as far as the labelled numbers")
@@ -183,7 +191,7 @@ class CollapseGuard:
         here = metrics.get(COUNTED[name], 0.0)
         before, size = self.shares[name]
         part, size = before + metrics[name] * here, size + here
-        enough = size * metrics[f"{name}_labelled"] >= LEAST_MINORITY
+        enough = size * metrics.get(f"{name}_labelled", 0.0) >= LEAST_MINORITY
         self.shares[name] = [0.0, 0.0] if enough else [part, size]
         return (part / size if size else 1.0), size
 

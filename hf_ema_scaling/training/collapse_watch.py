@@ -13,22 +13,26 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
+from hf_ema_scaling.data.collator import LABEL_COLUMNS
 from hf_ema_scaling.data.passes import CLOCK_DUST
 from hf_ema_scaling.data.sampler import SampledStep
 from hf_ema_scaling.data.stream import UNLABELLED
+from hf_ema_scaling.data.streaming import is_stream
 from hf_ema_scaling.ema.durable import rename
 from hf_ema_scaling.scaling import ReferenceClock
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.checkpoints import checkpoint_step, what_is_missing
+from hf_ema_scaling.training.classes_by_step import labelled_minority
 from hf_ema_scaling.training.collapse import (
     LABELLESS_ROWS,
     LEAST_ROWS,
     MOST_ROLLBACKS,
+    WITHIN,
     CollapseError,
     CollapseGuard,
     RollBack,
 )
-from hf_ema_scaling.training.label_counts import MASS, LabelCounts
+from hf_ema_scaling.training.label_counts import MASS
 
 if TYPE_CHECKING:
     from hf_ema_scaling.training.trainer import PseudoLabelTrainer
@@ -86,6 +90,7 @@ class CollapseWatch(TrainerCallback):
         self.guard = CollapseGuard(pl_start)
         self.error: CollapseError | None = None
         self._warned: set[tuple[str, ...]] = set()
+        self._usual: tuple[float | None] | None = None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -109,11 +114,25 @@ class CollapseWatch(TrainerCallback):
         counts, metrics = self.trainer.window_metrics()
         if counts.counts["rows"] < LEAST_ROWS:
             return []
-        self.trainer.label_statistics.window = LabelCounts()
+        self.trainer.label_statistics.new_window()
         kept = counts.counts["kept"]
         sizes = {"targets": float(counts.targets.sum()) / MASS, "yes_rows": kept, "no_rows": kept}
         sizes["rows"] = counts.counts["rows"]
+        if WITHIN in metrics and (usual := self._usual_minority()) is not None:
+            sizes[f"{WITHIN}_labelled"] = usual
         return self.guard.look({**metrics, **sizes}, step.end)
+
+    def _usual_minority(self) -> float | None:
+        """`labelled_minority` of this run; None where classes of labelled rows are not known beforehand."""
+        if self._usual is None:
+            dataset: Any = self.trainer.train_dataset
+            columns = [] if is_stream(dataset) else getattr(dataset, "column_names", None) or []
+            column = next((name for name in LABEL_COLUMNS if name in columns), None)
+            share = None
+            if column is not None:
+                share = labelled_minority(self.trainer.sampler, dataset.with_format("numpy")[column][:])
+            self._usual = (share,)
+        return self._usual[0]
 
     def _look_for_labels(self, number: int, clock: float) -> list[str]:
         """The sign that the teacher labels nothing: long windows would tell of it too late.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_ema_scaling.labels.base import PseudoLabel
+from hf_ema_scaling.training.classes_by_step import ClassesByStep
 from hf_ema_scaling.training.label_counts import LabelCounts
 
 REASONS = ("empty", "too_long", "confidence")
@@ -24,10 +25,12 @@ class LabelStatistics:
         reasons: reasons to be told of from the first log on.
         drain: gives counts that are kept elsewhere (on the device of the model), whenever counts are read.
         numbers: whether labels are the numbers of a regression.
+        classes: whether a label is one class.
 
     Attributes:
         since_log: counts since the last log.
         window: counts since the last look of the collapse guard.
+        by_step: classes of the labels made in each step since then, where a label is one class.
         stretch: counts since the guard last asked whether any label is kept.
         gold: targets of the labelled rows of the run so far.
     """
@@ -38,8 +41,11 @@ class LabelStatistics:
         drain: Callable[[], Mapping[str, int]] = dict[str, int],
         *,
         numbers: bool = False,
+        classes: bool = False,
     ) -> None:
         self.drain = drain
+        self.classes = classes
+        self.by_step, self._made = ClassesByStep(), list[PseudoLabel]()
         self.reasons = dict.fromkeys([*REASONS, *reasons])
         self.numbers = numbers
         self.since_log, self.window, self.stretch = LabelCounts(), LabelCounts(), LabelCounts()
@@ -57,6 +63,8 @@ class LabelStatistics:
     def add_made(self, labels: Iterable[PseudoLabel]) -> None:
         """Count the scores of labels as they are made."""
         self.step.add_made(labels)
+        if self.classes:
+            self._made += labels
 
     def add_targets(self, labels: Tensor, milliseconds: int | None) -> None:
         """Count the targets of kept pseudo-labels."""
@@ -66,8 +74,15 @@ class LabelStatistics:
         """Count something else, that others make a metric of."""
         self.step.counts[name] += number
 
-    def end_step(self) -> None:
-        """Take a step into the counts."""
+    def end_step(self, number: int | None = None) -> None:
+        """Take a step into the counts.
+
+        Args:
+            number: of the optimizer step; None where no labels were made since the last call.
+        """
+        if self._made and number is not None:
+            self.by_step.add(number, self._made)
+            self._made = []
         for part in (self.since_log, self.window, self.stretch):
             part.merge(self.step)
         for name in list(self.step.counts):
@@ -83,8 +98,21 @@ class LabelStatistics:
         return total, metrics
 
     def take_window(self, gather: Gather) -> tuple[LabelCounts, dict[str, float]]:
-        """Counts and metrics over all processes since `window` was emptied."""
-        return self._total(self.window, gather)
+        """Counts and metrics over all processes since `new_window`.
+
+        Where labels are classes, metrics also have `pseudo/minority_within`, the share of labels that are not the most
+        frequent class of their step, and `within`, the number of labels that it is of.
+        """
+        counts, metrics = self._total(self.window, gather)
+        if self.classes:
+            share, held = ClassesByStep.of(gather(self.by_step.state_dict())).minority()
+            if held:
+                metrics |= {"pseudo/minority_within": share, "within": held}
+        return counts, metrics
+
+    def new_window(self) -> None:
+        """Begin the next window."""
+        self.window, self.by_step = LabelCounts(), ClassesByStep()
 
     def take_stretch(self, gather: Gather) -> LabelCounts:
         """Counts over all processes since the last call, and a fresh start."""
@@ -108,14 +136,16 @@ class LabelStatistics:
         """The counts, over all processes where `gather` collects them."""
         self._read()
         parts = {"since_log": self.since_log, "window": self.window, "stretch": self.stretch, "gold": self.gold}
-        mine = {name: part.state_dict() for name, part in parts.items()}
+        mine = {name: part.state_dict() for name, part in parts.items()} | {"by_step": self.by_step.state_dict()}
         states = [mine] if gather is None else gather(mine)
         total = {name: LabelCounts.of(state[name] for state in states).state_dict() for name in parts}
-        return {**total, "reasons": sorted(self.reasons)}
+        by_step = ClassesByStep.of(state["by_step"] for state in states)
+        return {**total, "by_step": by_step.state_dict(), "reasons": sorted(self.reasons)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the counts."""
         self.step = LabelCounts(self.numbers)
+        self.by_step, self._made = ClassesByStep.of([state.get("by_step", {})]), []
         self.since_log, self.window, self.stretch, self.gold = (
             LabelCounts.of([state.get(name, {})], self.numbers) for name in ("since_log", "window", "stretch", "gold")
         )

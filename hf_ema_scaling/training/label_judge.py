@@ -24,6 +24,7 @@ from hf_ema_scaling.labels.filters import FILTERS, FilterChain, build_filters, r
 from hf_ema_scaling.labels.fitting import fit_filters
 from hf_ema_scaling.labels.score_filters import Confidence
 from hf_ema_scaling.labels.serving import check_served, names_of
+from hf_ema_scaling.training.aligned import Aligned
 from hf_ema_scaling.training.arguments import PseudoLabelArguments
 from hf_ema_scaling.training.losses import labels_by_token
 
@@ -39,6 +40,7 @@ class LabelJudge:
         decode: label ids to text; None where labels are no text.
         seconds: duration of each row of the unlabelled set; None where it is not known.
         source: whether rows have `input_ids`.
+        alignment: corrects labels before they are filtered.
 
     Raises:
         ValueError: for filters that ask for what is not there.
@@ -51,8 +53,10 @@ class LabelJudge:
         decode: Decode | None = None,
         seconds: NDArray[np.float64] | None = None,
         source: bool = False,
+        alignment: Aligned | None = None,
     ) -> None:
-        self.chain = FilterChain(filters)
+        self.alignment = alignment
+        self.chain = FilterChain(filters, None if alignment is None else alignment.alignment)
         self.decode = decode
         self.seconds = seconds
         given = {TEXT: decode is not None, SECONDS: seconds is not None, SOURCE: source}
@@ -69,16 +73,18 @@ class LabelJudge:
     def judge(
         self, labels: Sequence[PseudoLabel], batch: MicroBatch, ages: Callable[[Sequence[int]], NDArray[np.float64]]
     ) -> list[PseudoLabel]:
-        """The labels of a batch, those that a filter drops with its reason.
+        """The labels of a batch, aligned where there is an alignment, those that a filter drops with its reason.
 
         Args:
             labels: one for each row.
             batch: unlabelled rows.
             ages: reference steps from stream positions to the end of the step.
         """
-        if not self.chain.filters:
+        if not self.chain.filters and self.alignment is None:
             return self.chain.judge(labels, lambda number: Row(labels[number]))
         since = ages(batch["positions"]).tolist()
+        if self.alignment is not None:
+            labels = self.alignment(labels, batch["indices"], since)
         sources = source_ids(batch["inputs"]) if self._wants_source else None
 
         def row(number: int) -> Row:
@@ -116,6 +122,7 @@ def judge_for(
     labelled: Any,
     unlabelled: Any,
     duration_column: str,
+    alignment: Aligned | None = None,
 ) -> LabelJudge:
     """The judge of a run: the filters of `arguments`, then `filters`, then `min_confidence`.
 
@@ -129,6 +136,7 @@ def judge_for(
         labelled: the labelled set, for filters that are fitted.
         unlabelled: the unlabelled set.
         duration_column: column with seconds, in both sets.
+        alignment: corrects labels before they are filtered.
 
     Raises:
         ValueError: for filters that cannot be built or ask for what is not there.
@@ -153,7 +161,7 @@ def judge_for(
     if arguments.min_confidence > 0:
         more.append(Confidence(arguments.min_confidence))
         check_served({f"min_confidence={arguments.min_confidence:g}": more[-1]}, labeler, head, given)
-    return LabelJudge([*chosen, *more], decode=decode, seconds=seconds, source=source)
+    return LabelJudge([*chosen, *more], decode=decode, seconds=seconds, source=source, alignment=alignment)
 
 
 def check_scores(chain: FilterChain, labels: Sequence[PseudoLabel]) -> None:

@@ -11,53 +11,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_ema_scaling.data.collator import MicroBatch
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED, ReferenceStream
-from hf_ema_scaling.data.streaming import is_stream
 from hf_ema_scaling.labels.base import PseudoLabel
 from hf_ema_scaling.labels.ledger import Ledger
 from hf_ema_scaling.training.diagnostics import Gather, LabelStatistics
 from hf_ema_scaling.training.hidden import HiddenReferences, hidden_metrics
 from hf_ema_scaling.training.label_counts import LabelCounts
+from hf_ema_scaling.training.label_sources import Sources
 from hf_ema_scaling.training.student_watch import StudentWatch, student_metrics
 
 if TYPE_CHECKING:
     from hf_ema_scaling.training.trainer import PseudoLabelTrainer
-
-ONE_SOURCE = "unlabelled"
-"""Name of the source in the ledger where the data set names none."""
-
-
-class Sources:
-    """Where rows of the unlabelled set come from.
-
-    Args:
-        dataset: the unlabelled set.
-        column: names the source of each row; None for one source.
-
-    Raises:
-        ValueError: when there is no such column.
-    """
-
-    def __init__(self, dataset: Any, column: str | None) -> None:
-        self.names = [ONE_SOURCE]
-        self._codes: NDArray[np.int32] | None = None
-        if column is None:
-            return
-        if is_stream(dataset):
-            raise ValueError(
-                f"source_column={column!r} needs all rows at the start, and unlabeled_dataset is a stream: give a "
-                "map-style data set, or leave it out"
-            )
-        columns = getattr(dataset, "column_names", None) or []
-        if column not in columns:
-            raise ValueError(f"source_column={column!r} is none of the columns {columns} of the unlabelled set")
-        names, codes = np.unique(np.asarray(dataset[column][:]).astype(str), return_inverse=True)
-        self.names, self._codes = names.tolist(), codes.astype(np.int32)
-
-    def of(self, rows: Sequence[int]) -> list[str]:
-        """The source of each row."""
-        if self._codes is None:
-            return self.names * len(rows)
-        return [self.names[code] for code in self._codes[np.asarray(rows, dtype=np.int64)]]
 
 
 class LabelRecord:
@@ -71,6 +34,7 @@ class LabelRecord:
         hidden: the truth, where it is known.
         seconds: durations of labelled and unlabelled rows; lengths are counted per second where both are known.
         numbers: whether labels are the numbers of a regression.
+        classes: whether a label is one class.
     """
 
     def __init__(
@@ -83,8 +47,9 @@ class LabelRecord:
         hidden: HiddenReferences | None = None,
         seconds: tuple[NDArray[np.float64] | None, NDArray[np.float64] | None] = (None, None),
         numbers: bool = False,
+        classes: bool = False,
     ) -> None:
-        self.statistics = LabelStatistics(reasons, student.drain, numbers=numbers)
+        self.statistics = LabelStatistics(reasons, student.drain, numbers=numbers, classes=classes)
         self.own = Ledger(unit)
         self.ledger = Ledger(unit)
         """Of all processes, as of the last log, checkpoint or end of training."""

@@ -43,7 +43,8 @@ class EMATrainerMixin(SavedRun):
 
     Args:
         example_loss: loss per example, for heads that the library does not know.
-        augmentation: changes the student's inputs, of labelled and unlabelled rows; each row by a seed of its own.
+        augmentation: changes the student's inputs, of unlabelled rows and, with `augment_labelled`, of labelled ones;
+            each row by a seed of its own.
         **kwargs: as for `Trainer`. Training data may be streams (`IterableDataset`), read in their own order.
 
     Raises:

@@ -33,6 +33,10 @@ class PseudoLabelArguments:
             judges by how much of a label it changes. Its random numbers come of a row's own content, so it is the same
             in every batch. For a regression it also needs `"scale"`, the difference that is total disagreement. It
             costs another forward pass of the teacher.
+        align_labels: `all` or `source` for distribution alignment of labels of one class (`LabelAlignment`): the
+            teacher's probabilities are shifted so that classes are as frequent as among labelled rows, over all
+            unlabelled rows or in each source (`source_column`) by itself. For unlabelled data whose classes are about
+            as frequent as those of the labelled set. None for labels as they are.
         weight_by_confidence: multiply each pseudo-label's weight by its confidence.
         max_unlabeled_loss: cap on the loss of one pseudo-labelled example (nats per target token), below
             `max_example_loss`. It is a function of the example alone, so it is the same at every kappa and in every
@@ -54,7 +58,8 @@ class PseudoLabelArguments:
         cache_half_lives: mean age of the labels in use, in half-lives of the average, in the place of `cache_steps`,
             which is then `cache_half_lives * cache_refresh` half-lives. With a momentum schedule, half-lives are those
             of `ema_momentum`.
-        source_column: column of the unlabelled set that says where each row comes from, for the ledger.
+        source_column: column of the unlabelled set that says where each row comes from, for the ledger and for
+            `align_labels`.
         hidden_reference_column: column of the unlabelled set with true texts, label ids, or what the labelled set has
             as labels. It is taken out of the data that training sees and looked up only to log the error of
             pseudo-labels (`hidden/*`, see `hidden_metrics`).
@@ -105,6 +110,10 @@ class PseudoLabelArguments:
         metadata={
             "help": 'Another view for the teacher, for the filter disagree: {"token_masking": {"share": 0.1}} (JSON).'
         },
+    )
+    align_labels: str | None = field(
+        default=None,
+        metadata={"help": "Give labels the class shares of the labelled set: all, or each source by itself (source)."},
     )
     weight_by_confidence: bool = field(
         default=False, metadata={"help": "Weight each pseudo-label by its confidence, too."}
@@ -158,6 +167,10 @@ class PseudoLabelArguments:
                 f"cache_refresh must lie in (0, 1], got {self.cache_refresh}; for labels that are made anew at every "
                 "draw set cache_steps=0"
             )
+        if self.align_labels is not None:
+            one_of("align_labels", self.align_labels, ("all", "source"))
+        if self.align_labels == "source" and self.source_column is None:
+            raise ValueError("align_labels=source aligns each source by itself: name their column by source_column")
         if self.filters is not None:
             if isinstance(self.filters, Mapping):
                 self.filters = json.dumps(self.filters)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_ema_scaling.data.collator import CTCCollator, MicroBatch
 from hf_ema_scaling.data.sampler import SampledStep
+from hf_ema_scaling.data.stream import UNLABELLED
 from hf_ema_scaling.data.views import Augmentation, changes_length
 from hf_ema_scaling.ema import gathered
 from hf_ema_scaling.labels.decoder import with_decoder_inputs
@@ -106,7 +107,7 @@ class SplitSteps(ReferenceRun):
         labels = inputs.pop("labels")
         weights = micro_batch.get("example_weights")
         rows = None if weights is None else torch.nonzero(weights).flatten().to(labels.device)
-        if self.augmentation is not None:
+        if self.augmentation is not None and (self.args.augment_labelled or micro_batch["source"] == UNLABELLED):
             begun = self.sampler.stream.position(self.args.augment_start)
             clean = inputs
             inputs = augment(self.augmentation, clean, micro_batch["positions"], int(begun), self.args.seed)

@@ -26,6 +26,7 @@ from hf_ema_scaling.labels.base import LabelKind, scores_of
 from hf_ema_scaling.labels.filter_base import Filter
 from hf_ema_scaling.labels.ledger import Ledger
 from hf_ema_scaling.labels.registry import label_kind
+from hf_ema_scaling.training.aligned import aligned
 from hf_ema_scaling.training.arguments import EMATrainingArguments, PseudoLabelArguments
 from hf_ema_scaling.training.cached_labels import CachedLabels
 from hf_ema_scaling.training.calibration import calibration, chosen_rows
@@ -36,7 +37,8 @@ from hf_ema_scaling.training.flow import log_is_due
 from hf_ema_scaling.training.hidden import HiddenReferences, split_off
 from hf_ema_scaling.training.label_counts import LabelCounts
 from hf_ema_scaling.training.label_judge import check_scores, durations, judge_for
-from hf_ema_scaling.training.label_record import LabelRecord, SaveLedger, Sources
+from hf_ema_scaling.training.label_record import LabelRecord, SaveLedger
+from hf_ema_scaling.training.label_sources import Sources
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 from hf_ema_scaling.training.pseudo_label_step import drop_too_long, with_targets, without_targets
 from hf_ema_scaling.training.student_watch import StudentWatch, differ_for
@@ -95,7 +97,13 @@ class PseudoLabelTrainer(EMATrainerMixin):
         self.teacher: EMATeacher | None = None
         self.cached_labels: CachedLabels | None = None
         super().__init__(model, args, **kwargs)
-        labeler = labeler or labeler_for(self.model, self.processing_class)
+        sources = Sources(unlabeled_dataset, pseudo.source_column)
+        labeler, alignment = aligned(
+            labeler or labeler_for(self.model, self.processing_class),
+            pseudo,
+            labelled=self.train_dataset,
+            sources=sources,
+        )
         self.labeler: Labeler = with_second_view(labeler, pseudo.second_view, self.processing_class)
         self.label_kind = label_kind(self.model, self.labeler)
         if getattr(self.model.config, "feat_extract_norm", None) == "group":
@@ -114,16 +122,18 @@ class PseudoLabelTrainer(EMATrainerMixin):
             labelled=self.train_dataset,
             unlabelled=unlabeled_dataset,
             duration_column=column,
+            alignment=alignment,
         )
         self.student_watch = StudentWatch(differ_for(self.model, labeler))
         self.record = LabelRecord(
             self.args.batch_unit,
-            Sources(unlabeled_dataset, pseudo.source_column),
+            sources,
             reasons=self.judge.chain.reasons,
             student=self.student_watch,
             hidden=self._hidden(references),
             seconds=(durations(self.train_dataset, column), self.judge.seconds),
             numbers=self.label_kind is LabelKind.NUMBERS,
+            classes=self.label_kind is LabelKind.CLASS,
         )
         self.dropout = None if pseudo.pl_dropout is None else DropoutChange(self.model, pseudo.pl_dropout)
         check_rollback(self.args, pseudo)
@@ -235,7 +245,7 @@ class PseudoLabelTrainer(EMATrainerMixin):
         targets = [self._with_labels(batch, found) for batch in micro_batches]
         if begun:
             self.judge.chain.end_step(self._total_counts, step.kappa)
-        self.label_statistics.end_step()
+        self.label_statistics.end_step(number)
         return targets
 
     def _with_labels(self, micro_batch: MicroBatch, found: dict[int, PseudoLabel]) -> MicroBatch:

@@ -138,6 +138,47 @@ def test_a_planted_collapse_is_warned_of_at_the_same_data_at_every_kappa(
         assert logs[-1]["collapse/alarms"] >= 1 and logs[-1]["pseudo/kl"] > logs[-1]["pseudo/kl_limit"] * 0.8
 
 
+@pytest.mark.parametrize("kappa", [0.5, 1.0, 2.0])
+def test_one_class_at_a_time_is_a_collapse_though_a_window_has_them_all(tmp_path: Path, kappa: float) -> None:
+    labeler = collapse_runs.InTurns()
+    made = collapse_runs.trainer(tmp_path, planted=False, kappa=kappa, labeler=labeler, pl={"on_collapse": "stop"})
+    labeler.step = lambda: int(made.state.global_step)
+    with pytest.raises(
+        CollapseError, match=r"of one class at a time: 0\.00% are not the most frequent class of their"
+    ):
+        made.train()
+    ((clock, signs),) = made.collapse.guard.alarms
+    assert clock == 20.0 and len(signs) == 1
+    logs = [entry for entry in made.state.log_history if "pseudo/kl" in entry]
+    # The rules for whole windows see nothing.
+    assert logs[-1]["pseudo/kl"] < 0.2 and logs[-1]["pseudo/minority"] > 0.5
+
+
+def test_classes_by_step_survive_a_checkpoint(tmp_path: Path) -> None:
+    """A window of which half lies before the checkpoint is judged as if there had been none."""
+    found = []
+    for folder, checkpoint in (
+        (tmp_path / "whole", None),
+        (tmp_path / "resumed", tmp_path / "whole" / "checkpoint-15"),
+    ):
+        made = collapse_runs.trainer(folder, planted=False)
+        seen: list[dict[str, float]] = []
+        inner = made.collapse.guard.look
+
+        def look(metrics: Any, clock: float, seen: Any = seen, inner: Any = inner) -> Any:
+            seen.append({name: metrics[name] for name in metrics if "within" in name})
+            return inner(metrics, clock)
+
+        made.collapse.guard.look = look
+        made.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        found.append(seen)
+    whole, resumed = found
+    assert whole == resumed and [one["within"] for one in whole] == [140.0] * 3
+    # Three classes at random, 14 labels and up to 16 rows in a step.
+    assert all(0.3 < one["pseudo/minority_within"] < 0.6 for one in whole)
+    assert all(0.4 < one["pseudo/minority_within_labelled"] < 0.65 for one in whole)
+
+
 def test_stop_ends_in_good_order_and_names_the_good_checkpoint(tmp_path: Path) -> None:
     made = collapse_runs.trainer(tmp_path, planted=True, pl={"on_collapse": "stop"})
     with pytest.raises(CollapseError) as raised:

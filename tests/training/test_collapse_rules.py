@@ -12,6 +12,7 @@ import tiny
 import torch
 
 from hf_ema_scaling.labels import MultiLabelLabeler, PseudoLabel
+from hf_ema_scaling.training.classes_by_step import MOST_STEPS, ClassesByStep, minority_of_parts
 from hf_ema_scaling.training.collapse import CollapseError, CollapseGuard, signs_of_collapse
 from hf_ema_scaling.training.label_counts import MASS, LabelCounts
 
@@ -190,6 +191,77 @@ def test_numbers_between_zero_and_one_alone_are_answers() -> None:
     assert "pseudo/yes" not in strange.metrics(known)
     classes = counts_of(two_classes(0.5))
     assert "pseudo/yes" not in classes.metrics(counts_of(two_classes(0.5)))
+
+
+def by_step(classes: list[list[int]]) -> ClassesByStep:
+    counts = ClassesByStep()
+    for number, members in enumerate(classes):
+        counts.add(number, [PseudoLabel((one,), 0.9) for one in members])
+    return counts
+
+
+def test_minority_of_steps_by_hand() -> None:
+    # Steps of 8, 8 and 2 + 2 labels; 2 more are no part of their own.
+    classes = [[0] * 8, [0] * 5 + [1] * 3, [2] * 2, [1, 2], [0, 1]]
+    counts = by_step(classes)
+    assert counts.minority() == (pytest.approx(4 / 20), 20.0)
+    # In any split over processes, through a checkpoint; dropped labels do not count.
+    halves = [ClassesByStep(), ClassesByStep()]
+    for number, members in enumerate(classes):
+        for place, one in enumerate(members):
+            halves[place % 2].add(number, [PseudoLabel((one,), 0.9), PseudoLabel((3,), 0.1, "confidence")])
+    states = json.loads(json.dumps([half.state_dict() for half in halves]))
+    assert ClassesByStep.of(states).minority() == counts.minority()
+    assert ClassesByStep().minority() == (1.0, 0.0)
+
+
+def test_soft_labels_count_by_their_probabilities_and_only_the_last_steps_are_kept() -> None:
+    counts = ClassesByStep()
+    for step in range(MOST_STEPS + 5):
+        counts.add(step, [PseudoLabel((0,), 0.75, values=(0.75, 0.25))] * 9)
+    share, held = counts.minority()
+    assert share == pytest.approx(0.25, abs=1e-4) and held == pytest.approx(9 * MOST_STEPS)
+    assert min(counts.steps) == 5
+
+
+@pytest.mark.parametrize("skew", SKEWS)
+def test_steps_of_labels_that_are_well_are_no_collapse(skew: float) -> None:
+    """Also small steps, of skewed data, where most have one class alone; and those of labels in turns are one."""
+    rng = np.random.default_rng(0)
+    gold = minority_of_parts(
+        [dict(enumerate((np.bincount(rng.random(16) < skew, minlength=2) * MASS).tolist())) for _ in range(100)]
+    )[0]
+    for size in (2, 8, 64):
+        well = by_step([(rng.random(size) >= skew).astype(int).tolist() for _ in range(3200 // size)])
+        turns = by_step([[int(rng.random() >= skew)] * max(size, 8) for _ in range(1 + 3200 // size)])
+        for counts, alarmed in ((well, False), (turns, True)):
+            share, held = counts.minority()
+            now = {"rows": held, "pseudo/kept": 1.0, "pseudo/minority_within": share, "within": held}
+            signs = signs_of_collapse({**now, "pseudo/minority_within_labelled": gold}, None)
+            assert bool(signs) == alarmed, (size, share, gold)
+
+
+def test_where_length_tells_the_class_steps_of_one_class_are_usual() -> None:
+    now = {"rows": 400.0, "pseudo/kept": 1.0, "pseudo/minority_within": 0.01, "within": 400.0}
+    assert signs_of_collapse({**now, "pseudo/minority_within_labelled": 0.05}, None) == []
+    assert len(signs_of_collapse({**now, "pseudo/minority_within_labelled": 0.15}, None)) == 1
+    # What was so in a healthy run is no change.
+    assert signs_of_collapse({**now, "pseudo/minority_within_labelled": 0.15}, {**now}) == []
+
+
+def test_few_steps_are_joined_with_those_of_the_next_windows() -> None:
+    guard = CollapseGuard(0.0)
+    now = {"rows": 60.0, "pseudo/kept": 1.0, "pseudo/minority_within": 0.0, "within": 60.0}
+    now["pseudo/minority_within_labelled"] = 0.2
+    assert guard.look(now, 10.0) == [] and guard.shares["pseudo/minority_within"] == [0.0, 60.0]
+    again = CollapseGuard(0.0)
+    again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    (sign,) = again.look(now, 20.0)
+    assert sign.startswith("labels are of one class at a time: 0.00%")
+    assert again.shares["pseudo/minority_within"] == [
+        0.0,
+        0.0,
+    ]
 
 
 def test_numbers_collapse_when_they_no_longer_spread() -> None:

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 
+from hf_ema_scaling.data.stream import UNLABELLED
 from hf_ema_scaling.ema import EMATeacher, WeightAverage
 from hf_ema_scaling.labels import CTCLabeler, PseudoLabel
 from hf_ema_scaling.training.trainer import PseudoLabelTrainer
@@ -118,7 +119,8 @@ def test_labels_are_those_of_the_average_in_eval_mode_on_clean_input(tmp_path: P
     assert differs
 
 
-def test_the_teacher_sees_no_augmentation_and_the_student_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_teacher_sees_no_augmentation_and_the_student_does(tmp_path: Path, labelled: bool) -> None:
     labeler = Watching()
     data = tiny.speech(9, 1, features=8, labels=False)
     seen: list[torch.Tensor] = []
@@ -131,7 +133,7 @@ def test_the_teacher_sees_no_augmentation_and_the_student_does(tmp_path: Path) -
 
     made = tiny.trainer(
         tiny.parakeet(),
-        tiny.arguments(tmp_path, max_steps=3, seed=7, augment_start=1),
+        tiny.arguments(tmp_path, max_steps=3, seed=7, augment_start=1, augment_labelled=labelled),
         tiny.speech(9, features=8),
         unlabeled_dataset=data,
         pseudo_label_args=tiny.pseudo(),
@@ -150,9 +152,10 @@ def test_the_teacher_sees_no_augmentation_and_the_student_does(tmp_path: Path) -
     rows = {tuple(np.asarray(row["input_features"])[0].tolist()) for row in data}
     for _, batch, _, _ in labeler.asked:
         assert all(tuple(row[0].tolist()) in rows for row in batch["input_features"])
-    assert [value > 0 for value in inputs] == [True, True, False, False, False, False]
+    assert [value > 0 for value in inputs] == [True, True, *[not labelled, False] * 2]
     # Rows are seeded by their place in the stream.
-    assert sorted(int(seed) for seed in seen) == list(range(4, 12))
+    source = made.sampler.stream.source[4:12]
+    assert sorted(int(seed) for seed in seen) == [4 + i for i in range(8) if labelled or source[i] == UNLABELLED]
 
 
 def test_a_step_whose_labels_are_all_dropped_runs_and_learns_from_the_labelled_rows_alone(tmp_path: Path) -> None:
