@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,14 +10,38 @@ from torch import Tensor, nn
 
 from hf_ema_scaling.ema.names import Entry, local_shard, unwrap
 
-# Whichever average put it there.
-_SWAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+class _Swap:
+    """Modules and tensors that hold other weights than their own; kept alive, so that their ids stay theirs."""
+
+    def __init__(self, model: nn.Module, entries: list[Entry]) -> None:
+        self.parts = {id(part): part for part in (model, *(slot.owner for e in entries for slot in e.slots))}
+        # Of modules that share a parameter with another model's.
+        self.tensors = {id(entry.tensor): entry.tensor for entry in entries}
+
+    def reaches(self, part: nn.Module) -> bool:
+        """Whether a module, without its children, holds any of them."""
+        own = (*part._parameters.values(), *part._buffers.values())
+        return id(part) in self.parts or any(id(tensor) in self.tensors for tensor in own)
+
+
+# Whichever average put them there.
+_SWAPS: list[_Swap] = []
 
 
 def refuse_swapped(model: nn.Module, action: str) -> None:
-    """Raises `RuntimeError` for a model that holds swapped-in weights."""
-    if unwrap(model) in _SWAPPED:
-        raise RuntimeError(f"Cannot {action} this model now: it holds swapped-in weights; leave `swapped` first.")
+    """Raises `RuntimeError` for a model that holds swapped-in weights, whole or in part.
+
+    Whether the model itself was swapped, a model that it is a part of, or a part of it.
+    """
+    if not _SWAPS:  # as before every update
+        return
+    for name, part in unwrap(model).named_modules():
+        if any(swap.reaches(part) for swap in _SWAPS):
+            where = f" in {name!r}" if name else ""
+            raise RuntimeError(
+                f"Cannot {action} this model now: it holds swapped-in weights{where}; leave `swapped` first."
+            )
 
 
 @contextmanager
@@ -39,12 +62,13 @@ def swapped_in(
     inner = unwrap(model)
     with torch.no_grad():
         own = [local_shard(entry.tensor).clone() for entry in entries]
-    _SWAPPED.add(inner)
+    swap = _Swap(inner, entries)
+    _SWAPS.append(swap)
     try:
         write()
         yield
     finally:
-        _SWAPPED.discard(inner)
+        _SWAPS.remove(swap)
         reshard()
         _put_back(entries, own)
 

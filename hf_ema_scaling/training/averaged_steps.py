@@ -52,11 +52,14 @@ class AveragedSteps(SplitSteps):
             FloatingPointError: A weight is not finite, though the gradient was; it is not averaged.
         """
         assert self.average is not None and self._last_step is not None
-        if self.batch_statistics and self.accelerator.num_processes > 1:
-            share_statistics(self.model)
         # Under a gradient scaler only the scaler knows: it steps on finite gradients whose norm overflows.
         dropped = self._skipped and getattr(self.accelerator, "scaler", None) is None
-        if dropped or self._skip_watch.was_skipped(self.optimizer):
+        overflowed = self._skip_watch.was_skipped(self.optimizer)
+        if overflowed:
+            self._forward_state.restore()
+        if self.batch_statistics and self.accelerator.num_processes > 1:
+            share_statistics(self.model)
+        if dropped or overflowed:
             return
         number = self.state.global_step + 1
         if (broken := nonfinite_parameter(self.model)) is not None:

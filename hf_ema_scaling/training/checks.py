@@ -229,17 +229,20 @@ def nonfinite_gradient(norm: float, number: int, clock: float) -> FloatingPointE
 
 
 def has_batch_statistics(model: nn.Module) -> bool:
-    """Whether the model normalises by statistics of the batch (BatchNorm in train mode)."""
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
+    """Whether micro-batches leave a mark on the model: by BatchNorm, or running statistics of InstanceNorm."""
+    return any(map(_has_statistics, model.modules()))
+
+
+def _has_statistics(part: nn.Module) -> bool:
+    normalises = isinstance(part, nn.modules.batchnorm._BatchNorm)
+    return normalises or (isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats)
 
 
 class frozen_statistics:
-    """Inside the block BatchNorm neither uses nor updates batch statistics."""
+    """Inside the block BatchNorm and InstanceNorm neither use nor update statistics of the batch."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.parts = [
-            part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training
-        ]
+        self.parts = [part for part in model.modules() if _has_statistics(part) and part.training]
 
     def __enter__(self) -> None:
         for part in self.parts:
@@ -251,13 +254,13 @@ class frozen_statistics:
 
 
 def batch_statistics_of(model: nn.Module) -> list[Tensor]:
-    """The buffers of all BatchNorm layers: running means, variances and counts."""
-    parts = (part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
+    """The buffers of BatchNorm, and of InstanceNorm that has any: running means, variances and counts."""
+    parts = (part for part in model.modules() if _has_statistics(part))
     return [buffer for part in parts for buffer in part.buffers(recurse=False)]
 
 
 def share_statistics(model: nn.Module) -> None:
-    """Gives every process the BatchNorm statistics of process 0, the ones that are saved.
+    """Gives every process the running statistics of process 0, the ones that are saved.
 
     `DistributedDataParallel` does so before a forward pass only: until then averages, evaluations and teachers would
     differ from process to process.

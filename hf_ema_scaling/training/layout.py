@@ -82,7 +82,7 @@ def lay_out(
         unlabelled: map-style unlabelled data set, or a stream, with `pseudo`.
         pseudo: when unlabelled items begin, and how many.
         world_size: number of processes.
-        batch_statistics: whether the model has BatchNorm.
+        batch_statistics: whether the model has BatchNorm, or keeps other running statistics.
         resumed: the checkpoint to continue; its steps stay as they were.
 
     Raises:

@@ -17,12 +17,12 @@ from hf_ema_scaling.ema import gathered
 from hf_ema_scaling.labels.decoder import with_decoder_inputs
 from hf_ema_scaling.training.augment import augment, keep_fitting, refuse_augmentation
 from hf_ema_scaling.training.checks import (
-    batch_statistics_of,
     check_ctc_setup,
     check_labelled,
     frozen_statistics,
     nonfinite_gradient,
 )
+from hf_ema_scaling.training.forward_state import ForwardState
 from hf_ema_scaling.training.losses import ExampleLoss, cap_losses, is_ctc, loss_for
 from hf_ema_scaling.training.noise import NoiseMeter
 from hf_ema_scaling.training.reference_run import ReferenceRun
@@ -64,7 +64,7 @@ class SplitSteps(ReferenceRun):
         self._noise = NoiseMeter(self.args.noise_scale_every, batch, self.accelerator)
         self._last_step: SampledStep | None = None
         self._skipped = False
-        self._statistics: list[tuple[Tensor, Tensor]] = []
+        self._forward_state = ForwardState()
         self._clipped = 0
 
     def label_micro_batches(self, inputs: dict[str, list[MicroBatch]]) -> list[MicroBatch]:
@@ -83,8 +83,7 @@ class SplitSteps(ReferenceRun):
         step = self._last_step = self.sampler.step(self.state.global_step)
         self._places = inputs.get("stream")
         self.lr_scheduler.begin(step)
-        if self.batch_statistics:
-            self._statistics = [(buffer, buffer.clone()) for buffer in batch_statistics_of(self.model)]
+        self._forward_state.remember(self.model)
         micro_batches = self.label_micro_batches(inputs)
         model.train()
         # Processes average their gradients, so each multiplies its share by their number.
@@ -155,11 +154,9 @@ class SplitSteps(ReferenceRun):
         norm = gathered(super()._get_grad_norm(model, grad_norm))
         self._skipped = not math.isfinite(float(norm))
         # A gradient scaler meets such gradients in the normal course of things and skips the step itself.
-        if self._skipped:
-            # Forward passes on bad input have already entered the running statistics of BatchNorm.
-            for buffer, before in self._statistics:
-                buffer.copy_(before)
         if self._skipped and getattr(self.accelerator, "scaler", None) is None:
+            # Forward passes on bad input have already entered running statistics.
+            self._forward_state.restore()
             if self.args.on_nonfinite == "raise":
                 clock = self._last_step.start if self._last_step else 0.0
                 raise nonfinite_gradient(float(norm), self.state.global_step, clock)

@@ -47,7 +47,7 @@ def loader_batch_size(loader: Any, world_size: int) -> int:
 
 @torch.no_grad()
 def nonfinite_parameter(model: nn.Module) -> str | None:
-    """Name of the first trainable parameter, or statistic of BatchNorm, with a NaN or an infinity, or None.
+    """Name of the first trainable parameter, or running statistic, with a NaN or an infinity, or None.
 
     Of shards, on any process.
 

@@ -289,6 +289,49 @@ def test_what_a_swap_refuses() -> None:
     assert average.num_updates == 1
 
 
+class Encoder(nn.Module):
+    """A part that is averaged on its own, tied to another part of the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head, self.frozen = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.frozen.requires_grad_(False)
+        self.head.bias = self.inner.bias
+
+
+@pytest.mark.parametrize("swapped", ["", "inner"])
+def test_a_part_of_what_is_swapped_is_refused_and_so_is_what_has_a_part_that_is(swapped: str) -> None:
+    model = Encoder()
+    averages = {name: WeightAverage(model.get_submodule(name)) for name in ("", "inner", "head", "frozen")}
+    shake_(model)
+    held = model.get_submodule(swapped)
+    before = {name: [t.clone() for t in average.tensors().values()] for name, average in averages.items()}
+    with averages[swapped].swapped(held):
+        for name in ("", "inner", "head"):  # the last has the bias of the one that is swapped
+            part, average = model.get_submodule(name), averages[name]
+            for action in (
+                lambda part=part, average=average: average.update(part, 0.9),
+                lambda part=part, average=average: average.lead(part, -0.1),
+                lambda part=part, average=average: average.swapped(Wrapper(part, "module")).__enter__(),
+                lambda part=part, average=average: average.copy_to(part),
+                lambda part=part, average=average: average.distance(part),
+                lambda part=part: WeightAverage(part),
+            ):
+                with pytest.raises(RuntimeError, match="swapped-in weights"):
+                    action()
+        averages["frozen"].update(model.frozen, 0.9)  # of which nothing was swapped
+        other = Encoder()
+        WeightAverage(other).update(other, 0.9)
+    for name, tensors in before.items():
+        assert all(torch.equal(a, b) for a, b in zip(tensors, averages[name].tensors().values(), strict=True))
+    with averages["inner"].swapped(model.inner), averages["frozen"].swapped(model.frozen):
+        with pytest.raises(RuntimeError, match=r"update the average from this model now.* in 'inner'; leave"):
+            averages[""].update(model, 0.9)
+    for name, average in averages.items():
+        average.update(model.get_submodule(name), 0.0)
+        assert average.equals(model.get_submodule(name))
+
+
 def test_copy_to_is_permanent_and_casts() -> None:
     model = Scalar(0.0)
     average = WeightAverage(model)

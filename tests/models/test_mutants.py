@@ -26,7 +26,7 @@ from hf_ema_scaling.data.collator import TwoSourceDataset
 from hf_ema_scaling.data.label_pool import PooledPasses
 from hf_ema_scaling.data.passes import Passes
 from hf_ema_scaling.data.stream import UNLABELLED
-from hf_ema_scaling.ema import EMATeacher, WeightAverage, average, frozen, names, shadow
+from hf_ema_scaling.ema import EMATeacher, WeightAverage, average, frozen, names, shadow, swap
 from hf_ema_scaling.ema.kernels import Pairs
 from hf_ema_scaling.ema.names import Entry, entries_of, local_shard
 from hf_ema_scaling.ema.shadow import Shadow
@@ -42,6 +42,7 @@ from hf_ema_scaling.training.cached_labels import CachedLabels
 from hf_ema_scaling.training.collapse_watch import CollapseWatch
 from hf_ema_scaling.training.evaluation import BothWeightsEvaluation
 from hf_ema_scaling.training.flow import AverageUpdate
+from hf_ema_scaling.training.forward_state import ForwardState
 from hf_ema_scaling.training.hidden import split_off
 from hf_ema_scaling.training.split_step import SplitSteps
 
@@ -139,6 +140,16 @@ def skipped_steps_are_not_noticed(patch: Patch) -> None:
     patch.setattr(SkipWatch, "was_skipped", lambda self, optimizer: False)
 
 
+def a_skipped_step_restores_batch_norm_alone(patch: Patch) -> None:
+    restore = ForwardState.restore
+
+    def some(self: ForwardState) -> None:
+        self._kept = [kept for kept in self._kept if isinstance(kept[0], nn.modules.batchnorm._BatchNorm)]
+        restore(self)
+
+    patch.setattr(ForwardState, "restore", some)
+
+
 def nothing_happens_before_ema_start(patch: Patch) -> None:
     update = WeightAverage.update
 
@@ -183,6 +194,10 @@ def an_exception_leaves_the_average_in_the_student(patch: Patch) -> None:
                 entry.tensor.copy_(value)
 
     patch.setattr(average, "swapped_in", without_finally)
+
+
+def only_the_whole_counts_as_swapped(patch: Patch) -> None:
+    patch.setattr(swap._Swap, "reaches", lambda self, part: part is next(iter(self.parts.values())))
 
 
 def the_best_model_is_the_student(patch: Patch) -> None:
@@ -427,6 +442,8 @@ MUTANTS = [
     Mutant("9. ", a_misspelt_hook, "models/test_published_checks.py::test_steps_at_which_the_average_moves"),
     Mutant("10. ", skipped_steps_are_not_noticed,
            "training/test_loss_scaling.py::test_the_trainer_moves_no_average_when_a_step_is_skipped"),
+    Mutant("a skipped step leaves", a_skipped_step_restores_batch_norm_alone,
+           "training/test_checks.py::test_a_skipped_step_leaves_nothing_of_what_its_forward_passes_wrote[False]"),
     Mutant("11. ", nothing_happens_before_ema_start,
            "training/test_callback.py::test_before_ema_start_the_average_is_the_student"),
     Mutant("12. ", the_teacher_labels_in_the_mode_it_is_in, "ema/test_teacher.py::test_training_mode_is_refused"),
@@ -434,6 +451,9 @@ MUTANTS = [
            "training/test_mixin.py::test_every_set_is_scored_with_student_and_average"),
     Mutant("13. ", an_exception_leaves_the_average_in_the_student,
            "training/test_mixin.py::test_an_exception_in_an_evaluation_leaves_the_students_bits[2]"),
+    Mutant("an average of a part", only_the_whole_counts_as_swapped,
+           "ema/test_average.py::"
+           "test_a_part_of_what_is_swapped_is_refused_and_so_is_what_has_a_part_that_is[]", pytest.fail.Exception),
     Mutant("14. ", the_best_model_is_the_student,
            "training/test_mixin.py::test_the_best_model_scores_exactly_the_best_metric[eval_ema_loss]"),
     Mutant("15. ", the_average_is_saved_in_on_save,

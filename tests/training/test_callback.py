@@ -411,12 +411,13 @@ def test_nonfinite_parameter(dtype: torch.dtype) -> None:
     assert nonfinite_parameter(model) is None
 
 
-def test_statistics_of_batch_norm_that_are_not_finite_are_seen() -> None:
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(3), nn.InstanceNorm1d(3, track_running_stats=True)])
+def test_running_statistics_that_are_not_finite_are_seen(norm: Any) -> None:
     """A step that is skipped for its gradient leaves them behind, and an average would never get rid of them."""
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    model(torch.full((2, 3), math.inf))
+    model = nn.Sequential(nn.Identity(), norm)
+    model(torch.full((2, 3, 4), math.inf))
     assert nonfinite_parameter(model) == "1.running_mean"
-    model[1].reset_running_stats()
+    norm.reset_running_stats()
     assert nonfinite_parameter(model) is None
 
 

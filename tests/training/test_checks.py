@@ -12,10 +12,13 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from hf_ema_scaling.ema import DeadTeacherError, WeightAverage
 from hf_ema_scaling.training.checks import (
     LivenessWatch,
+    batch_statistics_of,
     check_ctc_targets,
     ctc_target_frames,
     drop_unfitting,
@@ -228,6 +231,75 @@ def test_a_skipped_step_does_not_disturb_a_resume(tmp_path: Path) -> None:
     assert tiny.same_bits(tiny.average(made), tiny.average(whole)) and made.average.num_updates == 5
 
 
+class Keeps(BertForSequenceClassification):
+    """Keeps all kinds of things that forward passes write."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.instances = nn.InstanceNorm1d(config.hidden_size, track_running_stats=True)
+        self.batches = nn.BatchNorm1d(config.hidden_size)
+        self.spectral = spectral_norm(nn.Linear(config.hidden_size, config.hidden_size))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("codes", torch.zeros(config.hidden_size))
+        self.register_buffer("cache", torch.zeros(()), persistent=False)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:  # type: ignore[override]
+        words = self.spectral(self.bert.embeddings.word_embeddings(input_ids)).transpose(1, 2)
+        self.instances(words)
+        self.batches(words)
+        if self.training:
+            self.seen += 1
+            self.codes = 0.9 * self.codes + words.detach().mean((0, 2))  # another tensor each time
+            self.cache += 1
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask)
+
+
+class States(TrainerCallback):
+    """The persistent buffers after each step."""
+
+    def __init__(self) -> None:
+        self.buffers: list[dict[str, torch.Tensor]] = []
+
+    def on_optimizer_step(self, *_: Any, model: nn.Module, **__: Any) -> None:
+        names = {name for name, _ in model.named_parameters()}
+        state = model.state_dict()
+        self.buffers.append({name: value.clone() for name, value in state.items() if name not in names})
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_skipped_step_leaves_nothing_of_what_its_forward_passes_wrote(tmp_path: Path, scaled: bool) -> None:
+    states = States()
+    torch.manual_seed(0)
+    made = tiny.trainer(
+        Keeps(tiny.bert().config),
+        tiny.arguments(tmp_path, max_steps=4, on_nonfinite="skip", max_example_loss=None),
+        tiny.sentences(30),
+        example_loss=poisoned(2, math.nan),
+        callbacks=[states],
+    )
+    if scaled:
+        made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    assert made.batch_statistics
+    made.train()
+    assert made.average.num_updates == 3
+    own = ["instances.running_mean", "instances.running_var", "batches.running_var", "codes", "seen"]
+    for name in own + [name for name in states.buffers[0] if name.startswith("spectral.parametrizations.weight.0.")]:
+        _, before, skipped, after = (buffers[name] for buffers in states.buffers)
+        assert tiny.same_bits(skipped, before), name
+        assert not tiny.same_bits(after, skipped), name
+    assert int(made.model.seen) == 3 and int(made.model.cache) == 4
+    # A buffer that was put back is the one that the average follows.
+    torch.testing.assert_close(made.average.tensors()["codes"], expected_codes(states), rtol=1e-6, atol=1e-7)
+
+
+def expected_codes(states: States) -> torch.Tensor:
+    """Weight 0.1 at each step that was taken, from zeros."""
+    average = torch.zeros_like(states.buffers[0]["codes"])
+    for step in (0, 1, 3):
+        average = 0.9 * average + 0.1 * states.buffers[step]["codes"]
+    return average
+
+
 # ---- CTC targets
 
 
@@ -280,6 +352,12 @@ def test_batch_statistics_are_found_and_frozen() -> None:
     with frozen_statistics(norm):
         pass
     assert not norm.training
+    assert not has_batch_statistics(nn.InstanceNorm1d(3))  # keeps nothing of what it saw
+    kept = nn.InstanceNorm1d(3, track_running_stats=True)
+    assert has_batch_statistics(kept) and len(batch_statistics_of(kept)) == 3
+    with frozen_statistics(kept):
+        kept(torch.randn(4, 3, 5))
+    assert int(kept.num_batches_tracked) == 0 and kept.training
 
 
 def test_gradient_difference_is_relative() -> None:
