@@ -73,7 +73,7 @@ def test_titles_are_words() -> None:
         "hidden/wer",
         "student/loss/kept",
         "calibration/ece",
-        "reward_margin",
+        "a_margin",
     ]
     assert [title_of(key) for key in keys] == [
         *("Momentum per optimizer step", "Pseudo-labels: empty share", "Against the hidden truth: WER"),
