@@ -1,4 +1,4 @@
-"""Every block of README, guides and READMEs of folders: Python code runs, commands are read by their parsers and run on tiny data."""
+"""Every block of READMEs and guides: Python code runs, commands are read by their parsers and run on tiny data."""
 
 from __future__ import annotations
 
