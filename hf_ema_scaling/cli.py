@@ -343,6 +343,9 @@ def push(
     ] = None,
     tag: Annotated[list[str] | None, typer.Option(help="Tag for the card; may be repeated.")] = None,
     limits: Annotated[str | None, typer.Option(help="What else a user must know, for the card.")] = None,
+    figures: Annotated[
+        bool, typer.Option(help="Draw the figures of `report` for the card (needs matplotlib).")
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry_run", "--dry-run", help="Lay out what would be pushed and print the card, no more.")
     ] = False,
@@ -353,14 +356,16 @@ def push(
     Also pushes a data set that `hf-ema-scaling label` wrote. The token is that of HF_TOKEN or `hf auth login`.
     """
     from hf_ema_scaling import hub
+    from hf_ema_scaling.report import draw_figures
 
     try:
+        draw = draw_figures if figures else None
         details = hub.CardDetails(
             title, tuple(language or ()), license, tuple(dataset or ()), base_model, tuple(tag or ()), limits
         )
         if dry_run:
             folder = tempfile.mkdtemp(prefix="hf-ema-scaling-")
-            written = hub.stage(run, folder, repo_id=repo_id, hub_weights=hub_weights, details=details)
+            written = hub.stage(run, folder, repo_id=repo_id, hub_weights=hub_weights, details=details, draw=draw)
             if card is None:
                 typer.echo(written.read_text(encoding="utf-8"))
             else:
@@ -372,7 +377,8 @@ def push(
             raise typer.BadParameter("goes with --dry-run", param_hint="--card")
         if repo_id is None:
             raise typer.BadParameter("where to? OWNER/NAME on the Hub", param_hint="--repo_id")
-        commit = hub.push(run, repo_id, hub_weights=hub_weights, private=private, revision=revision, details=details)
+        more: dict[str, Any] = {"private": private, "revision": revision, "details": details, "draw": draw}
+        commit = hub.push(run, repo_id, hub_weights=hub_weights, **more)
     except (ValueError, OSError, RuntimeError) as error:
         typer.secho(f"{error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from error

@@ -14,7 +14,7 @@ relative to the working directory. `output_dir` receives the student, the averag
 `from_pretrained`), `metrics.json` and `scaling_plan.json`.
 """
 
-from hf_ema_scaling.recipe import ASR_CTC, build_asr_ctc, parse, run
+from hf_ema_scaling.recipe import ASR_CTC, build_asr_ctc, main
 
 if __name__ == "__main__":
-    run(build_asr_ctc(*parse(ASR_CTC)))
+    main(ASR_CTC, build_asr_ctc)

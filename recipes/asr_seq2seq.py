@@ -13,7 +13,7 @@ relative to the working directory. `output_dir` receives the student, the averag
 `from_pretrained`), `metrics.json` and `scaling_plan.json`.
 """
 
-from hf_ema_scaling.recipe import ASR_SEQ2SEQ, build_asr_seq2seq, parse, run
+from hf_ema_scaling.recipe import ASR_SEQ2SEQ, build_asr_seq2seq, main
 
 if __name__ == "__main__":
-    run(build_asr_seq2seq(*parse(ASR_SEQ2SEQ)))
+    main(ASR_SEQ2SEQ, build_asr_seq2seq)

@@ -11,7 +11,7 @@ receives the student, the average in `ema/` (both load with `BYOLModel.from_pret
 accuracy of a linear probe on both (`eval_probe_accuracy`, `eval_ema_probe_accuracy`), and `scaling_plan.json`.
 """
 
-from hf_ema_scaling.recipe import BYOL, build_byol, parse, run
+from hf_ema_scaling.recipe import BYOL, build_byol, main
 
 if __name__ == "__main__":
-    run(build_byol(*parse(BYOL)))
+    main(BYOL, build_byol)

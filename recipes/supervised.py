@@ -14,7 +14,7 @@ relative to the working directory. `output_dir` receives the student, the averag
 `from_pretrained`), `metrics.json` and `scaling_plan.json`.
 """
 
-from hf_ema_scaling.recipe import SUPERVISED, build_supervised, parse, run
+from hf_ema_scaling.recipe import SUPERVISED, build_supervised, main
 
 if __name__ == "__main__":
-    run(build_supervised(*parse(SUPERVISED)))
+    main(SUPERVISED, build_supervised)

@@ -13,7 +13,7 @@ relative to the working directory. `output_dir` receives the student, the averag
 `from_pretrained`), `metrics.json` and `scaling_plan.json`.
 """
 
-from hf_ema_scaling.recipe import TEXT_CLASSIFICATION, build_text_classification, parse, run
+from hf_ema_scaling.recipe import TEXT_CLASSIFICATION, build_text_classification, main
 
 if __name__ == "__main__":
-    run(build_text_classification(*parse(TEXT_CLASSIFICATION)))
+    main(TEXT_CLASSIFICATION, build_text_classification)

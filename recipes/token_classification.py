@@ -13,7 +13,7 @@ relative to the working directory. `output_dir` receives the student, the averag
 `from_pretrained`), `metrics.json` and `scaling_plan.json`.
 """
 
-from hf_ema_scaling.recipe import TOKEN_CLASSIFICATION, build_token_classification, parse, run
+from hf_ema_scaling.recipe import TOKEN_CLASSIFICATION, build_token_classification, main
 
 if __name__ == "__main__":
-    run(build_token_classification(*parse(TOKEN_CLASSIFICATION)))
+    main(TOKEN_CLASSIFICATION, build_token_classification)

@@ -11,7 +11,7 @@ relative to the working directory. `output_dir` receives the student, the averag
 `from_pretrained`), `metrics.json` and `scaling_plan.json`.
 """
 
-from hf_ema_scaling.recipe import TRANSLATION, build_translation, parse, run
+from hf_ema_scaling.recipe import TRANSLATION, build_translation, main
 
 if __name__ == "__main__":
-    run(build_translation(*parse(TRANSLATION)))
+    main(TRANSLATION, build_translation)

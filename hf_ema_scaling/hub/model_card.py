@@ -48,10 +48,18 @@ def render_model_card(
     return model_card(read_run(run_folder), repo_id=repo_id, hub_weights=hub_weights, details=details or CardDetails())
 
 
-def model_card(run: RunFolder, *, repo_id: str | None, hub_weights: str, details: CardDetails) -> str:
-    """As `render_model_card`, of a run that is read already."""
+def model_card(
+    run: RunFolder,
+    *,
+    repo_id: str | None,
+    hub_weights: str,
+    details: CardDetails,
+    figures: Sequence[str] | None = None,
+) -> str:
+    """As `render_model_card`, of a run that is read already; `figures` are paths in the repository."""
     if hub_weights not in WEIGHT_SETS:
         raise ValueError(f"hub_weights must be one of {', '.join(WEIGHT_SETS)}, got {hub_weights!r}")
+    figures = run.figures() if figures is None else figures
     title = details.title or (repo_id or run.folder.resolve().name).rpartition("/")[2]
     found = scores(run.metrics)
     task = _task(run)
@@ -77,7 +85,7 @@ def model_card(run: RunFolder, *, repo_id: str | None, hub_weights: str, details
         "steps": run.metrics.get("optimizer_steps"),
         "ledger": _ledger_table(run.ledger),
         "ledger_unit": run.ledger.get("unit", "samples"),
-        "figures": [image(name, Path(name).stem.replace("_", " ")) for name in run.figures()],
+        "figures": [image(name, Path(name).stem.replace("_", " ")) for name in figures],
         "command": fenced(command(map(str, record["command"])), "bash") if record.get("command") else "",
         "preparation": fenced("\n".join(map(str, record["preparation"])), "bash") if record.get("preparation") else "",
         "settings": bool(record.get("settings")),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ from hf_ema_scaling.hub.model_card import SUBFOLDERS, WEIGHT_SETS, model_card
 from hf_ema_scaling.hub.publish import TIMEOUT, Target, client, persistently, publish
 from hf_ema_scaling.hub.run_folder import LEDGER_NAME, METRICS_NAME, PLAN_NAME, RECORD_NAME, RunFolder, read_run
 
+logger = logging.getLogger(__name__)
+
 CARD_NAME = "README.md"
+FIGURES = "figures"
 STAGING_PREFIX = ".push-"
 RECORDS = (PLAN_NAME, METRICS_NAME, LEDGER_NAME, RECORD_NAME)
 _MODEL_FILES = (
@@ -36,6 +40,8 @@ _LABEL_FILES = r"data/[^/]*\.parquet"
 
 Place = Callable[[Path, Path], object]
 """Puts a file at another path: `os.symlink`, `os.link` or `shutil.copy2`."""
+Draw = Callable[[Path, Path], Sequence[str]]
+"""Draws figures about a run's folder into another folder; returns their names there."""
 
 
 def push(
@@ -48,6 +54,7 @@ def push(
     token: str | None = None,
     message: str | None = None,
     details: CardDetails | None = None,
+    draw: Draw | None = None,
     api: HfApi | None = None,
     wait: Callable[[float], None] = time.sleep,
     timeout: float = TIMEOUT,
@@ -67,6 +74,8 @@ def push(
         token: None for `HF_TOKEN` or the one that `hf auth login` stored.
         message: of the commit.
         details: what the card should say beyond what the folder knows.
+        draw: draws figures of a run for this push, such as `hf_ema_scaling.report.draw_figures`; without it, or where
+            it fails, those are pushed that the folder has.
         api: client of `huggingface_hub`.
         wait: called with seconds between attempts.
         timeout: seconds without a byte after which a connection counts as dead.
@@ -79,9 +88,8 @@ def push(
         RunFolderError, AverageStateError, ValueError: the folder cannot be pushed.
     """
     options: dict[str, Any] = {"private": private, "revision": revision, "token": token, "api": api, "wait": wait}
-    return prepare(
-        folder, repo_id, hub_weights=hub_weights, message=message, details=details, timeout=timeout, **options
-    )()
+    told: dict[str, Any] = {"hub_weights": hub_weights, "message": message, "details": details, "draw": draw}
+    return prepare(folder, repo_id, timeout=timeout, **told, **options)()
 
 
 def prepare(
@@ -94,6 +102,7 @@ def prepare(
     token: str | None = None,
     message: str | None = None,
     details: CardDetails | None = None,
+    draw: Draw | None = None,
     place: Place | None = None,
     beside: Path | None = None,
     api: HfApi | None = None,
@@ -111,6 +120,7 @@ def prepare(
         token: as for `push`.
         message: as for `push`.
         details: as for `push`.
+        draw: as for `push`.
         place: puts a file of `folder` at its place; links suffice unless `folder` changes before it is pushed.
         beside: folder in which it is laid out; None for the system's temporary folder.
         api: as for `push`.
@@ -133,6 +143,7 @@ def prepare(
             repo_id=target.repo_id,
             hub_weights=hub_weights,
             details=details,
+            draw=draw,
             place=place or linked,
         )
     except BaseException:
@@ -209,6 +220,7 @@ def stage(
     repo_id: str | None = None,
     hub_weights: str = "ema",
     details: CardDetails | None = None,
+    draw: Draw | None = None,
     place: Place | None = None,
 ) -> Path:
     """Lays out in `target` what `push` pushes, as links to the files in `folder` where the system has such.
@@ -219,6 +231,7 @@ def stage(
         repo_id: for the card.
         hub_weights: as for `push`.
         details: as for `push`.
+        draw: as for `push`.
         place: as for `prepare`.
 
     Returns:
@@ -232,29 +245,57 @@ def stage(
         card = stage_labels(Path(folder), target, repo_id=repo_id, details=details, place=place)
     else:
         run = read_run(folder)
-        card = stage_run(run, target, repo_id=repo_id, hub_weights=hub_weights, details=details, place=place)
+        told: dict[str, Any] = {"repo_id": repo_id, "hub_weights": hub_weights, "details": details}
+        card = stage_run(run, target, draw=draw, place=place, **told)
     path = target / CARD_NAME
     path.write_text(card, encoding="utf-8")
     return path
 
 
 def stage_run(
-    run: RunFolder, target: Path, *, repo_id: str | None, hub_weights: str, details: CardDetails, place: Place
+    run: RunFolder,
+    target: Path,
+    *,
+    repo_id: str | None,
+    hub_weights: str,
+    details: CardDetails,
+    place: Place,
+    draw: Draw | None = None,
 ) -> str:
     """Lays a run out; returns its card, which is not written."""
-    card = model_card(run, repo_id=repo_id, hub_weights=hub_weights, details=details)
+    drawn = _drawn(run, target, draw)
+    figures = [*drawn, *(name for name in run.figures() if not _is_older(name, drawn))]
+    card = model_card(run, repo_id=repo_id, hub_weights=hub_weights, details=details, figures=figures)
     root = {name: target if name == hub_weights else target / SUBFOLDERS[hub_weights] for name in WEIGHT_SETS}
     for name in run.student_files():
         placed(place, run.folder / name, root["student"] / name)
     for name, staged in run.average_files().items():
         placed(place, run.average / name, root["ema"] / staged)
-    for name in run.figures():
+    for name in figures[len(drawn) :]:
         placed(place, run.folder / name, target / name)
     # Those of a checkpoint come from the run that it lies in, and from its own log.
     for name, content in zip(RECORDS, (run.plan, run.metrics, run.ledger, run.record), strict=True):
         if content:
             (target / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return card
+
+
+def _drawn(run: RunFolder, target: Path, draw: Draw | None) -> list[str]:
+    """Figures drawn into the staging folder; none, with a warning, where that fails: they are not worth a push."""
+    if draw is None:
+        return []
+    place = target / FIGURES
+    try:
+        return [f"{FIGURES}/{name}" for name in draw(run.folder, place)]
+    except Exception as error:
+        shutil.rmtree(place, ignore_errors=True)
+        logger.warning("No figures are drawn of %s: %s", run.folder, error)
+        return []
+
+
+def _is_older(name: str, drawn: Sequence[str]) -> bool:
+    """Whether a figure of the folder is one that is drawn anew: by a report, or in its place."""
+    return name in drawn or ("_figures/" in name and f"{FIGURES}/{Path(name).name}" in drawn)
 
 
 def linked(source: Path, target: Path) -> None:

@@ -4,7 +4,7 @@ from hf_ema_scaling.recipe.asr_ctc import ASR_CTC, ModelArguments, build_asr_ctc
 from hf_ema_scaling.recipe.asr_seq2seq import ASR_SEQ2SEQ, build_asr_seq2seq
 from hf_ema_scaling.recipe.byol import BYOL, build_byol
 from hf_ema_scaling.recipe.config import parse
-from hf_ema_scaling.recipe.runner import results_table, run
+from hf_ema_scaling.recipe.runner import main, results_table, run
 from hf_ema_scaling.recipe.sources import load_pairs, load_speech, load_text, load_words
 from hf_ema_scaling.recipe.speech import AugmentationArguments, SpeechDataArguments
 from hf_ema_scaling.recipe.supervised import SUPERVISED, build_supervised
@@ -37,6 +37,7 @@ __all__ = [
     "load_speech",
     "load_text",
     "load_words",
+    "main",
     "parse",
     "results_table",
     "run",

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from hf_ema_scaling.hub.results import COLUMNS, KEY
+from hf_ema_scaling.recipe.config import parse
 from hf_ema_scaling.recipe.record import run_record
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 from hf_ema_scaling.training.records import write_records
+
+
+def main(arguments: Sequence[type], build: Callable[..., EMATrainerMixin]) -> None:
+    """A recipe's program: arguments from its file and the command line, the trainer made of them, and its run.
+
+    Args:
+        arguments: data classes for `parse`.
+        build: makes the trainer from one instance of each.
+
+    Raises:
+        SystemExit: with status 2 and one line for arguments that `parse` refuses.
+    """
+    try:
+        parsed = parse(arguments)
+    except ValueError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    run(build(*parsed))
 
 
 def run(trainer: EMATrainerMixin) -> dict[str, float]:

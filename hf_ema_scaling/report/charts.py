@@ -48,6 +48,11 @@ class Chart:
     marks: Sequence[tuple[float, str]] = ()
 
     @property
+    def single(self) -> bool:
+        """Whether no line has more than one point, so that there is no curve to see."""
+        return all(len(line.x) < 2 for line in self.lines)
+
+    @property
     def logarithmic(self) -> bool:
         """Whether the values spread over so many sizes that only their logarithms can be told apart.
 
@@ -121,6 +126,43 @@ _TITLES = {
     "noise/scale": "Gradient noise scale in units",
     "noise/largest_kappa": "Largest useful kappa",
 }
+_FAMILY_TITLES = {
+    "pseudo": "Pseudo-labels",
+    "pl": "Pseudo-labels",
+    "cache": "Label cache",
+    "ema": "Average",
+    "hidden": "Against the hidden truth",
+    "noise": "Gradient noise",
+    "clip": "Clipping",
+    "student": "Student's loss",
+}
+_METRIC_TITLES = {"wer": "WER", "cer": "CER", "f1": "F1", "mae": "MAE", "mse": "MSE", "bleu": "BLEU", "chrf": "chrF"}
+_METRICS = ("probe_accuracy", "exact_match", "accuracy", "error_rate", "precision", "recall", "loss", *_METRIC_TITLES)
+
+
+def title_of(key: str) -> str:
+    """A key of the log as people read it; what no title is known for is told by its words."""
+    if key in _TITLES or "/" not in key:
+        return _TITLES.get(key) or _words(key)
+    family, _, rest = key.partition("/")
+    head = _FAMILY_TITLES.get(family, _words(family))
+    words = _METRIC_TITLES.get(rest) or rest.replace("_", " ").replace("/", ", ")
+    return f"{head}: {words}"
+
+
+def metric_title(name: str) -> str:
+    """A metric with the set that it is of: `dev_clean_wer` is `WER on dev clean`."""
+    for metric in _METRICS:
+        if name == metric or name.endswith(f"_{metric}"):
+            told = _METRIC_TITLES.get(metric) or _words(metric)
+            where = name.removesuffix(metric).strip("_").replace("_", " ")
+            return f"{told} on {where}" if where else told
+    return _words(name)
+
+
+def _words(name: str) -> str:
+    words = name.replace("_", " ")
+    return words[:1].upper() + words[1:]
 
 
 def metric_names(runs: Sequence[Run]) -> list[str]:
@@ -144,15 +186,15 @@ def sections(runs: Sequence[Run]) -> list[Section]:
                 for line in _lines(runs, key, axis, side, dashed=dashed)
             ]
             lines.sort(key=lambda line: line.run)
-            if lines:
+            # One value each is the same on every axis.
+            if lines and (axis == CLOCK or any(len(line.x) > 1 for line in lines)):
                 marks = _marks(runs) if axis == CLOCK else ()
-                charts["metrics"].append(Chart(f"eval_{name}", name, _label(runs, axis), lines, marks))
+                charts["metrics"].append(Chart(f"eval_{name}", metric_title(name), _label(runs, axis), lines, marks))
     logged = dict.fromkeys(key for run in runs for key in run.logged())
     for key in (*(key for key in _TITLES if key in logged), *(key for key in logged if key not in _TITLES)):
         slug = _section_of(key)
         if slug is not None and (lines := _lines(runs, key, CLOCK)):
-            title = _TITLES.get(key, key)
-            charts[slug].append(Chart(key, title, _label(runs, CLOCK), lines, _marks(runs)))
+            charts[slug].append(Chart(key, title_of(key), _label(runs, CLOCK), lines, _marks(runs)))
     charts["pseudo_labels"] += [found for run in runs if (found := _histogram(run, _label(runs, CLOCK)))]
     return [Section(slug, title, charts[slug]) for slug, title in _SECTIONS.items() if charts[slug]]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_ema_scaling.report.charts import Chart, HeatMap, Section
-from hf_ema_scaling.report.runs import Log, curve
+from hf_ema_scaling.report.charts import Chart, HeatMap, Section, sections
+from hf_ema_scaling.report.runs import Log, curve, read_runs
 
 
 def require_matplotlib() -> None:
@@ -62,7 +62,7 @@ def plot_runs(
 
 
 def plot_section(section: Section, path: Path) -> None:
-    """Draws the charts of a section side by side.
+    """Draws the charts of a section side by side; what has one value only is drawn as bars.
 
     Args:
         section: what to draw.
@@ -76,13 +76,16 @@ def plot_section(section: Section, path: Path) -> None:
     figure = _new_figure((6.5 * columns, 3.6 * rows))
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, chart in zip(axes, section.charts, strict=False):
+        x_label = chart.x_label
         if isinstance(chart, HeatMap):
             _draw_heat_map(axis, chart)
+        elif chart.single:
+            x_label = _draw_bars(axis, chart)
         else:
             _draw_chart(axis, chart)
         # Names of runs and metrics are no formulas.
         axis.set_title(chart.title, fontsize="medium", parse_math=False)
-        axis.set_xlabel(chart.x_label, parse_math=False)
+        axis.set_xlabel(x_label, parse_math=False)
     for axis in axes[len(section.charts) :]:
         axis.set_axis_off()
     _save(figure, path)
@@ -101,6 +104,46 @@ def _draw_chart(axis: Any, chart: Chart) -> None:
     if len(chart.lines) > 1:
         for text in axis.legend(fontsize="small").get_texts():
             text.set_parse_math(False)
+
+
+def _draw_bars(axis: Any, chart: Chart) -> str:
+    """One bar for the one value of each line; returns what to write below them."""
+    places = range(len(chart.lines))
+    values = [line.y[0] for line in chart.lines]
+    bars = axis.barh(places, values, height=0.6, color=[f"C{line.run % 10}" for line in chart.lines])
+    for bar, line in zip(bars, chart.lines, strict=True):
+        bar.set_alpha(0.5 if line.dashed else 1.0)
+    axis.bar_label(bars, labels=[f"{value:.4g}" for value in values], padding=3, fontsize="small")
+    for label in (
+        axis.set_yticks(places, [line.name or chart.title for line in chart.lines]) and axis.get_yticklabels()
+    ):
+        label.set_parse_math(False)
+    axis.invert_yaxis()
+    axis.margins(x=0.2, y=0.3)
+    at = sorted({line.x[0] for line in chart.lines})
+    return f"at {', '.join(f'{x:g}' for x in at)} {chart.x_label}"
+
+
+def draw_figures(folder: Path, target: Path) -> list[str]:
+    """One PNG per section about a run.
+
+    Args:
+        folder: of the run, or of one of its checkpoints.
+        target: folder for the figures.
+
+    Returns:
+        Names of the files written, in the order of the report.
+
+    Raises:
+        ImportError: without matplotlib, with the extra that brings it.
+        FileNotFoundError: for a folder without a log, `trainer_state.json`.
+    """
+    require_matplotlib()
+    written = []
+    for section in sections(read_runs([folder])):
+        plot_section(section, target / f"{section.slug}.png")
+        written.append(f"{section.slug}.png")
+    return written
 
 
 def _draw_heat_map(axis: Any, chart: HeatMap) -> None:

@@ -136,8 +136,8 @@ class EMATrainingArguments(TrainingArguments):
     evaluate_weights: str = field(
         default="both", metadata={"help": "Weights to evaluate: both (eval_* and eval_ema_*), ema or student."}
     )
-    bucket_window: int = field(
-        default=0, metadata={"help": "Reference batches per length-bucketing window; 0 for none."}
+    bucket_window: int | None = field(
+        default=0, metadata={"help": "Reference batches per length-bucketing window; 0 or None for none."}
     )
     max_example_loss: float | None = field(
         default=50.0, metadata={"help": "Cap on one example's loss (nats per target token); None for no cap."}

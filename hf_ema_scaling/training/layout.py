@@ -115,7 +115,7 @@ def lay_out(
         "optimizer": (known_rule(optimizer) or plan.rule).name,
         "scaling_rule": plan.rule.name,
         "seed": seed,
-        "bucket_window": args.bucket_window,
+        "bucket_window": args.bucket_window or 0,
         "pl_start": pl_start,
         "unlabelled_ratios": [list(piece) for piece in plan.unlabelled_ratios],
         "labelled_items": _items(first),
@@ -136,7 +136,7 @@ def lay_out(
         unlabelled_ratio=ratio,
         ratio_changes=changes,
         seed=seed,
-        bucket_window=args.bucket_window,
+        bucket_window=args.bucket_window or 0,
         cache_steps=cache_steps,
         cache_refresh=1.0 if pseudo is None else pseudo.cache_refresh,
     )

@@ -27,7 +27,11 @@ import hf_ema_scaling
 
 ROOT = Path(hf_ema_scaling.__file__).parents[1]
 GUIDES = ROOT / "recipes" / "guides"
-DOCUMENTS = {path.stem: path for path in [ROOT / "README.md", *sorted(GUIDES.glob("*.md"))]}
+DOCUMENTS = {
+    "README": ROOT / "README.md",
+    "recipes": ROOT / "recipes" / "README.md",
+    "model_cards": ROOT / "model_cards" / "README.md",
+} | {path.stem: path for path in sorted(GUIDES.glob("*.md"))}
 SHELL, PYTHON, FILE, OUTPUT = "bash", "python", "yaml", "text"
 COMMENT = re.compile(r"<!-- ([a-z]+)(?:: (.*?))? -->")
 FENCE = re.compile(r"^```(\w*)\s*$")

@@ -244,6 +244,7 @@ def make_workspace(folder: Path, found: list[Block], *, small: bool) -> Path:
                 settings = {"alphabet": "abcdefghijklmnopqrstuvwxyz'"} | settings
             path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         write_asterisk(folder / "data" / "asterisk")
+        write_asterisk(folder / "mine")
         write_vader(folder / "data" / "vader")
     return folder
 

@@ -1,10 +1,11 @@
-"""Every block of README and guides: Python code runs, commands are read by their parsers and run on tiny data."""
+"""Every block of READMEs and guides: Python code runs, commands are read by their parsers and run on tiny data."""
 
 from __future__ import annotations
 
 import ast
 import gc
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -136,6 +137,20 @@ def test_commands_are_read_by_their_parsers(
             except BaseException as error:
                 error.add_note(f"{block.place}: {' '.join(words)}")
                 raise
+
+
+@pytest.mark.parametrize("name", ["recipes", "model_cards"])
+def test_commands_in_tables_are_read_by_their_parsers(
+    name: str, places: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are too long to run, or run elsewhere (`tests/recipes/test_dry_runs.py` takes two steps of each recipe)."""
+    monkeypatch.chdir(places(name))
+    programs = ("python", "accelerate", "hf-ema-scaling")
+    rows = [line for line in DOCUMENTS[name].read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    found = [text for row in rows for text in re.findall(r"`([^`]+)`", row) if text.split()[0] in programs]
+    assert len(found) >= 5
+    for text in found:
+        commands.read(Block(f"{name}:1", SHELL, text).commands()[0])
 
 
 def test_a_wrong_command_is_refused(places: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hub.conftest import content
+from hub.conftest import content, speech_trainer
 from hub.loopback import Fault, Hub
 from typer.testing import CliRunner
 
@@ -22,6 +22,34 @@ def test_push(hub: Hub, run: Path) -> None:
     repository = hub.repositories["model", NAME]
     assert f"{hub.url}/{NAME} is at {repository.branches['main']}" in result.output and repository.private
     assert hub.files(NAME)["model.safetensors"] == (run / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("words", [[], ["--no-figures"]])
+def test_push_draws_figures(hub: Hub, tmp_path: Path, words: list[str]) -> None:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "run"
+    made = speech_trainer(folder, eval_strategy="steps", eval_steps=2, logging_strategy="steps", logging_steps=1)
+    made.train()
+    made.save_model()
+    made.save_state()
+    before = content(folder)
+    result = CliRunner().invoke(main, ["push", str(folder), "--repo_id", NAME, *words])
+    assert result.exit_code == 0, result.output
+    files = hub.files(NAME)
+    drawn = {name: data for name, data in files.items() if name.endswith(".png")}
+    assert drawn.keys() == (set() if words else {f"figures/{name}.png" for name in ("average", "metrics", "training")})
+    assert all(data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 5000 for data in drawn.values())
+    card = files["README.md"].decode()
+    assert [name for name in drawn if f"]({name})" not in card] == [] and content(folder) == before
+
+
+def test_push_without_matplotlib_says_so(
+    hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    result = CliRunner().invoke(main, ["push", str(run), "--repo_id", NAME])
+    assert result.exit_code == 0 and "model.safetensors" in hub.files(NAME)
+    assert 'plots need matplotlib: pip install "hf-ema-scaling[report]"' in caplog.text
 
 
 def test_push_labels(hub: Hub, labels: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -152,3 +154,47 @@ def test_details_of_the_card(hub: Hub, run: Path) -> None:
     push(run, NAME, details=details)
     card = hub.files(NAME)["README.md"].decode()
     assert "license: cc-by-sa-3.0" in card and "base_model: a/b" in card
+
+
+def drawing(*names: str, fails: Exception | None = None) -> Any:
+    """Draws figures of these names, then raises."""
+
+    def draw(folder: Path, target: Path) -> list[str]:
+        target.mkdir(parents=True)
+        for name in names:
+            (target / name).write_bytes(f"new {name} of {folder.name}".encode())
+        if fails is not None:
+            raise fails
+        return list(names)
+
+    return draw
+
+
+def test_figures_are_drawn_for_the_push(hub: Hub, run: Path) -> None:
+    """Those of an earlier report give way; others of the folder stay; nothing is drawn into the folder."""
+    for name in ("report_figures/metrics.png", "report_figures/other.png", "figures/metrics.png", "figures/mine.png"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_bytes(b"old")
+    before = content(run)
+    push(run, NAME, draw=drawing("metrics.png", "training.png"))
+    files = hub.files(NAME)
+    assert {name: data for name, data in files.items() if name.endswith(".png")} == {
+        "curve.png": (run / "curve.png").read_bytes(),
+        "figures/metrics.png": b"new metrics.png of run",
+        "figures/training.png": b"new training.png of run",
+        "figures/mine.png": b"old",
+        "report_figures/other.png": b"old",
+    }
+    shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", files["README.md"].decode())
+    assert shown[:2] == ["figures/metrics.png", "figures/training.png"] and set(shown) == {
+        name for name in files if name.endswith(".png")
+    }
+    assert content(run) == before
+
+
+def test_a_figure_is_not_worth_a_push(hub: Hub, run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    push(run, NAME, draw=drawing("metrics.png", fails=ValueError("no such font")))
+    files = hub.files(NAME)
+    assert "model.safetensors" in files and not [name for name in files if name.startswith("figures/")]
+    assert "metrics.png" not in files["README.md"].decode() and "](curve.png)" in files["README.md"].decode()
+    assert f"No figures are drawn of {run}: no such font" in caplog.text

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dry_runs import CONFIGS, run_script, script_of
 
 from hf_ema_scaling.recipe import ASR_CTC, parse
 
@@ -124,3 +125,22 @@ def test_a_file_that_is_no_mapping(tmp_path: Path) -> None:
     config.write_text("- kappa", encoding="utf-8")
     with pytest.raises(ValueError, match=r"list.yaml must be a mapping of argument names to values, got list"):
         parse(ASR_CTC, ["--config", str(config)])
+
+
+@pytest.mark.parametrize("name", ["asterisk_en", "whisper_asterisk", "minilm_vader", "vader_text", "byol_digits"])
+def test_a_recipe_refuses_in_one_line(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = script_of(CONFIGS[name])
+    with pytest.raises(SystemExit) as ended:
+        run_script(
+            monkeypatch, script, "--config", str(CONFIGS[name]), "--use_cpu", "true", "--bf16", "false", "--kapa", "4"
+        )
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"{script.name}: error: no argument is called '--kapa': did you mean kappa?\n"
+
+
+@pytest.mark.parametrize("text", ["bucket_window: null", "bucket_window: 0"])
+def test_no_bucketing(tmp_path: Path, text: str) -> None:
+    assert not parsed(tmp_path, text)["bucket_window"]
+    assert parsed(tmp_path, "bucket_window: 8", "--bucket_window", "null")["bucket_window"] is None

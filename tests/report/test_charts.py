@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hf_ema_scaling.report.charts import Chart, HeatMap, Line, Section, describe, metric_names, sections, thinned
+from hf_ema_scaling.report.charts import (
+    Chart,
+    HeatMap,
+    Line,
+    Section,
+    describe,
+    metric_names,
+    metric_title,
+    sections,
+    thinned,
+    title_of,
+)
 from hf_ema_scaling.report.runs import Run
 from hf_ema_scaling.report.svg import scale, tick_text, ticks
 
@@ -44,11 +55,36 @@ def test_every_key_has_a_place() -> None:
 
 
 def test_other_reference_batches_are_compared_by_data_too() -> None:
-    a, b = run_of("a", eval_wer=[1.0]), run_of("b", eval_wer=[1.0])
+    a, b = run_of("a", eval_wer=[1.0, 0.5]), run_of("b", eval_wer=[1.0, 0.5])
     b.recipe["reference_batch_size"] = 32  # type: ignore[index]
     charts = sections([a, b])[0].charts
     assert [chart.x_label for chart in charts] == ["reference steps", "optimizer steps", "data seen (samples)"]
-    assert isinstance(charts[2], Chart) and [line.x for line in charts[2].lines] == [[160.0], [320.0]]
+    assert isinstance(charts[2], Chart) and [line.x for line in charts[2].lines] == [[160.0, 320.0], [320.0, 640.0]]
+
+
+def test_titles_are_words() -> None:
+    names = ["wer", "dev_clean_wer", "probe_accuracy", "clean_accuracy", "clean_loss", "my_score"]
+    assert [metric_title(name) for name in names] == [
+        *("WER", "WER on dev clean", "Probe accuracy", "Accuracy on clean", "Loss on clean", "My score"),
+    ]
+    keys = [
+        "ema/momentum",
+        "pseudo/empty_share",
+        "hidden/wer",
+        "student/loss/kept",
+        "calibration/ece",
+        "a_margin",
+    ]
+    assert [title_of(key) for key in keys] == [
+        *("Momentum per optimizer step", "Pseudo-labels: empty share", "Against the hidden truth: WER"),
+        *("Student's loss: loss, kept", "Calibration: ece", "A margin"),
+    ]
+
+
+def test_one_value_is_shown_once() -> None:
+    charts = sections([run_of(eval_wer=[0.5], eval_ema_wer=[0.4], loss=[1.0, 2.0])])[0].charts
+    assert [(chart.title, chart.x_label) for chart in charts] == [("WER", "reference steps")]
+    assert isinstance(charts[0], Chart) and charts[0].single
 
 
 def test_student_and_average_share_a_chart() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from report_runs import write_run
 
-from hf_ema_scaling.report import curve, plot_runs
+from hf_ema_scaling.report import curve, draw_figures, figures, plot_runs, read_runs, write_report
+from hf_ema_scaling.report.charts import Chart, Line
 
 HISTORY = [
     {"loss": 2.0, "ema/momentum": 0.9, "clock/reference_step": 10.0},
@@ -27,3 +29,26 @@ def test_plot_is_a_png_that_depends_on_the_curves(tmp_path: Path) -> None:
     plot_runs({"a": HISTORY, "b": HISTORY[:2]}, tmp_path / "two.png", start=5.0)
     one, two = ((tmp_path / name).read_bytes() for name in ("one.png", "two.png"))
     assert one[:8] == b"\x89PNG\r\n\x1a\n" and one != two
+
+
+def test_a_single_value_is_drawn_as_a_bar_of_its_length() -> None:
+    pytest.importorskip("matplotlib")
+    lines = [Line("student", 0, [2000.0], [0.25], dashed=True), Line("average", 0, [2000.0], [0.125])]
+    axis = figures._new_figure((4, 3)).subplots()
+    label = figures._draw_bars(axis, Chart("eval_wer", "WER", "reference steps", lines))
+    assert label == "at 2000 reference steps"
+    assert [bar.get_width() for bar in axis.patches] == [0.25, 0.125]
+    assert [text.get_text() for text in axis.texts] == ["0.25", "0.125"]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["student", "average"]
+    assert not axis.lines
+
+
+def test_figures_of_a_run_are_those_of_its_report(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = write_run(tmp_path / "run")
+    names = draw_figures(folder, tmp_path / "drawn")
+    _, *written = write_report(read_runs([folder]), tmp_path / "report.html")
+    assert (
+        [path.name for path in written] == names == ["metrics.png", "training.png", "average.png", "pseudo_labels.png"]
+    )
+    assert [(tmp_path / "drawn" / name).read_bytes() for name in names] == [path.read_bytes() for path in written]

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from hf_ema_scaling.cli import main
 from hf_ema_scaling.report import read_runs, render, write_report
+from hf_ema_scaling.report.charts import title_of
 from hf_ema_scaling.report.svg import COLOURS
 
 Write = Callable[..., Path]
@@ -67,7 +68,7 @@ def test_stages_are_those_of_the_plan(run_folder: Write, read_page: Read) -> Non
 
 def test_curves_run_through_the_logged_points(run_folder: Write, read_page: Read) -> None:
     page = read_page(render(read_runs([run_folder()])))
-    on_clock, by_steps = page.chart("wer")
+    on_clock, by_steps = page.chart("WER")
     assert [style for style, _ in on_clock["curves"]] == ["curve run0 dashed", "curve run0"]
     assert np.array(values_of(on_clock, 0)) == pytest.approx(np.array([(20, 0.6), (40, 0.4)]), abs=0.01)
     assert np.array(values_of(on_clock, 1)) == pytest.approx(np.array([(20, 0.55), (40, 0.35)]), abs=0.01)
@@ -75,7 +76,7 @@ def test_curves_run_through_the_logged_points(run_folder: Write, read_page: Read
     (kappa,) = page.chart("kappa: batch over reference batch")
     expected = [(10, 1), (10, 4), (20, 4), (20, 4), (30, 4), (30, 4), (40, 4), (40, 4), (50, 4)]
     assert np.array(values_of(kappa, 0)) == pytest.approx(np.array(expected), abs=0.01)
-    (unknown,) = page.chart("pseudo/blank_fraction")
+    (unknown,) = page.chart("Pseudo-labels: blank fraction")
     assert np.array(values_of(unknown, 0))[:, 1] == pytest.approx([0.1, 0.15, 0.2, 0.25], abs=0.002)
     # Pseudo-labels start at 10.
     ticks = dict(kappa["ticks"]["x"])
@@ -152,7 +153,10 @@ def test_names_are_text(run_folder: Write, read_page: Read) -> None:
     assert {(tag, name) for tag, name, _ in page.attributes} <= {(tag, name) for tag, name, _ in clean.attributes}
     assert page.tables[RUNS][0] == ["", '<b onload=x>&"', "other"]
     assert page.row(RUNS, f"{HOSTILE}, student") == ["1", "-"]
-    assert page.chart(f"pseudo/{HOSTILE}") and page.row("Recipe at the reference batch", "optimizer")[0] == HOSTILE
+    assert (
+        page.chart(title_of(f"pseudo/{HOSTILE}"))
+        and page.row("Recipe at the reference batch", "optimizer")[0] == HOSTILE
+    )
 
 
 def test_nothing_is_loaded_and_nothing_runs(run_folder: Write, read_page: Read) -> None:

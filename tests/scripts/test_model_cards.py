@@ -105,3 +105,12 @@ def test_paths_of_a_machine_are_refused(run: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(ValueError, match=r"tiny: the card would name /home/ann/a.jsonl: run the recipe with relative"):
         script.make("tiny", tmp_path, tmp_path / "cards")
     assert not (tmp_path / "cards").exists()
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_cards_say_how_to_prepare_what_their_run_needs(name: str) -> None:
+    """Every local folder that a card names is made by a command on it."""
+    text = (CARDS / name / "README.md").read_text(encoding="utf-8")
+    needed = set(re.findall(r"\bdata/[\w-]+", text.partition("## Training data")[2].partition("## Figures")[0]))
+    reproduced = text.partition("## How to reproduce it")[2]
+    assert needed <= set(re.findall(r"^python scripts/prepare_\w+\.py (data/[\w-]+)", reproduced, re.M))
