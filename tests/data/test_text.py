@@ -75,6 +75,8 @@ def test_rows_are_cut_measured_and_not_padded() -> None:
     unlabelled = prepare_classification(rows, tokenizer, {}, **(options | {"label_column": None}))
     assert unlabelled.column_names == ["input_ids", "attention_mask", "tokens"]
     assert unlabelled["input_ids"][:] == made["input_ids"][:]
+    kept = prepare_classification(rows, tokenizer, {}, **(options | {"label_column": None, "keep": ["other"]}))
+    assert kept["other"][:] == [1, 2, 3] and kept["input_ids"][:] == made["input_ids"][:]
     with pytest.raises(ValueError, match="row 2: the label 'n' is none of p, q"):
         prepare_classification(rows, tokenizer, {"p": 0, "q": 1}, **options)
 

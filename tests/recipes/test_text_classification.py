@@ -135,6 +135,22 @@ def test_without_unlabelled_texts_the_same_run_on_labels_alone(recipe: Path, tmp
     assert plan_recipe(recipe, ["--unlabelled", "null"])[0].recipe.pl_start is None
 
 
+def test_labels_are_aligned_by_the_sources_of_unlabelled_texts(recipe: Path, tmp_path: Path) -> None:
+    free = write(tmp_path / "named.jsonl", [{"text": row["text"], "from": row["label"]} for row in texts(20)])
+    argv = ["--unlabelled", free, "--source_column", "from", "--align_labels", "source"]
+    trainer = build(recipe, tmp_path / "out", *argv, "--augment_labelled", "false")
+    assert trainer.unlabeled_dataset["from"][:] == ["pos", "neg"] * 10
+    assert (trainer.judge.alignment.alignment.sources, trainer.args.augment_labelled) == (2, False)
+    run(trainer)
+    # Two classes of the two rows or so that each source gave.
+    counted = trainer.judge.chain.state_dict()["LabelAlignment(classes=2, sources=2, momentum=0.99)"]["sums"]
+    halves = [sum(counted[: len(counted) // 2]), sum(counted[len(counted) // 2 :])]
+    assert sum(halves) == pytest.approx(4, rel=0.05) and min(halves) > 0
+    with pytest.raises(ValueError, match="no nowhere; it has text"):
+        build(recipe, tmp_path / "out", "--source_column", "nowhere")
+    assert type(build(recipe, tmp_path / "out", *argv, "--unlabelled", "null")) is EMATrainer
+
+
 def test_views_and_a_second_view_from_the_file(recipe: Path, tmp_path: Path) -> None:
     """The views of the flags, written by name, are the same run; a second view drops labels that hang on a word."""
     values = yaml.safe_load(recipe.read_text(encoding="utf-8"))

@@ -62,9 +62,10 @@ def test_the_package_becomes_three_splits(sdist: Path, tmp_path: Path, capsys: p
     assert splits["train"].features["label"].names == ["negative", "positive"]
     assert set(rows["shifted"]) == {("It works", 1), ("It broke", 0), ("Nice", 1), ("Too small", 0)}
     # Pseudo-labels: all training texts and the products that are not held out, without labels.
-    assert unlabelled.column_names == ["text"] and set() < set(rows["products"]) < set(rows["shifted"])
+    assert unlabelled.column_names == ["text", "source"] and set() < set(rows["products"]) < set(rows["shifted"])
     adapting = [text for text, _ in rows["shifted"] if text not in dict(rows["products"])]
     assert unlabelled["text"][:] == [*(text for text, _ in rows["train"]), *adapting]
+    assert unlabelled["source"][:] == ["movies"] * len(rows["train"]) + ["products"] * len(adapting)
     train, test = set(rows["train"]), set(rows["test"])
     assert train | test == {
         (text.format(n), label) for n in range(40) for text, label in (("Film number {}.", 1), ("Dull number {}", 0))
