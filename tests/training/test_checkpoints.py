@@ -139,6 +139,7 @@ def test_what_is_missing_is_named_and_the_checkpoint_before_is_taken(
         (gone("optimizer_0/.metadata"), "optimizer_0/.metadata is missing"),
         (cut("shard_checksums.json"), "shard_checksums.json is not readable"),
     ],
+    ids=["flipped", "missing", "json"],
 )
 def test_shards_that_accelerate_writes_are_verified(
     tmp_path: Path, damage: Callable[[Path], None], message: str
