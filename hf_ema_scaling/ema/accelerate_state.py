@@ -87,11 +87,13 @@ def register_average(
     Save into a folder that is not there yet, as above: a save that is killed then costs nothing. In a folder with an
     older checkpoint, that is deleted first, so what is left of a killed save lacks files and is refused.
 
-    `load_state` verifies what it can before it restores anything: that no file is missing or torn, and that the
-    student's weights are bit for bit those that were saved with this average (CRC-32; under FSDP and DeepSpeed, whose
-    models accelerate loads first, by the distance between student and average). A folder with the weights of two steps
-    is refused, and so is a flipped bit. Hooks of your own that take models out of what accelerate saves and loads are
-    registered before this.
+    `load_state` verifies every file that it will read before it restores anything: that none is missing or torn,
+    that PyTorch's files (optimizers, schedulers, gradient scaler, random states, samplers and places of data loaders,
+    objects of your own) have the CRC-32 of their records, and that the student's weights are bit for bit those that
+    were saved with this average. A folder with the weights of two steps is refused, and so is a flipped bit. Not
+    verified: models beside the student (safetensors has no checksums), and under FSDP and DeepSpeed, whose files
+    accelerate reads first, everything but the distance between student and average. Hooks of your own that take
+    models out of what accelerate saves and loads are registered before this.
 
     The average becomes the folder `ema` of the checkpoint: safetensors and JSON, complete or absent, and for a
     transformers model what `from_pretrained` loads. The number of updates and the clock's units go with it. With

@@ -27,7 +27,8 @@ from hf_ema_scaling.ema.durable import UNREADABLE_ZIP, check_zip
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_PARTS = (SAFE_MODEL_NAME, MODEL_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, SAMPLER_NAME, "dl_state_dict")
+LOADER_NAME = "dl_state_dict"  # accelerate has no constant for it
+_PARTS = (SAFE_MODEL_NAME, MODEL_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, SAMPLER_NAME, LOADER_NAME)
 _COMMON = re.compile(rf"(?:{'|'.join(_PARTS)})(?:_\d+)?\.(?:safetensors|bin)|custom_checkpoint_\d+\.pkl|{SCALER_NAME}")
 
 
@@ -55,11 +56,13 @@ def student_file(folder: Path, index: int) -> Path:
 def faults(folder: Path, accelerator: Accelerator, *, models: int, processes: int | None) -> list[str]:
     """What of a checkpoint is missing or torn, by what the accelerator would load from it; empty for nothing.
 
-    Safetensors files are as long as their headers say, and every record in PyTorch's files has its CRC-32.
+    Safetensors files are as long as their headers say, and every record in PyTorch's files has its CRC-32: models,
+    optimizers, schedulers, the gradient scaler, random states, the samplers and the places of data loaders, and what
+    `register_for_checkpointing` adds. What no part of the accelerator will read is not looked at.
 
     Args:
         folder: The checkpoint.
-        accelerator: Whose optimizers and schedulers are to be restored.
+        accelerator: Whose optimizers, schedulers and data loaders are to be restored.
         models: How many models are.
         processes: How many saved it; each restores random states where as many load it. Accelerate passes over those
             that it cannot read without a word.
@@ -67,6 +70,7 @@ def faults(folder: Path, accelerator: Accelerator, *, models: int, processes: in
     paths = [student_file(folder, index) for index in range(models)]
     for name, parts in ((OPTIMIZER_NAME, accelerator._optimizers), (SCHEDULER_NAME, accelerator._schedulers)):
         paths += [folder / (f"{name}_{index}.bin" if index else f"{name}.bin") for index in range(len(parts))]
+    paths += _loader_files(folder, accelerator)
     paths += [folder / f"custom_checkpoint_{index}.pkl" for index in range(len(accelerator._custom_objects))]
     if accelerator.scaler is not None:
         paths.append(folder / SCALER_NAME)
@@ -85,6 +89,17 @@ def faults(folder: Path, accelerator: Accelerator, *, models: int, processes: in
         except (SafetensorError, *UNREADABLE_ZIP) as error:
             found.append(f"{path.name} is not readable ({type(error).__name__}: {error})")
     return found
+
+
+def _loader_files(folder: Path, accelerator: Accelerator) -> list[Path]:
+    """What accelerate would read of data loaders; where the place of one is lost it says nothing and begins anew."""
+    paths = []
+    for index, loader in enumerate(accelerator._dataloaders):
+        ending = f"_{index}.bin" if index else ".bin"
+        sampler, place = folder / f"{SAMPLER_NAME}{ending}", folder / f"{LOADER_NAME}{ending}"
+        stateful = bool(getattr(loader, "use_stateful_dataloader", False))
+        paths += [path for path, needed in ((sampler, False), (place, stateful)) if needed or path.exists()]
+    return paths
 
 
 def checksums(weights: Mapping[str, Any]) -> dict[str, str]:

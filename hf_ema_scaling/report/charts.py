@@ -115,6 +115,8 @@ _TITLES = {
     "grad_norm": "Gradient norm",
     "learning_rate": "Learning rate",
     "clip/rate": "Share of steps that were clipped",
+    "skip/steps": "Steps skipped since the last log",
+    "skip/total": "Steps skipped in the run",
     "ema/momentum": "Momentum per optimizer step",
     "ema/kappa": "kappa: batch over reference batch",
     "ema/distance": "Distance of the average from the student",

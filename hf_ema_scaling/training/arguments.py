@@ -152,6 +152,13 @@ class EMATrainingArguments(TrainingArguments):
     on_nonfinite: str = field(
         default="raise", metadata={"help": "A gradient that is not finite: raise, or skip the step."}
     )
+    max_skipped_steps: int = field(
+        default=100,
+        metadata={
+            "help": "Optimizer steps in a row that on_nonfinite=skip or fp16 loss scaling may skip: at the last of so "
+            "many the run ends with an error. 0 for no limit. The logs count them (skip/steps, skip/total)."
+        },
+    )
     on_missing_average: str = field(
         default="raise",
         metadata={
@@ -201,6 +208,8 @@ class EMATrainingArguments(TrainingArguments):
             raise ValueError(
                 f"noise_scale_every counts optimizer steps (0 for no measurement), got {self.noise_scale_every}"
             )
+        if self.max_skipped_steps < 0 or self.max_skipped_steps != int(self.max_skipped_steps):
+            raise ValueError(f"max_skipped_steps counts steps (0 for no limit), got {self.max_skipped_steps}")
         if self.batch_unit != "seconds" and self.reference_batch_size != int(self.reference_batch_size):
             raise ValueError(f"reference_batch_size counts {self.batch_unit}, got {self.reference_batch_size}")
         at_most_one(self, ("kappa", "batch_size", "batch_schedule"))

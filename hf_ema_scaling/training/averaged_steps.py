@@ -7,7 +7,7 @@ from typing import Any
 from transformers.utils import logging
 
 from hf_ema_scaling.ema import WeightAverage
-from hf_ema_scaling.ema.skipped import SkipWatch
+from hf_ema_scaling.ema.skipped import SkipWatch, loss_scale
 from hf_ema_scaling.training.average_update import AverageMover, new_average
 from hf_ema_scaling.training.checks import LivenessWatch, share_statistics
 from hf_ema_scaling.training.split_step import SplitSteps
@@ -49,7 +49,8 @@ class AveragedSteps(SplitSteps):
         """Move the average by what the step just taken drew; a skipped step moves nothing.
 
         Raises:
-            FloatingPointError: A weight is not finite, though the gradient was; it is not averaged.
+            FloatingPointError: A weight is not finite, though the gradient was; it is not averaged. Or it is one
+                skipped step too many in a row.
         """
         assert self.average is not None and self._last_step is not None
         # Under a gradient scaler only the scaler knows: it steps on finite gradients whose norm overflows.
@@ -59,9 +60,12 @@ class AveragedSteps(SplitSteps):
             self._forward_state.restore()
         if self.batch_statistics and self.accelerator.num_processes > 1:
             share_statistics(self.model)
-        if dropped or overflowed:
-            return
         number = self.state.global_step + 1
+        if dropped or overflowed:
+            why = f"an overflow at loss scale {loss_scale(self.optimizer)}" if overflowed else "its gradient"
+            self._skips.skipped(number, self._last_step.start, why)
+            return
+        self._skips.taken()
         if (broken := nonfinite_parameter(self.model)) is not None:
             raise FloatingPointError(
                 f"{broken!r} is not finite after optimizer step {number}, though its gradient was: it is not "

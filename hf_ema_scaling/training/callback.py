@@ -25,7 +25,7 @@ from hf_ema_scaling.ema.storage import OnMissing
 from hf_ema_scaling.scaling import ReferenceClock, ema_weight, momentum_from_half_life, scale_momentum
 from hf_ema_scaling.training.callback_checkpoints import CheckpointedAverage
 from hf_ema_scaling.training.checks import LivenessWatch, has_batch_statistics, share_statistics
-from hf_ema_scaling.training.signals import shield_workers
+from hf_ema_scaling.training.signals import shield_evaluations, shield_workers
 from hf_ema_scaling.training.stock import (
     learns,
     loader_batch_size,
@@ -60,7 +60,8 @@ class EMACallback(CheckpointedAverage):
     Checkpoints: `checkpoint-N/ema/` is a complete `from_pretrained` folder of the average plus `ema_state.json`;
     `checkpoint-N/` itself stays the student. `train(resume_from_checkpoint=...)` continues the average bit for bit.
     Just-in-time checkpoints and the checkpoints in the trial folders of a hyper-parameter search have it too; with
-    `enable_jit_checkpoint` the workers that load training data survive a SIGTERM to the whole process group. After a
+    `enable_jit_checkpoint` the workers that load data for training and evaluations survive a SIGTERM to the whole
+    process group. After a
     crash, `train(resume_from_checkpoint=average.newest_checkpoint(output_dir))` goes on from the newest complete one.
 
     For the model card of `hf-ema-scaling push`, the run's `scaling_plan.json`, `run.json` and `metrics.json` are
@@ -254,6 +255,13 @@ class EMACallback(CheckpointedAverage):
             write=self._writes,
         )
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """With `enable_jit_checkpoint`: an evaluation before training may start workers that stay."""
+        if args.enable_jit_checkpoint:
+            shield_evaluations(state)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -274,9 +282,11 @@ class EMACallback(CheckpointedAverage):
                 "written, so a full disk or a crash in between leaves none that is complete. Keep at least two.",
                 stacklevel=2,
             )
-        if args.enable_jit_checkpoint and isinstance(kwargs.get("train_dataloader"), DataLoader):
+        if args.enable_jit_checkpoint:
             # Schedulers send SIGTERM to every process there is; a worker's death would come before the checkpoint.
-            shield_workers(kwargs["train_dataloader"])
+            shield_evaluations(state)
+            if isinstance(kwargs.get("train_dataloader"), DataLoader):
+                shield_workers(kwargs["train_dataloader"])
         batch = loader_batch_size(kwargs.get("train_dataloader"), args.world_size)
         # Nothing else tells a new attempt after an out-of-memory error from a second train().
         attempt = bool(self._running and args.auto_find_batch_size and batch < self._batch)

@@ -30,7 +30,7 @@ from hf_ema_scaling.training.callback_files import (
     written_checkpoint,
 )
 from hf_ema_scaling.training.checkpoints import checkpoints_in, what_is_missing
-from hf_ema_scaling.training.student_files import student_checksums
+from hf_ema_scaling.training.student_files import shard_checksums, student_checksums
 
 logger = logging.get_logger(__name__)
 
@@ -164,7 +164,7 @@ class CheckpointedAverage(TrainerCallback):
         # Tells a resume whether this average and the weights it finds there belong together.
         state_of_run = self._state() | {"student_distance": self.average.distance(model)}
         if write:
-            state_of_run["student"] = student_checksums(checkpoint)
+            state_of_run["student"] = student_checksums(checkpoint) | shard_checksums(checkpoint)
         save_average(
             checkpoint / self.folder,
             model,

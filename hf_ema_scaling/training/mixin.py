@@ -132,6 +132,7 @@ class EMATrainerMixin(SavedRun):
             "ema/distance": self.average.distance(self.model),
             "batch/units": step.units,
             "clip/rate": clipped / since,
+            **self._skips.logs(),
             **self._noise.logs(),
         }
 

@@ -52,11 +52,12 @@ class SavedRun(BothWeightsEvaluation, AveragedSteps):
     def counters(self) -> dict[str, Any]:
         """What is counted between logs, for the checkpoint; JSON values."""
         state = {"pending_log_momentum": self._mover.pending, "noise": self._noise.state_dict()}
-        return {"clipped": self._clipped, **state}
+        return {"clipped": self._clipped, "skipped": self._skips.state_dict(), **state}
 
     def load_counters(self, counters: dict[str, Any]) -> None:
         """Restore `counters()`; an empty dictionary starts them anew."""
         self._clipped = int(counters.get("clipped", 0))
+        self._skips.load_state_dict(counters.get("skipped", {}))
         self._mover.pending = float(counters.get("pending_log_momentum", 0.0))
         self._noise.load_state_dict(counters.get("noise", {}))
 

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
@@ -52,6 +53,32 @@ def shield_workers(loader: Any) -> None:
     before = inner.worker_init_fn
     if hasattr(signal, "sigwaitinfo") and getattr(before, "func", None) is not _leave_to_parent_and:
         inner.worker_init_fn = functools.partial(_leave_to_parent_and, before)
+
+
+def shield_evaluations(state: TrainerState) -> None:
+    """Lets the workers of a stock Trainer's evaluations survive, where its own watch for SIGTERM is on.
+
+    No event comes between the making of an evaluation's loader and the start of its workers, and callbacks are not
+    told their trainer. Whoever handles the signal is: a trainer with `enable_jit_checkpoint`, from its construction
+    on. Workers that an evaluation started before this call, and that stay, are not reached.
+
+    Args:
+        state: Of the trainer that is meant.
+    """
+    manager = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if not isinstance(manager, CheckpointManager) or manager.trainer.state is not state:
+        return
+    trainer = manager.trainer
+    before = trainer.get_eval_dataloader
+    if getattr(before, "func", None) is not _with_shielded_workers:
+        trainer.get_eval_dataloader = functools.partial(_with_shielded_workers, before)
+
+
+def _with_shielded_workers(before: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    loader = before(*args, **kwargs)
+    if isinstance(_starts_workers(loader), DataLoader):
+        shield_workers(loader)
+    return loader
 
 
 class StopOnSigterm(TrainerCallback):

@@ -27,6 +27,7 @@ from hf_ema_scaling.training.losses import ExampleLoss, cap_losses, is_ctc, loss
 from hf_ema_scaling.training.noise import NoiseMeter
 from hf_ema_scaling.training.reference_run import ReferenceRun
 from hf_ema_scaling.training.sharded import without_sync
+from hf_ema_scaling.training.skipped_steps import SkippedSteps
 
 
 class SplitSteps(ReferenceRun):
@@ -64,6 +65,7 @@ class SplitSteps(ReferenceRun):
         self._noise = NoiseMeter(self.args.noise_scale_every, batch, self.accelerator)
         self._last_step: SampledStep | None = None
         self._skipped = False
+        self._skips = SkippedSteps(self.args.max_skipped_steps)
         self._forward_state = ForwardState()
         self._clipped = 0
 

@@ -1,20 +1,25 @@
-"""Checksums of the student's weights in a checkpoint: safetensors has none, and would load a flipped bit."""
+"""Checksums of what in a checkpoint has none of its own, and would be loaded with a flipped bit.
+
+That is the student's weights (safetensors), and what accelerate saves in shards under FSDP2, optimizer included.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from hf_ema_scaling.ema.durable import file_checksum
 from hf_ema_scaling.hub.run_folder import WEIGHTS
 
+SHARDS_NAME = "shard_checksums.json"
+
 
 def student_checksums(folder: str | Path) -> dict[str, str]:
     """CRC-32 of each file of the student's weights, by its path in the folder.
 
     They are read once more, from memory as a rule: about a second per gigabyte, on one process, where writing them out
-    (the average's as well, and the optimizer's state) takes several times as long. What FSDP saves in shards of its
-    own format (`pytorch_model_fsdp_0/`) has none.
+    (the average's as well, and the optimizer's state) takes several times as long.
 
     Args:
         folder: A checkpoint in which the student is complete; its average may be there.
@@ -26,12 +31,45 @@ def student_checksums(folder: str | Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_checksum(path) for path in sorted(files)}
 
 
+def shard_checksums(folder: str | Path) -> dict[str, str]:
+    """CRC-32 of each file of a model or optimizer in shards (`pytorch_model_fsdp_0/`, `optimizer_0/`), by its path.
+
+    On a machine of several, of the files that it can see.
+
+    Args:
+        folder: A checkpoint in which every process has written its shards.
+    """
+    folder = Path(folder)
+    folders = [path for pattern in ("pytorch_model_fsdp_*", "optimizer_*") for path in folder.glob(pattern)]
+    files = sorted(path for place in folders for path in place.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_checksum(path) for path in files}
+
+
+def write_shard_checksums(folder: str | Path) -> None:
+    """Writes `shard_checksums.json` into a checkpoint with shards; nothing into any other."""
+    if checksums := shard_checksums(folder):
+        text = json.dumps({"format_version": 1, "crc32": checksums}, indent=1)
+        (Path(folder) / SHARDS_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def shard_faults(folder: str | Path) -> list[str]:
+    """What of a checkpoint's shards is not as it was saved; empty for nothing, and where nothing is written of them.
+
+    Raises:
+        ValueError, KeyError, TypeError: `shard_checksums.json` does not say.
+    """
+    path = Path(folder) / SHARDS_NAME
+    if not path.is_file():
+        return []
+    return student_faults(folder, json.loads(path.read_text(encoding="utf-8"))["crc32"])
+
+
 def student_faults(folder: str | Path, expected: Mapping[str, str]) -> list[str]:
-    """What of the student's weights in a checkpoint is not as it was saved; empty for nothing.
+    """What of the student's files in a checkpoint is not as it was saved; empty for nothing.
 
     Args:
         folder: The checkpoint.
-        expected: `student_checksums` of the save.
+        expected: `student_checksums` of the save, or `shard_checksums`.
     """
     found = []
     for name, checksum in expected.items():

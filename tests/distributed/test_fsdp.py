@@ -15,6 +15,8 @@ from apart import agree, close
 from torch.nn import functional as F
 from transformers import BertForSequenceClassification, Wav2Vec2ForCTC
 
+from hf_ema_scaling.training.checkpoints import what_is_missing
+
 sys.path.insert(0, str(Path(__file__).parent))
 import sharded_processes
 
@@ -315,6 +317,15 @@ def test_accelerates_plugin_trains_saves_and_resumes_shards(tmp_path: Path) -> N
         assert len(rank["resumed"]["weights"]) == 2
         for key in ("gradients", "weights", "averages"):
             assert tiny.same_bits(rank["resumed"][key], rank["whole"][key][2:]), key
+    shards = [path for path in (folder / "checkpoint-2").glob("*_0/*") if path.is_file()]
+    assert {path.parent.name for path in shards} == {"pytorch_model_fsdp_0", "optimizer_0"} and len(shards) >= 6
+    assert what_is_missing(folder / "checkpoint-2") == []
+    for path in shards:
+        data = path.read_bytes()
+        path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+        (found,) = what_is_missing(folder / "checkpoint-2")
+        assert found.startswith(f"{path.parent.name}/{path.name} is damaged")
+        path.write_bytes(data)
     loaded = BertForSequenceClassification.from_pretrained(folder / "checkpoint-2" / "ema")
     average = ranks[0]["whole"]["averages"][1]
     assert tiny.same_bits(tiny.parameters(loaded), {name: average[name] for name in tiny.parameters(loaded)})

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import re
 import shutil
+import struct
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,6 +207,78 @@ def test_objects_of_ones_own_are_verified_before_anything_is_loaded(tmp_path: Pa
     with pytest.raises(AverageStateError, match=r"custom_checkpoint_0\.pkl is not readable"):
         loop.accelerator.load_state(str(tmp_path / "one"))
     assert tiny.same_bits(loop.bits(), before)
+
+
+class Places:
+    """A data loader that accelerate asks for its place, as it does those of torchdata."""
+
+    use_stateful_dataloader = True
+    dataset: tuple[int, ...] = ()
+
+    def __init__(self) -> None:
+        self.place = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.place = state["place"]
+
+
+def everything(seed: int) -> tuple[Loop, Places]:
+    """A loop with one of each that accelerate saves."""
+    loop, places = Loop(seed), Places()
+    loop.accelerator._dataloaders.append(places)  # type: ignore[arg-type]
+    loop.accelerator.prepare_scheduler(torch.optim.lr_scheduler.StepLR(loop.optimizer, 1))
+    loop.accelerator.register_for_checkpointing(nn.Linear(1, 1))
+    loop.accelerator.scaler = torch.amp.GradScaler("cpu")
+    return loop, places
+
+
+def flip_in_a_record(path: Path) -> None:
+    """One bit of the longest record of a file of PyTorch."""
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        record = max(file.infolist(), key=lambda record: record.file_size)
+    head = record.header_offset
+    names = sum(struct.unpack("<HH", data[head + 26 : head + 30]))
+    data[head + 30 + names + record.file_size // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_damage_to_any_file_is_named_before_anything_is_loaded(tmp_path: Path, damage: str) -> None:
+    loop, places = everything(0)
+    loop.train(0, 2)
+    places.place = 7
+    loop.accelerator.save_state(str(tmp_path))
+    torch.save({"seed": 3}, tmp_path / "sampler.bin")  # accelerate has one for iterable data alone
+    names = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
+    assert names == [
+        "custom_checkpoint_0.pkl", "dl_state_dict.bin", "model.safetensors", "optimizer.bin", "random_states_0.pkl",
+        "sampler.bin", "scaler.pt", "scheduler.bin",
+    ]  # fmt: skip
+    other, moved = everything(1)
+    before = other.bits()
+    for name in names:
+        path = tmp_path / name
+        whole = path.read_bytes()
+        if damage == "missing":
+            path.unlink()
+        elif path.suffix != ".safetensors":
+            flip_in_a_record(path)
+        else:
+            path.write_bytes(whole[:-4] + bytes([whole[-4] ^ 1]) + whole[-3:])
+        if (damage, name) != ("missing", "sampler.bin"):  # which this loader does not need
+            named = "pytorch_model.bin" if (damage, name) == ("missing", "model.safetensors") else name
+            with pytest.raises(AverageStateError, match=re.escape(named)) as raised:
+                other.accelerator.load_state(str(tmp_path))
+            says = {"missing": "is missing", "flipped": "wrong CRC-32 of its record"}[damage]
+            assert (says if named != "model.safetensors" else "holds other weights") in str(raised.value)
+        assert tiny.same_bits(other.bits(), before) and moved.place == 0
+        path.write_bytes(whole)
+    other.accelerator.load_state(str(tmp_path))
+    assert tiny.same_bits(other.bits(), loop.bits()) and moved.place == 7
 
 
 def test_a_save_into_an_older_checkpoint_that_ends_early_leaves_no_half_of_each(

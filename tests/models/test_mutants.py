@@ -35,7 +35,7 @@ from hf_ema_scaling.labels import PseudoLabel, ctc, seq2seq
 from hf_ema_scaling.labels.cache import LabelCacheError
 from hf_ema_scaling.labels.score_filters import Confidence
 from hf_ema_scaling.labels.text_filters import LongWord
-from hf_ema_scaling.training import callback, saved_run, trainer
+from hf_ema_scaling.training import callback, checkpoints, saved_run, trainer
 from hf_ema_scaling.training.average_update import AverageMover
 from hf_ema_scaling.training.averaged_steps import AveragedSteps
 from hf_ema_scaling.training.cached_labels import CachedLabels
@@ -44,6 +44,7 @@ from hf_ema_scaling.training.evaluation import BothWeightsEvaluation
 from hf_ema_scaling.training.flow import AverageUpdate
 from hf_ema_scaling.training.forward_state import ForwardState
 from hf_ema_scaling.training.hidden import split_off
+from hf_ema_scaling.training.skipped_steps import SkippedSteps
 from hf_ema_scaling.training.split_step import SplitSteps
 
 pytestmark = pytest.mark.slow
@@ -148,6 +149,10 @@ def a_skipped_step_restores_batch_norm_alone(patch: Patch) -> None:
         restore(self)
 
     patch.setattr(ForwardState, "restore", some)
+
+
+def skipped_steps_are_not_counted(patch: Patch) -> None:
+    patch.setattr(SkippedSteps, "skipped", lambda self, number, clock, why: None)
 
 
 def nothing_happens_before_ema_start(patch: Patch) -> None:
@@ -264,6 +269,14 @@ def in_launched_processes(patch: Patch, defect: str) -> None:
         return start([command[0], str(ROOT / "tests/models/planted.py"), defect, *command[1:]], environment)
 
     patch.setattr(launch, "_start", planted)
+
+
+def a_flipped_bit_of_a_shard_is_loaded(patch: Patch) -> None:
+    patch.setattr(checkpoints, "shard_faults", lambda folder: [])
+
+
+def workers_of_evaluations_die_of_the_signal(patch: Patch) -> None:
+    patch.setattr(callback, "shield_evaluations", lambda state: None)
 
 
 # ---- Pseudo-labels
@@ -422,7 +435,7 @@ class Mutant:
     row: str
     plant: Callable[[Patch], None]
     test: str
-    ends: type[BaseException] = AssertionError
+    ends: type[BaseException] | tuple[type[BaseException], ...] = AssertionError
 
 
 MUTANTS = [
@@ -444,6 +457,8 @@ MUTANTS = [
            "training/test_loss_scaling.py::test_the_trainer_moves_no_average_when_a_step_is_skipped"),
     Mutant("a skipped step leaves", a_skipped_step_restores_batch_norm_alone,
            "training/test_checks.py::test_a_skipped_step_leaves_nothing_of_what_its_forward_passes_wrote[False]"),
+    Mutant("every step is skipped", skipped_steps_are_not_counted,
+           "training/test_checks.py::test_too_many_skipped_steps_in_a_row_end_the_run[bad2-3]"),
     Mutant("11. ", nothing_happens_before_ema_start,
            "training/test_callback.py::test_before_ema_start_the_average_is_the_student"),
     Mutant("12. ", the_teacher_labels_in_the_mode_it_is_in, "ema/test_teacher.py::test_training_mode_is_refused"),
@@ -468,6 +483,11 @@ MUTANTS = [
            "distributed/test_fsdp.py::test_uneven_and_empty_shards_move_as_the_whole_does[fp32]"),
     Mutant("19. ", shards_are_not_put_back,
            "distributed/test_fsdp.py::test_swapped_weights_are_what_the_model_computes_with"),
+    Mutant("a flipped bit", a_flipped_bit_of_a_shard_is_loaded,
+           "training/test_checkpoints.py::test_shards_that_accelerate_writes_are_verified[missing]", ValueError),
+    Mutant("a SIGTERM to the process group", workers_of_evaluations_die_of_the_signal,
+           "training/test_callback_runs.py::test_so_it_does_where_the_workers_of_an_evaluation_are[False]",
+           (OSError, RuntimeError)),
     Mutant("21. ", the_unlabelled_loss_is_constant,
            "training/test_trainer.py::test_the_unlabelled_loss_enters_the_gradient_by_its_weight"),
     Mutant("22. ", the_update_rebinds_a_local_name, "ema/test_average.py::test_keras_sequence"),

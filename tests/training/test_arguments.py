@@ -41,6 +41,7 @@ from hf_ema_scaling.training.trainer import EMATrainer
         ({"batch_unit": "tokens", "reference_batch_size": 2.5}, "reference_batch_size counts tokens, got 2.5"),
         ({"evaluate_weights": "teacher"}, "evaluate_weights must be one of both, ema, student, got 'teacher'"),
         ({"ema_buffers": "keep"}, "ema_buffers must be one of average, copy, got 'keep'"),
+        ({"max_skipped_steps": -1}, r"max_skipped_steps counts steps \(0 for no limit\), got -1"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite must be one of raise, skip, got 'ignore'"),
     ],
 )

@@ -374,6 +374,48 @@ def test_a_just_in_time_checkpoint_comes_also_where_the_workers_are_told(tmp_pat
     assert average.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
 
 
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
+@pytest.mark.parametrize("lasting", [False, True])
+def test_so_it_does_where_the_workers_of_an_evaluation_are(tmp_path: Path, lasting: bool) -> None:
+    average, told = callback(), list[int]()
+    more = {
+        "enable_jit_checkpoint": True,
+        "dataloader_num_workers": 1,
+        "dataloader_persistent_workers": lasting,
+        "per_device_eval_batch_size": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
+
+    class InEvaluation(TrainerCallback):
+        def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+            if state.global_step == 2 and not told:
+                told.extend(worker.pid for worker in multiprocessing.active_children() if worker.pid)
+                subprocess.run(["kill", "-TERM", *map(str, told)], check=True)
+                jit.jit_manager.is_checkpoint_requested = True
+
+    run = Trainer(
+        bert(), arguments(tmp_path, **more), train_dataset=Sentences(), eval_dataset=Sentences(24),
+        callbacks=[average, InEvaluation()],
+    )  # fmt: skip
+    jit: Any = next(c for c in run.callback_handler.callbacks if isinstance(c, JITCheckpointCallback))
+    if lasting:
+        run.evaluate()  # its workers stay
+    run.train()
+    assert len(told) == 2 and run.state.global_step < 6
+    assert [entry["step"] for entry in run.state.log_history if "eval_loss" in entry][-1] == 2
+    assert average.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_another_trainers_evaluations_are_left_alone(tmp_path: Path) -> None:
+    mine, other = (trainer(callback(), tmp_path / name, enable_jit_checkpoint=True) for name in ("mine", "other"))
+    assert all("get_eval_dataloader" in vars(made) for made in (mine, other))
+    plain = Trainer(bert(), arguments(tmp_path, enable_jit_checkpoint=True), train_dataset=Sentences())
+    once = mine.get_eval_dataloader
+    mine.train()
+    assert "get_eval_dataloader" not in vars(plain) and mine.get_eval_dataloader is once
+
+
 def test_the_end_of_a_run_writes_into_no_checkpoint_of_another(tmp_path: Path) -> None:
     trainer(callback(), tmp_path, save_strategy="steps", save_steps=6, learning_rate=1e-3).train()
     before = (tmp_path / "checkpoint-6" / "ema").stat().st_mtime_ns

@@ -132,6 +132,39 @@ def test_what_is_missing_is_named_and_the_checkpoint_before_is_taken(
     assert message in str(error.value) and str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flipped("pytorch_model_fsdp_0/__1_0.distcp"), "pytorch_model_fsdp_0/__1_0.distcp is damaged"),
+        (gone("optimizer_0/.metadata"), "optimizer_0/.metadata is missing"),
+        (cut("shard_checksums.json"), "shard_checksums.json is not readable"),
+    ],
+    ids=["flipped", "missing", "json"],
+)
+def test_shards_that_accelerate_writes_are_verified(
+    tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    """They have no checksums of their own. That these are FSDP2's is tested in `tests/distributed`."""
+    made = run(tmp_path)
+    inner = made._save_rng_state
+
+    def save(folder: str) -> None:
+        for name in (*(f"pytorch_model_fsdp_0/__{rank}_0.distcp" for rank in range(2)), "optimizer_0/.metadata"):
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
+            (Path(folder) / name).write_bytes(name.encode() * made.state.global_step)
+        inner(folder)
+
+    made._save_rng_state = save
+    made.train()
+    newest = tmp_path / "checkpoint-6"
+    written = json.loads((newest / "shard_checksums.json").read_text())
+    assert len(written["crc32"]) == 3 and written["format_version"] == 1
+    assert what_is_missing(newest) == []
+    damage(newest)
+    (found,) = what_is_missing(newest)
+    assert message in found and newest_complete_checkpoint(tmp_path).name == "checkpoint-4"
+
+
 def test_a_run_goes_back_to_the_newest_complete_checkpoint_and_ends_the_same(
     whole: tuple[Any, Path], tmp_path: Path
 ) -> None:

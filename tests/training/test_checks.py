@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,75 @@ def test_skip_moves_nothing_but_the_clock(tmp_path: Path, value: float, optim: s
     name = "classifier.weight"
     expected = 0.81 * recorder.averages[2][name] + 0.19 * recorder.weights[3][name]
     torch.testing.assert_close(recorder.averages[3][name], expected, rtol=1e-6, atol=1e-7)
+
+
+def always(*steps: int) -> Any:
+    """As `poisoned`, in several steps."""
+    calls = iter(range(1000))
+
+    def loss(model: nn.Module, inputs: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return losses * math.nan if next(calls) in steps else losses
+
+    return loss
+
+
+@pytest.mark.parametrize(("bad", "stops"), [((1, 2, 4, 5, 6, 7), 7), ((1, 2, 4, 5), None), ((0, 1, 2), 3)])
+def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path, bad: tuple[int, ...], stops: int | None) -> None:
+    made = bert_run(
+        tmp_path,
+        max_steps=8,
+        on_nonfinite="skip",
+        max_skipped_steps=3,
+        example_loss=always(*bad),
+        max_example_loss=None,
+        logging_strategy="steps",
+        logging_steps=2,
+    )
+    if stops is None:
+        made.train()
+    else:
+        first = stops - 2
+        message = rf"3 optimizer steps in a row .* since step {first} \(reference step {first - 1}.0\), .* gradient"
+        with pytest.raises(FloatingPointError, match=message):
+            made.train()
+    taken = [step for step in range(8 if stops is None else stops) if step not in bad]
+    assert made.average.num_updates == len(taken)
+    logs = [entry for entry in made.state.log_history if "loss" in entry]
+    for number, entry in enumerate(logs, start=1):
+        counted = [sum(step < end for step in bad) for end in (2 * number - 2, 2 * number)]
+        assert (entry["skip/steps"], entry["skip/total"]) == (counted[1] - counted[0], counted[1])
+    assert len(logs) == (4 if stops is None else (stops - 1) // 2)
+
+
+def test_a_resumed_run_counts_skipped_steps_on(tmp_path: Path) -> None:
+    bad = (2, 3, 4, 5)
+    values: dict[str, Any] = {
+        "max_steps": 8,
+        "on_nonfinite": "skip",
+        "max_example_loss": None,
+        "logging_strategy": "steps",
+        "logging_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 4,
+    }
+    whole = bert_run(tmp_path / "whole", example_loss=always(*bad), **values)
+    whole.train()
+    resumed = bert_run(tmp_path / "resumed", example_loss=always(0, 1), **values)
+    checkpoint = str(tmp_path / "whole/checkpoint-4")
+    resumed.train(resume_from_checkpoint=checkpoint)
+    counts = [
+        [(entry["skip/steps"], entry["skip/total"]) for entry in made.state.log_history if "loss" in entry]
+        for made in (whole, resumed)
+    ]
+    assert counts[0] == counts[1] == [(1, 1), (3, 4)]
+    texts = [(tmp_path / name / "checkpoint-8/ema/ema_state.json").read_text() for name in ("whole", "resumed")]
+    assert texts[0] == texts[1] and json.loads(texts[0])["state"]["counters"]["skipped"]["total"] == 4
+    # Two before the checkpoint and two after it are four in a row.
+    stopped = bert_run(tmp_path / "stopped", example_loss=always(0, 1), **values, max_skipped_steps=4)
+    with pytest.raises(FloatingPointError, match=r"4 optimizer steps in a row were skipped, all since step 3"):
+        stopped.train(resume_from_checkpoint=checkpoint)
+    assert stopped.average.num_updates == 2
 
 
 def test_a_skipped_step_does_not_disturb_a_resume(tmp_path: Path) -> None:

@@ -55,6 +55,15 @@ def test_the_trainer_moves_no_average_when_a_step_is_skipped(tmp_path: Path, opt
     assert_skips_moved_nothing(recorder.weights, averages, (start, start))
 
 
+def test_a_scaler_that_never_finds_its_scale_ends_the_run(tmp_path: Path) -> None:
+    args = tiny.arguments(tmp_path, max_steps=6, max_skipped_steps=1)
+    made = tiny.trainer(tiny.bert(), args, tiny.sentences(30), callbacks=[Overflow()])
+    made.accelerator.scaler = scaler()
+    with pytest.raises(FloatingPointError, match=r"1 optimizer steps in .* step 2 .* overflow at loss scale 512\.0"):
+        made.train()
+    assert made.average.num_updates == 1
+
+
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_the_callback_moves_no_average_when_a_step_is_skipped(tmp_path: Path, optim: str) -> None:
     average, recorder = EMACallback(momentum=0.9, reference_batch_size=4), tiny.Recorder()
