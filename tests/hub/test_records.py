@@ -208,7 +208,7 @@ def test_secrets_of_a_command_are_left_out() -> None:
         "bert",
         "--max_new_tokens",
         "8",
-        "--name",
+        "--x",
         key,
         "-t",
         key,
