@@ -17,8 +17,13 @@ _SWAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 def refuse_swapped(model: nn.Module, action: str) -> None:
     """Raises `RuntimeError` for a model that holds swapped-in weights."""
-    if unwrap(model) in _SWAPPED:
+    if is_swapped(model):
         raise RuntimeError(f"Cannot {action} this model now: it holds swapped-in weights; leave `swapped` first.")
+
+
+def is_swapped(model: nn.Module) -> bool:
+    """Whether a model holds swapped-in weights, of whichever average."""
+    return unwrap(model) in _SWAPPED
 
 
 @contextmanager
