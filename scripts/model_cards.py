@@ -79,7 +79,7 @@ MODELS = {
             language=("en",),
             license="apache-2.0",
             tags=("speech",),
-            limits="The arm `pseudo` of `hf-ema-scaling demo`: a model of synthetic speech in English of few words, "
+            limits="The arm pseudo of the demo: a model of synthetic speech in English of few words, "
             "which shows pseudo-labelling and recognises nobody's voice. The command also trains the "
             "labelled phase from which it branches. Figures move with the machine and the versions by more than "
             "between seeds. eSpeak NG, which spoke the corpus, is GPL-3.0-or-later.",

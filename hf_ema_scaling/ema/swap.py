@@ -30,18 +30,28 @@ _SWAPS: list[_Swap] = []
 
 
 def refuse_swapped(model: nn.Module, action: str) -> None:
-    """Raises `RuntimeError` for a model that holds swapped-in weights, whole or in part.
+    """Raises `RuntimeError` for a model that holds swapped-in weights, whole or in part."""
+    if (name := _swapped_part(model)) is not None:
+        where = f" in {name!r}" if name else ""
+        raise RuntimeError(
+            f"Cannot {action} this model now: it holds swapped-in weights{where}; leave `swapped` first."
+        )
+
+
+def is_swapped(model: nn.Module) -> bool:
+    """Whether a model holds swapped-in weights, whole or in part, of whichever average.
 
     Whether the model itself was swapped, a model that it is a part of, or a part of it.
     """
+    return _swapped_part(model) is not None
+
+
+def _swapped_part(model: nn.Module) -> str | None:
+    """The name of the first module with swapped-in weights, "" for the model itself; None where there is none."""
     if not _SWAPS:  # as before every update
-        return
-    for name, part in unwrap(model).named_modules():
-        if any(swap.reaches(part) for swap in _SWAPS):
-            where = f" in {name!r}" if name else ""
-            raise RuntimeError(
-                f"Cannot {action} this model now: it holds swapped-in weights{where}; leave `swapped` first."
-            )
+        return None
+    named = unwrap(model).named_modules()
+    return next((name for name, part in named if any(swap.reaches(part) for swap in _SWAPS)), None)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from hf_ema_scaling.ema.half_precision import warn_of_half_precision
 from hf_ema_scaling.ema.shadow import BufferPolicy
 from hf_ema_scaling.ema.skipped import SkipWatch
 from hf_ema_scaling.ema.storage import OnMissing
+from hf_ema_scaling.ema.swap import is_swapped
 from hf_ema_scaling.scaling import ReferenceClock, ema_weight, momentum_from_half_life, scale_momentum
 from hf_ema_scaling.training.callback_checkpoints import CheckpointedAverage
 from hf_ema_scaling.training.checks import LivenessWatch, has_batch_statistics, share_statistics
@@ -161,6 +162,9 @@ class EMACallback(CheckpointedAverage):
         self._alive = False
         self._watch: LivenessWatch | None = None
         self._recorded = False
+        self._holding = False
+        self._others: dict[int, bool] = {}
+        """Evaluations in the log after training that are not the student's: True for the average's."""
 
     def __repr__(self) -> str:
         name = "" if self.name is None else f", name={self.name!r}"
@@ -230,7 +234,11 @@ class EMACallback(CheckpointedAverage):
             ValueError: Names or shapes do not match.
         """
         with self.average.swapped(self._student if model is None else model):
-            yield
+            self._holding = True
+            try:
+                yield
+            finally:
+                self._holding = False
 
     def export(self, folder: str | Path, model: nn.Module | None = None, processing_class: Any = None) -> None:
         """Writes the average as a folder that `from_pretrained` loads, in float32, with `ema_state.json`.
@@ -341,8 +349,10 @@ class EMACallback(CheckpointedAverage):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Writes the metrics of an evaluation after training, of the average's too (prefix `eval_ema`)."""
+        """Writes the metrics of an evaluation after training, of the average's too."""
         if self._average is not None and not self._running:
+            if is_swapped(self._student):
+                self._others[len(state.log_history) - 1] = self._holding
             self._write_metrics(args, state)
 
     def on_substep_end(
@@ -413,7 +423,7 @@ class EMACallback(CheckpointedAverage):
 
     def _write_start(self, args: TrainingArguments, state: TrainerState, run: Mapping[str, Any]) -> None:
         """Plan and start of the run; a model card is worth no error."""
-        self._recorded = False
+        self._recorded, self._others = False, {}
         # Only one average of a run is pushed, and the folders of a search's trials are not known here.
         if self.name is not None or not args.should_save or state.is_hyper_param_search:
             return
@@ -437,7 +447,7 @@ class EMACallback(CheckpointedAverage):
         if not self._recorded or not args.should_save:
             return
         try:
-            write_stock_metrics(args, state, state.max_steps * self.kappa)
+            write_stock_metrics(args, state, state.max_steps * self.kappa, self._others)
         except OSError as error:
             logger.warning(f"EMACallback could not write the metrics of this run: {error}")
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,20 +92,26 @@ def write_start(trainer: SavedRun, folder: str | Path | None = None) -> None:
     write_json(_place(trainer, folder), RECORD_NAME, record)
 
 
-def logged_metrics(state: TrainerState, reference_steps: float, *, best: bool = False) -> dict[str, float]:
+def logged_metrics(
+    state: TrainerState,
+    reference_steps: float,
+    *,
+    best: bool = False,
+    history: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, float]:
     """The last evaluation of the weights that a trainer holds, what `train()` returned, and the steps done.
 
     Args:
         state: of the trainer.
         reference_steps: length of the run.
         best: whether the best model is loaded at the end.
+        history: log to take them from; None for that of `state`.
     """
-    history = state.log_history
+    history = state.log_history if history is None else history
     ended = max((place for place, entry in enumerate(history) if "train_runtime" in entry), default=-1)
-    found = [entry for entry in history[ended + 1 :] if ended >= 0]
-    if not any(key.startswith("eval_") for entry in found for key in entry):
-        step = (state.best_global_step if best else None) or state.global_step
-        found = [entry for entry in history if entry.get("step") == step]
+    step = (state.best_global_step if best else None) or state.global_step
+    # Of the same weights: those along the run at their step, and then those after it.
+    found = [entry for place, entry in enumerate(history) if 0 <= ended < place or entry.get("step") == step]
     scored = {key: value for entry in found for key, value in entry.items() if key.startswith("eval_")}
     trained = {} if ended < 0 else {k: v for k, v in history[ended].items() if k not in ("step", "epoch")}
     return {**trained, "optimizer_steps": state.global_step, "reference_steps": reference_steps, **scored}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,27 @@ def write_stock_start(args: TrainingArguments, plan: dict[str, Any], **run: Any)
     _write(args, RECORD_NAME, own_record(data, name_of(run.get("model")), args.world_size))
 
 
-def write_stock_metrics(args: TrainingArguments, state: TrainerState, reference_steps: float) -> None:
-    """`metrics.json` into `output_dir`: the last evaluation in the log, and the steps done."""
-    _write(args, METRICS_NAME, finite(logged_metrics(state, reference_steps, best=args.load_best_model_at_end)))
+def write_stock_metrics(
+    args: TrainingArguments, state: TrainerState, reference_steps: float, others: Mapping[int, bool]
+) -> None:
+    """`metrics.json` into `output_dir`: the last evaluation in the log, and the steps done.
+
+    Args:
+        args: of the Trainer.
+        state: of the Trainer.
+        reference_steps: length of the run.
+        others: places in the log of evaluations that are not the student's; True for those of the average, whose
+            metrics are then `eval_ema_*` whatever their prefix was, False for those of other weights.
+    """
+    history: list[Mapping[str, Any]] = list(state.log_history)
+    for place, average in others.items():
+        history[place] = {_of_average(key): value for key, value in history[place].items()} if average else {}
+    metrics = logged_metrics(state, reference_steps, best=args.load_best_model_at_end, history=history)
+    _write(args, METRICS_NAME, finite(metrics))
+
+
+def _of_average(key: str) -> str:
+    return key.replace("eval_", "eval_ema_", 1) if key.startswith("eval_") and "_ema_" not in key else key
 
 
 def _write(args: TrainingArguments, name: str, content: dict[str, Any]) -> None:

@@ -134,6 +134,34 @@ def test_stock_trainer_with_the_callback(hub: Hub) -> None:
     assert state["state"]["global_step"] == json.loads(hub.files(NAME)["metrics.json"])["optimizer_steps"] == 6
 
 
+def test_an_evaluation_along_the_run_is_the_students_still(tmp_path: Path) -> None:
+    average = stock_runs.callback()
+    made = stock_runs.trainer(average, tmp_path / "run", eval_strategy="no")
+    made.eval_dataset, made.args.eval_strategy, made.args.eval_steps = stock_runs.Sentences(8), "steps", 3
+    made.train()
+    student = [row["eval_loss"] for row in made.state.log_history if "eval_loss" in row]
+    with average.averaged_weights():
+        made.evaluate(metric_key_prefix="eval_ema")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert len(student) == 2 and metrics["eval_loss"] == student[1] != metrics["eval_ema_loss"]
+
+
+def test_scores_of_the_average_are_not_told_as_the_students(tmp_path: Path) -> None:
+    """Evaluated in the block with Trainer's own prefix they are the average's; of other weights they are nobody's."""
+    average, slow = stock_runs.callback(), stock_runs.callback(momentum=0.99, name="slow")
+    made = stock_runs.trainer(average, tmp_path / "run", slow)
+    made.eval_dataset = stock_runs.Sentences(8)
+    made.train()
+    student = made.evaluate()["eval_loss"]
+    scored = []
+    for callback in (average, slow):
+        with callback.averaged_weights():
+            scored.append(made.evaluate()["eval_loss"])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["eval_loss"], metrics["eval_ema_loss"]) == (student, scored[0])
+    assert len({student, *scored}) == 3
+
+
 def test_the_callback_leaves_files_of_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
@@ -208,7 +236,7 @@ def test_secrets_of_a_command_are_left_out() -> None:
         "bert",
         "--max_new_tokens",
         "8",
-        "--name",
+        "--x",
         key,
         "-t",
         key,
