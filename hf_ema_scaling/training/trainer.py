@@ -126,6 +126,7 @@ class PseudoLabelTrainer(EMATrainerMixin):
             student=self.student_watch,
             hidden=self._hidden(references),
             seconds=(durations(self.train_dataset, column), self.judge.seconds),
+            tokens=durations(unlabeled_dataset, str(self.args.length_column_name)),
             numbers=self.label_kind is LabelKind.NUMBERS,
         )
         self.dropout = None if pseudo.pl_dropout is None else DropoutChange(self.model, pseudo.pl_dropout)
