@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_whisper
-from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, List, Translation, Value
+from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, IterableDataset, List, Translation, Value
 from manifests import write_manifest
 from transformers import BertConfig, BertModel
 
@@ -34,7 +34,7 @@ WORDS = ["a", "good", "bad", "dull", "film", "is", "and", "so", "very", "long"]
 WORDS += ["in", "new", "york", "we", "met", "ann", "lee", "late"]
 PAIRS = {"save": "garder", "page": "page", "new": "neuf", "image": "image", "the": "la"}
 LIBRISPEECH = {"train.clean.100", "train.clean.360", "train.clean.360+train.other.500"}
-LIBRISPEECH |= {"validation.clean", "validation.other"}
+LIBRISPEECH |= {"train.other.500", "validation.clean", "validation.other"}
 WHISPER = ("--model_name_or_path", "data/whisper-tiny-en", "--freq_width", "2", "--min_seconds", "0")
 WHISPER = (*WHISPER, "--max_label_tokens", "8", "--generation_max_length", "8", "--max_seconds", "2")
 T5 = {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
@@ -163,4 +163,10 @@ def serve_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[tuple[str, 
 
     # By name: `hf_ema_scaling.recipe.sources` is also reached as an attribute of the package.
     monkeypatch.setattr(importlib.import_module("hf_ema_scaling.recipe.sources"), "load_dataset", load_dataset)
+
+    def stream(name: str, config: str | None, *, split: str, streaming: bool) -> IterableDataset:
+        assert streaming
+        return load_dataset(name, config, split=split).to_iterable_dataset()
+
+    monkeypatch.setattr(importlib.import_module("hf_ema_scaling.recipe.speech_streams"), "load_dataset", stream)
     return asked

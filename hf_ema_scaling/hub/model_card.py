@@ -250,11 +250,15 @@ def _results_table(found: Sequence[Score], hub_weights: str) -> Markdown | str:
 def _ledger_table(ledger: Mapping[str, Any]) -> Markdown | str:
     """What became of the pseudo-labels that were used, by source and outcome."""
     unit = str(ledger.get("unit", "samples"))
-    rows: list[list[object]] = [["Source", "Outcome", "Items", unit, "Share"]]
-    for source, outcomes in dict(ledger.get("used", {})).items():
+    sources = dict(ledger.get("used", {}))
+    found = {name for outcomes in sources.values() for cell in outcomes.values() for name in cell}
+    others = [name for name in ("seconds", "tokens") if name in found - {unit}]
+    rows: list[list[object]] = [["Source", "Outcome", "Items", unit, *others, "Share"]]
+    for source, outcomes in sources.items():
         total = sum(float(cell[unit]) for cell in outcomes.values())
         for reason in sorted(outcomes, key=lambda name: (name != "kept", name)):
             cell = outcomes[reason]
             share = f"{float(cell[unit]) / total:.1%}" if total else "n/a"
-            rows.append([source or "all", reason, int(cell["items"]), float(cell[unit]), share])
+            sizes = [float(cell.get(name, 0.0)) for name in (unit, *others)]
+            rows.append([source or "all", reason, int(cell["items"]), *sizes, share])
     return table(rows) if len(rows) > 1 else ""

@@ -226,6 +226,7 @@ def generated_label(
     *,
     text: Sequence[int],
     ended: bool,
+    strange: bool = False,
     room: int | None,
     log_probability: float,
     scores: Mapping[str, float],
@@ -236,6 +237,7 @@ def generated_label(
         target: what the student is to learn, with forced tokens and end.
         text: its part that is text.
         ended: whether the teacher ended the sequence.
+        strange: whether it wrote special tokens into the text.
         room: tokens that the student has for the target; None for no limit.
         log_probability: mean over the tokens that the teacher chose.
         scores: others beside it.
@@ -245,6 +247,8 @@ def generated_label(
         reason = "no_eos"
     elif not text:
         reason = "empty"
+    elif strange:
+        reason = "special_tokens"
     elif room is not None and len(target) > room:
         reason = "too_long"
     confidence = min(math.exp(log_probability), 1.0)

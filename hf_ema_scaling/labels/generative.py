@@ -117,6 +117,12 @@ def generative_labeler_for(
         suffix=suffix,
         max_target_tokens=max_target_tokens or positions,
         special_ids=frozenset(special | set(prompt) | set(languages)),
+        # What the vocabulary lacks is a gap in a text.
+        never_ids=frozenset(
+            (special | set(languages)) - {*eos_ids, getattr(tokenizer, "unk_token_id", None)}
+            if tokenizer is not None
+            else ()
+        ),
         languages=languages,
         no_speech_id=config.no_timestamps_token_id - 1 if kind == "whisper" else None,
         by_length=kind in SEES_PADDING if by_length is None else by_length,

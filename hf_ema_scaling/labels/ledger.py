@@ -13,7 +13,7 @@ UNIT_SCALE = 2**20
 """Units are counted in parts of 2**-20, as integers, so that their sum has no order."""
 
 Book = dict[str, dict[str, list[int]]]
-"""Source -> reason, or `KEPT` -> items and units in parts of `1 / UNIT_SCALE`."""
+"""Source -> reason, or `KEPT` -> items, then units and further measures in parts of `1 / UNIT_SCALE`."""
 
 
 class Ledger:
@@ -26,21 +26,24 @@ class Ledger:
 
     Args:
         unit: what units are, for the table: samples, seconds or tokens.
+        also: what else is known of items: their seconds, their tokens.
     """
 
-    def __init__(self, unit: str) -> None:
+    def __init__(self, unit: str, also: Sequence[str] = ()) -> None:
         self.unit = unit
+        self.measures = (unit, *(name for name in also if name != unit))
         self.used: Book = {}
         self.made: Book = {}
 
     @staticmethod
-    def add(book: Book, source: str, reasons: Iterable[str | None], units: Iterable[float]) -> None:
-        """Count labels of one source, by reason (None for those kept), each with its units."""
+    def add(book: Book, source: str, reasons: Iterable[str | None], *sizes: Iterable[float]) -> None:
+        """Count labels of one source, by reason (None for those kept), each with its units and further measures."""
         reasons_of = book.setdefault(source, {})
-        for reason, size in zip(reasons, units, strict=True):
-            cell = reasons_of.setdefault(reason or KEPT, [0, 0])
+        for reason, *values in zip(reasons, *sizes, strict=True):
+            cell = reasons_of.setdefault(str(reason or KEPT), [0] * (1 + len(values)))
             cell[0] += 1
-            cell[1] += round(size * UNIT_SCALE)
+            for place, size in enumerate(values, 1):
+                cell[place] += round(float(size) * UNIT_SCALE)
 
     @property
     def reasons(self) -> list[str]:
@@ -58,18 +61,20 @@ class Ledger:
             total: Book = {}
             for state in states:
                 for source, reasons in state.get(name, {}).items():
-                    for reason, (items, units) in reasons.items():
-                        cell = total.setdefault(source, {}).setdefault(reason, [0, 0])
-                        cell[0] += items
-                        cell[1] += units
+                    for reason, counts in reasons.items():
+                        # States of earlier versions have fewer measures.
+                        cell = total.setdefault(source, {}).setdefault(reason, [0] * (1 + len(self.measures)))
+                        for place, count in enumerate(counts[: len(cell)]):
+                            cell[place] += count
             setattr(self, name, _sorted(total))
 
     def to_dict(self) -> dict[str, Any]:
-        """For people and model cards: items and units by source and reason, and the unit."""
+        """For people and model cards: items, units and further measures by source and reason, and the unit."""
         books = {
             name: {
                 source: {
-                    reason: {"items": items, self.unit: _units(units)} for reason, (items, units) in reasons.items()
+                    reason: {"items": items, **dict(zip(self.measures, map(_units, sizes), strict=True))}
+                    for reason, (items, *sizes) in reasons.items()
                 }
                 for source, reasons in _sorted(book).items()
             }
@@ -87,14 +92,14 @@ class Ledger:
 
     def table(self) -> str:
         """What was used, as a table: one row for each source and outcome, with shares of the source's units."""
-        rows: list[Sequence[str]] = [("source", "outcome", "items", self.unit, "share")]
+        rows: list[Sequence[str]] = [("source", "outcome", "items", *self.measures, "share")]
         for source, reasons in _sorted(self.used).items():
-            total = sum(units for _, units in reasons.values())
+            total = sum(cell[1] for cell in reasons.values())
             for reason in (KEPT, *sorted(set(reasons) - {KEPT})):
-                items, units = reasons.get(reason, (0, 0))
-                share = f"{units / total:.1%}" if total else "-"
-                rows.append((source, reason, str(items), f"{_units(units):.10g}", share))
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+                items, *sizes = reasons.get(reason, [0] * (1 + len(self.measures)))
+                share = f"{sizes[0] / total:.1%}" if total else "-"
+                rows.append((source, reason, str(items), *(f"{_units(size):.10g}" for size in sizes), share))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return "\n".join(
             "  ".join(
                 cell.ljust(width) if column < 2 else cell.rjust(width)

@@ -36,8 +36,9 @@ class Seq2SeqLabeler:
     the token with which the decoder starts. Its confidence is `exp(scores["log_probability"])`, the geometric mean of
     the teacher's own probabilities (no penalties, no suppressed tokens) of the tokens it generated, the end included.
 
-    Reasons: "no_eos" when the teacher did not come to an end, "empty" when there is no text, "too_long" when the
-    student has no room for the target.
+    Reasons: "no_eos" when the teacher did not come to an end, "empty" when there is no text,
+    "special_tokens" when one of `never_ids` is in it (another language, a mask), "too_long" when the student has no
+    room for the target.
 
     Scores: "log_probability"; for text "length_ratio" (text tokens of the label per text token of the source) and
     "copy" (share of the label's text tokens, counted with multiplicity, that are in the source); with `no_speech_id`
@@ -51,6 +52,7 @@ class Seq2SeqLabeler:
         suffix: what follows the end in the student's target: mBART's language where it also starts the decoder.
         max_target_tokens: room of the student for a target; None for no limit.
         special_ids: ids that are no text.
+        never_ids: ids that no label holds but in the places of `prompt` and `suffix`.
         languages: ids one of which the teacher chooses for each row, in the place after the start token.
         no_speech_id: id whose probability at the decoder's start says that there is no speech (Whisper).
         by_length: rows of unlike lengths are decoded apart, for encoders whose output depends on padding.
@@ -63,6 +65,7 @@ class Seq2SeqLabeler:
     suffix: tuple[int, ...] = ()
     max_target_tokens: int | None = None
     special_ids: frozenset[int] = frozenset()
+    never_ids: frozenset[int] = frozenset()
     languages: tuple[int, ...] = ()
     no_speech_id: int | None = None
     by_length: bool = False
@@ -163,6 +166,7 @@ class Seq2SeqLabeler:
                 (*row[1:], *self.suffix),
                 text=self._text(tokens),
                 ended=ended,
+                strange=not self.never_ids.isdisjoint(tokens),
                 room=self.max_target_tokens,
                 log_probability=likelihood,
                 scores=others,

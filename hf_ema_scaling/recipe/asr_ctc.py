@@ -26,7 +26,7 @@ from hf_ema_scaling.labels import blank_id
 from hf_ema_scaling.metrics import CTCMetrics
 from hf_ema_scaling.recipe.config import close_names
 from hf_ema_scaling.recipe.speech import AugmentationArguments, SpeechDataArguments, load_transcribed, prepare_sets
-from hf_ema_scaling.recipe.speech_streams import fitting_rows_of, stream_sets
+from hf_ema_scaling.recipe.speech_streams import fitting_rows_of, refuse_settings, stream_sets
 from hf_ema_scaling.training import EMATrainer, EMATrainingArguments, PseudoLabelArguments, PseudoLabelTrainer
 from hf_ema_scaling.training.checks import drop_unfitting
 from hf_ema_scaling.training.mixin import EMATrainerMixin
@@ -85,6 +85,8 @@ def build_asr_ctc(
     """
     if data.unlabelled is not None and model.model_config is not None and pseudo.pl_start <= 0:
         raise ValueError("pl_start must be above 0: a model from scratch has nothing to teach at reference step 0")
+    made_of_texts = (model.model_name_or_path is None or model.new_vocabulary) and model.alphabet is None
+    refuse_settings(data, args, pseudo, needs_alphabet=made_of_texts)
 
     def prepare(dataset: Dataset, text_column: str | None, **limits: float) -> Dataset:
         return prepare_ctc(
@@ -149,8 +151,6 @@ def _processor(model: ModelArguments, config: Any | None, texts: Iterable[str] |
     name = model.model_name_or_path
     if name is not None and not model.new_vocabulary:
         return AutoProcessor.from_pretrained(name)
-    if texts is None and model.alphabet is None:
-        raise ValueError("streaming does not read all texts before the run: give the characters by alphabet")
     bins = {}
     if config is not None:
         measured = getattr(getattr(config, "encoder_config", config), "num_mel_bins", None)

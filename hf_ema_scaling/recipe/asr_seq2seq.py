@@ -18,7 +18,7 @@ from hf_ema_scaling.labels.ctc import LENGTH_METHODS, frames_of
 from hf_ema_scaling.metrics import TextMetrics, character_error_rate, word_error_rate
 from hf_ema_scaling.recipe.generating import GeneratingTrainingArguments, labeler_of
 from hf_ema_scaling.recipe.speech import AugmentationArguments, SpeechDataArguments, load_transcribed, prepare_sets
-from hf_ema_scaling.recipe.speech_streams import stream_sets
+from hf_ema_scaling.recipe.speech_streams import refuse_settings, stream_sets
 from hf_ema_scaling.training import PseudoLabelArguments
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 from hf_ema_scaling.training.seq2seq import EMASeq2SeqTrainer, PseudoLabelSeq2SeqTrainer
@@ -73,6 +73,7 @@ def build_asr_seq2seq(
     Raises:
         ValueError, FileNotFoundError, NotImplementedError: for what cannot be used, by name.
     """
+    refuse_settings(data, args, pseudo)
     processor = AutoProcessor.from_pretrained(model.model_name_or_path)
     # The checkpoint's own dtype would have the optimizer work in bfloat16 too.
     network = AutoModelForSpeechSeq2Seq.from_pretrained(model.model_name_or_path, dtype=torch.float32)

@@ -69,11 +69,6 @@ class SpeechDataArguments:
         check_choice(self.on_bad_item)
         if self.shuffle_buffer < 0:
             raise ValueError(f"shuffle_buffer must not be negative, got {self.shuffle_buffer}")
-        if self.streaming and self.num_proc:
-            raise ValueError(
-                f"num_proc={self.num_proc} prepares features before the run, streaming computes them in it: leave "
-                "num_proc out"
-            )
         if self.text_case not in ("keep", "lower", "upper"):
             raise ValueError(f"text_case must be keep, lower or upper, got {self.text_case!r}")
         for name in ("max_labelled", "max_unlabelled", "max_evaluation"):

@@ -17,8 +17,50 @@ from hf_ema_scaling.data.speech_rows import prepare_row, target_ids
 from hf_ema_scaling.labels.ctc import frames_of, min_ctc_frames
 from hf_ema_scaling.recipe.sources import load_speech
 from hf_ema_scaling.recipe.speech import Prepare, SpeechDataArguments, SpeechSets, prepare_evaluation
+from hf_ema_scaling.training import EMATrainingArguments, PseudoLabelArguments
+from hf_ema_scaling.training.streaming import Refusal, refuse, stream_refusals
 
 logger = logging.getLogger(__name__)
+
+
+def refuse_settings(
+    data: SpeechDataArguments,
+    args: EMATrainingArguments,
+    pseudo: PseudoLabelArguments,
+    *,
+    needs_alphabet: bool = False,
+) -> None:
+    """Refuses, all at once and before anything is read, what a recipe asks for that streams cannot do.
+
+    Args:
+        data: of the recipe; nothing is refused without `streaming`.
+        args: of the recipe.
+        pseudo: of the recipe, which count where there is unlabelled speech.
+        needs_alphabet: whether a vocabulary would be made of all texts.
+
+    Raises:
+        ValueError, NotImplementedError: with all reasons, and what to write on the command line instead.
+    """
+    if not data.streaming:
+        return
+    names = ["train_dataset"] if data.unlabelled is None else ["train_dataset", "unlabeled_dataset"]
+    found = stream_refusals(args, None if data.unlabelled is None else pseudo, names)
+    if data.num_proc:
+        found.append(
+            Refusal(
+                f"num_proc={data.num_proc} prepares features before the run, streaming computes them in it: leave "
+                "num_proc out",
+                {"num_proc": "null"},
+            )
+        )
+    if needs_alphabet:
+        found.append(
+            Refusal(
+                "streaming does not read all texts before the run: give the characters by alphabet",
+                {"alphabet": "CHARACTERS"},
+            )
+        )
+    refuse(found, flags=True)
 
 
 def stream_sets(

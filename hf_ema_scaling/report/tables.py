@@ -12,6 +12,8 @@ from hf_ema_scaling.scaling.table import VALUE_LABELS
 
 KEPT = "kept"
 """Outcome of a label that no filter dropped, in a ledger."""
+MEASURES = ("seconds", "tokens")
+"""What a ledger may hold beside items and units."""
 EVALUATIONS = 200
 """Rows of a table of evaluations; of more, evenly spread ones and the last."""
 
@@ -145,12 +147,14 @@ def ledgers(run: Run) -> list[Table]:
     for title, book in books.items():
         if isinstance(book, Mapping) and (rows := _ledger_rows(book, str(unit))):
             heads = ["source", "outcome", "items", "share of items", str(unit), f"share of {unit}"]
+            heads += [name for name in MEASURES if name != unit and _holds(book, name)]
             tables.append(Table(f"{title} ({run.name})", heads, rows))
     return tables
 
 
 def _ledger_rows(book: Mapping[str, Any], unit: str) -> list[list[Cell]]:
     rows: list[list[Cell]] = []
+    others = [name for name in MEASURES if name != unit and _holds(book, name)]
     for source, outcomes in book.items():
         if not isinstance(outcomes, Mapping):
             continue
@@ -159,8 +163,15 @@ def _ledger_rows(book: Mapping[str, Any], unit: str) -> list[list[Cell]]:
         for outcome in sorted(found, key=lambda outcome: (outcome != KEPT, outcome)):
             items, units = found[outcome]
             if items is not None:
-                rows.append([source, outcome, items, _share(items, totals[0]), units, _share(units, totals[1])])
+                more = [_counts(outcomes[outcome], name)[1] for name in others]
+                rows.append([source, outcome, items, _share(items, totals[0]), units, _share(units, totals[1]), *more])
     return rows
+
+
+def _holds(book: Mapping[str, Any], name: str) -> bool:
+    """Whether any cell of a book has this measure."""
+    cells = [cell for outcomes in book.values() if isinstance(outcomes, Mapping) for cell in outcomes.values()]
+    return any(isinstance(cell, Mapping) and name in cell for cell in cells)
 
 
 def _counts(cell: Any, unit: str) -> tuple[float | None, float | None]:

@@ -33,6 +33,7 @@ class LabelRecord:
         student: watches the student's losses.
         hidden: the truth, where it is known.
         seconds: durations of labelled and unlabelled rows; lengths are counted per second where both are known.
+        tokens: of unlabelled rows; the ledger has seconds and tokens beside the unit where they are known.
         numbers: whether labels are the numbers of a regression.
         classes: whether a label is one class.
     """
@@ -46,12 +47,18 @@ class LabelRecord:
         student: StudentWatch,
         hidden: HiddenReferences | None = None,
         seconds: tuple[NDArray[np.float64] | None, NDArray[np.float64] | None] = (None, None),
+        tokens: NDArray[np.float64] | None = None,
         numbers: bool = False,
         classes: bool = False,
     ) -> None:
         self.statistics = LabelStatistics(reasons, student.drain, numbers=numbers, classes=classes)
-        self.own = Ledger(unit)
-        self.ledger = Ledger(unit)
+        self._also = {
+            name: known
+            for name, known in (("seconds", seconds[1]), ("tokens", tokens))
+            if known is not None and name != unit
+        }
+        self.own = Ledger(unit, tuple(self._also))
+        self.ledger = Ledger(unit, tuple(self._also))
         """Of all processes, as of the last log, checkpoint or end of training."""
         self.sources = sources
         self.hidden = hidden
@@ -71,9 +78,11 @@ class LabelRecord:
             self.hidden.count(labels, rows, self.statistics.add_count)
 
     def _enter(self, book: Any, labels: Sequence[PseudoLabel], rows: Sequence[int], stream: ReferenceStream) -> None:
-        units = stream.units_of(np.asarray(rows, dtype=np.int32)).tolist()
-        for source, label, size in zip(self.sources.of(rows), labels, units, strict=True):
-            Ledger.add(book, source, [label.reason], [size])
+        places = np.asarray(rows, dtype=np.int64)
+        units = stream.units_of(places.astype(np.int32)).tolist()
+        others = [known[places].tolist() for known in self._also.values()]
+        for source, label, *sizes in zip(self.sources.of(rows), labels, units, *others, strict=True):
+            Ledger.add(book, source, [label.reason], *([size] for size in sizes))
 
     def gold(self, micro_batch: MicroBatch) -> None:
         """Labelled rows, as they are trained on."""
@@ -94,9 +103,16 @@ class LabelRecord:
         return int(np.rint(1000 * seconds[np.asarray(rows, dtype=np.int64)]).sum())
 
     def logs(self, gather: Gather) -> dict[str, float]:
-        """Metrics of all processes since the last call."""
+        """Metrics of all processes since the last call; of several sources also the ledger's items so far.
+
+        These are `ledger/<source>/<outcome>`, where the outcome is `kept` or the reason of a drop.
+        """
         self.total_ledger(gather)
-        return _metrics(*self.statistics.take_log(gather))
+        items: dict[str, float] = {}
+        if len(self.sources.names) > 1:
+            for source, reasons in self.ledger.used.items():
+                items |= {f"ledger/{source}/{reason}": float(cell[0]) for reason, cell in reasons.items()}
+        return {**_metrics(*self.statistics.take_log(gather)), **items}
 
     def window(self, gather: Gather) -> tuple[LabelCounts, dict[str, float]]:
         """Counts and metrics of all processes since the window was emptied."""

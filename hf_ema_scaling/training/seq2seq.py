@@ -12,6 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_ema_scaling.data.collator import CTCCollator
 from hf_ema_scaling.labels import Labeler, generative_labeler_for
 from hf_ema_scaling.labels.decoder import bare
+from hf_ema_scaling.labels.generative import end_ids
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 from hf_ema_scaling.training.seq2seq_arguments import EMASeq2SeqTrainingArguments
 from hf_ema_scaling.training.trainer import PseudoLabelTrainer
@@ -71,10 +72,15 @@ class EMASeq2SeqTrainer(EMATrainerMixin, Seq2SeqTrainer):
         before = bare_model.generation_config
         # Seq2SeqTrainer writes into the generation config, which is saved, and from which labels are decoded.
         bare_model.generation_config = copy.deepcopy(before)
+        padding = getattr(bare_model.config, "pad_token_id", None)
+        if padding is None:
+            # Seq2SeqTrainer fills up what was generated, and Moonshine has nothing to do it with but its end.
+            bare_model.config.pad_token_id = end_ids(bare_model)[0]
         try:
             _, predictions, _ = Seq2SeqTrainer.prediction_step(self, model, given, False, ignore_keys, **settings)
         finally:
             bare_model.generation_config = before
+            bare_model.config.pad_token_id = padding
         return step[0], predictions, None if labels is None else self._prepare_input(labels)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:

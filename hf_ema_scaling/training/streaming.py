@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,38 +30,51 @@ FIRST_ROWS = 8
 NAMES = {LABELLED: "train_dataset", UNLABELLED: "unlabeled_dataset"}
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Something that streams cannot do."""
+
+    why: str
+    """The value, the reason and the way out, as a sentence without its full stop."""
+    write: Mapping[str, str] = field(default_factory=dict)
+    """Arguments, and what to set them to instead."""
+    error: type[Exception] = ValueError
+
+
+def refuse(found: Sequence[Refusal], *, flags: bool = False) -> None:
+    """Raises one error for everything that was found; nothing where there is nothing.
+
+    Args:
+        found: what is not possible.
+        flags: whether arguments are written as on the command line of a recipe.
+
+    Raises:
+        ValueError, NotImplementedError: that which a single refusal asks for, ValueError for several.
+    """
+    if not found:
+        return
+    if len(found) == 1:
+        raise found[0].error(found[0].why)
+    settings = {name: value for one in found for name, value in one.write.items()}
+    written = (
+        " ".join(f"--{k} {v}" for k, v in settings.items())
+        if flags
+        else ", ".join(f"{k}={'None' if v == 'null' else v}" for k, v in settings.items())
+    )
+    listed = "".join(f"\n  - {one.why}" for one in found)
+    raise ValueError(f"{len(found)} settings do not go with streams:{listed}\nIn their place write: {written}")
+
+
 def refuse_streams(
     args: EMATrainingArguments, labelled: Any, unlabelled: Any, pseudo: PseudoLabelArguments | None, world_size: int
 ) -> None:
-    """Refuses what needs lengths, sizes or random access where a data set is a stream.
+    """Refuses what needs lengths, sizes or random access where a data set is a stream, all of it at once.
 
     Raises:
-        ValueError, NotImplementedError: with the reason and the way out.
+        ValueError, NotImplementedError: with the reasons and the way out.
     """
     streams = {NAMES[kind]: data for kind, data in ((LABELLED, labelled), (UNLABELLED, unlabelled)) if is_stream(data)}
-    if not streams:
-        return
-    listed = " and ".join(streams)
-    if args.batch_unit != "samples":
-        raise ValueError(
-            f"batch_unit={args.batch_unit} needs the size of every row before the run, and {listed} is a stream: use "
-            "batch_unit=samples, or a map-style data set"
-        )
-    if args.bucket_window:
-        raise ValueError(
-            f"bucket_window={args.bucket_window} needs the lengths of all rows, and {listed} is a stream: set it to 0 "
-            "(rows are sorted by length inside a step all the same), or use a map-style data set"
-        )
-    if pseudo is not None and pseudo.cache_steps:
-        raise NotImplementedError(
-            f"cache_steps={pseudo.cache_steps:g}: a cache draws the same row several times, and {listed} is a stream: "
-            "set it to 0 for labels that are made as rows are drawn, or use map-style data sets"
-        )
-    if args.dataloader_num_workers:
-        raise NotImplementedError(
-            f"dataloader_num_workers={args.dataloader_num_workers}: workers of a loader shard and shuffle a stream by "
-            f"their own number, so the order of {listed} would depend on them: set it to 0"
-        )
+    refuse(stream_refusals(args, pseudo, tuple(streams)))
     if world_size > 1:
         split = [name for name, data in streams.items() if getattr(data, "_distributed", None) is not None]
         if split:
@@ -68,34 +82,132 @@ def refuse_streams(
                 f"{split[0]} is split by node already: pass the whole stream, the trainer splits it over the "
                 f"{world_size} processes"
             )
-    if is_stream(labelled):
-        _refuse_passes(args)
 
 
-def _refuse_passes(args: EMATrainingArguments) -> None:
-    """Refuses what counts passes over a labelled set whose length nobody knows."""
+def stream_refusals(
+    args: EMATrainingArguments, pseudo: PseudoLabelArguments | None, streams: Sequence[str]
+) -> list[Refusal]:
+    """What arguments ask for that streams cannot do.
+
+    Args:
+        args: of the run.
+        pseudo: of its pseudo-labels, where there are any.
+        streams: which data sets are streams, by the trainer's name for them.
+    """
+    if not streams:
+        return []
+    listed, found = " and ".join(streams), []
+    if args.batch_unit != "samples":
+        found.append(
+            Refusal(
+                f"batch_unit={args.batch_unit} needs the size of every row before the run, and {listed} is a stream: "
+                "use batch_unit=samples, with reference_batch_size in rows, or a map-style data set",
+                {"batch_unit": "samples", "reference_batch_size": "ROWS"},
+            )
+        )
+    if args.bucket_window:
+        found.append(
+            Refusal(
+                f"bucket_window={args.bucket_window} needs the lengths of all rows, and {listed} is a stream: set it "
+                "to 0 (rows are sorted by length inside a step all the same), or use a map-style data set",
+                {"bucket_window": "0"},
+            )
+        )
+    if args.dataloader_num_workers:
+        found.append(
+            Refusal(
+                f"dataloader_num_workers={args.dataloader_num_workers}: workers of a loader shard and shuffle a "
+                f"stream by their own number, so the order of {listed} would depend on them: set it to 0",
+                {"dataloader_num_workers": "0"},
+                NotImplementedError,
+            )
+        )
+    if pseudo is not None:
+        found += _of_pseudo_labels(pseudo, streams)
+    return [*found, *_passes(args)] if NAMES[LABELLED] in streams else found
+
+
+def _of_pseudo_labels(pseudo: PseudoLabelArguments, streams: Sequence[str]) -> list[Refusal]:
+    listed, found = " and ".join(streams), []
+    for name in ("cache_steps", "cache_half_lives"):
+        if value := getattr(pseudo, name):
+            off = {"cache_steps": "0", "cache_half_lives": "null"}[name]
+            found.append(
+                Refusal(
+                    f"{name}={value:g}: a cache draws the same row several times, and {listed} is a stream: set it to "
+                    f"{'None' if off == 'null' else off} for labels that are made as rows are drawn, or use map-style "
+                    "data sets",
+                    {name: off},
+                    NotImplementedError,
+                )
+            )
+    if pseudo.source_column is not None and NAMES[UNLABELLED] in streams:
+        found.append(
+            Refusal(
+                f"source_column={pseudo.source_column!r} needs all rows at the start, and unlabeled_dataset is a "
+                "stream: give a map-style data set, or leave it out",
+                {"source_column": "null"},
+            )
+        )
+    if pseudo.hidden_reference_column is not None and NAMES[UNLABELLED] in streams:
+        found.append(
+            Refusal(
+                f"hidden_reference_column={pseudo.hidden_reference_column!r} is taken out of all rows at the start, "
+                "and unlabeled_dataset is a stream: give a map-style data set, or leave it out",
+                {"hidden_reference_column": "null"},
+                TypeError,
+            )
+        )
+    if pseudo.calibration_rows and NAMES[LABELLED] in streams:
+        found.append(
+            Refusal(
+                f"calibration_rows={pseudo.calibration_rows} asks for the same labelled rows again and again, which a "
+                "stream cannot give: leave it at 0, or use a map-style train_dataset",
+                {"calibration_rows": "0"},
+            )
+        )
+    return found
+
+
+def _passes(args: EMATrainingArguments) -> list[Refusal]:
+    """What counts passes over a labelled set whose length nobody knows."""
+    found = []
     if args.max_steps <= 0:
-        raise ValueError(
-            f"num_train_epochs={args.num_train_epochs:g} counts passes, and train_dataset is a stream, whose length "
-            "is not known: give max_steps, in reference steps"
+        found.append(
+            Refusal(
+                f"num_train_epochs={args.num_train_epochs:g} counts passes, and train_dataset is a stream, whose "
+                "length is not known: give max_steps, in reference steps",
+                {"max_steps": "STEPS"},
+            )
         )
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         strategy = getattr(args, name)
         if str(getattr(strategy, "value", strategy)) == "epoch":
-            raise ValueError(
-                f"{name}=epoch waits for the end of a pass, and train_dataset is a stream, whose length is not known: "
-                f"use 'steps' with {name.removesuffix('strategy')}steps"
+            steps = f"{name.removesuffix('strategy')}steps"
+            found.append(
+                Refusal(
+                    f"{name}=epoch waits for the end of a pass, and train_dataset is a stream, whose length is not "
+                    f"known: use 'steps' with {steps}",
+                    {name: "steps", steps: "STEPS"},
+                )
             )
     if args.ema_epoch_weight is not None:
-        raise ValueError(
-            f"ema_epoch_weight={args.ema_epoch_weight} is the weight after a pass, and train_dataset is a stream, "
-            "whose length is not known: give ema_momentum or ema_half_life"
+        found.append(
+            Refusal(
+                f"ema_epoch_weight={args.ema_epoch_weight} is the weight after a pass, and train_dataset is a stream, "
+                "whose length is not known: give ema_momentum or ema_half_life",
+                {"ema_epoch_weight": "null", "ema_momentum": "MOMENTUM"},
+            )
         )
     if any(stage.unit == "epochs" for stage in args.schedule(small_batch_until=0.0).stages):
-        raise ValueError(
-            "until_epochs counts passes, and train_dataset is a stream, whose length is not known: end stages by "
-            "until or until_fraction"
+        found.append(
+            Refusal(
+                "until_epochs counts passes, and train_dataset is a stream, whose length is not known: end stages by "
+                "until or until_fraction",
+                {"batch_schedule": "STAGES"},
+            )
         )
+    return found
 
 
 def stream_loader(trainer: ReferenceRun, rows: TwoSourceDataset) -> DataLoader[Any] | None:

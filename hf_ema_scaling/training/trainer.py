@@ -19,7 +19,6 @@ from hf_ema_scaling.data.named_views import with_second_view
 from hf_ema_scaling.data.passes import CLOCK_DUST
 from hf_ema_scaling.data.sampler import Draw
 from hf_ema_scaling.data.stream import LABELLED, UNLABELLED
-from hf_ema_scaling.data.streaming import is_stream
 from hf_ema_scaling.ema import EMATeacher
 from hf_ema_scaling.labels import Labeler, LabelsByPosition, PseudoLabel, columns_of, ctc_frame_lengths, labeler_for
 from hf_ema_scaling.labels.base import LabelKind, scores_of
@@ -41,6 +40,7 @@ from hf_ema_scaling.training.label_record import LabelRecord, SaveLedger
 from hf_ema_scaling.training.label_sources import Sources
 from hf_ema_scaling.training.mixin import EMATrainerMixin
 from hf_ema_scaling.training.pseudo_label_step import drop_too_long, with_targets, without_targets
+from hf_ema_scaling.training.streaming import refuse_streams
 from hf_ema_scaling.training.student_watch import StudentWatch, differ_for
 from hf_ema_scaling.training.teacher_start import PARITY_ROWS, start_teacher
 
@@ -89,6 +89,9 @@ class PseudoLabelTrainer(EMATrainerMixin):
         if unlabeled_dataset is None:
             raise ValueError("PseudoLabelTrainer needs an unlabeled_dataset; without one use EMATrainer")
         self.pseudo_label_args = pseudo = pseudo_label_args or PseudoLabelArguments()
+        if args is not None:
+            # Before anything is taken out of them.
+            refuse_streams(args, kwargs.get("train_dataset"), unlabeled_dataset, pseudo, world_size=1)
         references = None
         if pseudo.hidden_reference_column is not None:
             unlabeled_dataset, references = split_off(unlabeled_dataset, pseudo.hidden_reference_column)
@@ -132,17 +135,13 @@ class PseudoLabelTrainer(EMATrainerMixin):
             student=self.student_watch,
             hidden=self._hidden(references),
             seconds=(durations(self.train_dataset, column), self.judge.seconds),
+            tokens=durations(unlabeled_dataset, str(self.args.length_column_name)),
             numbers=self.label_kind is LabelKind.NUMBERS,
             classes=self.label_kind is LabelKind.CLASS,
         )
         self.dropout = None if pseudo.pl_dropout is None else DropoutChange(self.model, pseudo.pl_dropout)
         check_rollback(self.args, pseudo)
         self.collapse = CollapseWatch(self, pseudo.on_collapse, pseudo.collapse_window, pseudo.pl_start)
-        if pseudo.calibration_rows and is_stream(self.train_dataset):
-            raise ValueError(
-                f"calibration_rows={pseudo.calibration_rows} asks for the same labelled rows again and again, which a "
-                "stream cannot give: leave it at 0, or use a map-style train_dataset"
-            )
         if pseudo.calibration_rows and self.label_kind is LabelKind.NUMBERS:
             raise ValueError(
                 f"calibration_rows={pseudo.calibration_rows} compares confidence with accuracy, and a regression has "

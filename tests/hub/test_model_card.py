@@ -136,6 +136,16 @@ def test_ledger_and_record(run: Path) -> None:
     assert "- labelled: owner/speech:clean:train\n- evaluation: dev/\\*.wav\n" in text
 
 
+def test_the_ledger_has_seconds_beside_the_unit(run: Path) -> None:
+    cells = {
+        "kept": {"items": 3, "samples": 3.0, "seconds": 7.5},
+        "rate": {"items": 1, "samples": 1.0, "seconds": 2.5},
+    }
+    _, text = parts(render_model_card(write(run, ledger={"unit": "samples", "used": {"radio": cells}, "made": {}})))
+    assert row(text, "radio | kept") == ["radio", "kept", "3", "3", "7.5", "75.0%"]
+    assert row(text, "Source | Outcome") == ["Source", "Outcome", "Items", "samples", "seconds", "Share"]
+
+
 def test_a_run_that_recorded_nothing(run: Path) -> None:
     for name in ("scaling_plan.json", "metrics.json", "curve.png"):
         (run / name).unlink()

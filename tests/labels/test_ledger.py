@@ -53,3 +53,18 @@ def test_the_file_holds_what_the_table_says(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "new" / LEDGER_NAME).read_text())
     assert written["unit"] == "seconds" and written["made"] == {"books": {"kept": {"items": 1, "seconds": 3.0}}}
     assert [path.name for path in (tmp_path / "new").iterdir()] == [LEDGER_NAME]
+
+
+def test_what_else_is_known_of_items_is_counted_beside_the_unit() -> None:
+    ledger = Ledger("samples", ("seconds", "tokens", "samples"))
+    Ledger.add(ledger.used, "web", [None, "rate"], [1, 1], [2.5, 0.25], [30, 4])
+    cells = {"kept": {"items": 1, "samples": 1, "seconds": 2.5, "tokens": 30}}
+    assert ledger.to_dict()["used"]["web"] == cells | {
+        "rate": {"items": 1, "samples": 1, "seconds": 0.25, "tokens": 4}
+    }
+    assert ledger.table().splitlines()[1].split() == ["web", "kept", "1", "1", "2.5", "30", "50.0%"]
+    # What a checkpoint of before has not counted is not made up.
+    before = Ledger("samples")
+    Ledger.add(before.used, "web", [None], [1])
+    ledger.load_state_dict(before.state_dict(), ledger.state_dict())
+    assert ledger.to_dict()["used"]["web"]["kept"] == {"items": 2, "samples": 2, "seconds": 2.5, "tokens": 30}

@@ -5,6 +5,7 @@ What a model is fine-tuned on is what its tokenizer makes of a target text. So a
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -215,12 +216,28 @@ def test_labels_are_texts_between_the_tokens_that_belong_there(name: str) -> Non
         tokens = tokenizer.convert_ids_to_tokens(list(label.ids))
         assert tuple(tokens[: len(family.before)]) == family.before
         assert not family.after or tuple(tokens[-len(family.after) :]) == family.after
+        inside = label.ids[len(family.before) : len(label.ids) - len(family.after)]
+        special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id, *labeler.eos_ids}
+        assert label.reason in ("no_eos", "empty") or (label.reason == "special_tokens") == bool(special & {*inside})
         if not label.kept:
             continue
         # A blank alone is a token that makes no text: what the filter `empty` is for.
         text = tokenizer.decode(list(label.ids), skip_special_tokens=True)
         assert "<" not in text and "_" not in text
     assert len({label.ids for label in labels}) > 1
+
+
+def test_a_label_with_another_language_in_its_text_is_dropped() -> None:
+    model, tokenizer, labeler = labeler_of(FAMILIES["mbart-25"])
+    marks = {"en_XX", "fr_XX", "nl_XX", "<mask>", "<s>", "<pad>"}
+    assert {*tokenizer.convert_tokens_to_ids([*marks])} <= labeler.never_ids
+    assert labeler.never_ids.isdisjoint(tokenizer.convert_tokens_to_ids(["</s>", "<unk>", *LETTERS]))
+    batch = dict(tokenizer(["bad cafe", "gag", "hag"], padding=True, return_tensors="pt"))
+    anything = dataclasses.replace(labeler, never_ids=frozenset()).label(model, batch)
+    # Behind the end of this model's labels stands their language, which is in its place there.
+    assert [label.reason for label in anything] == ["no_eos", None, None]
+    assert "nl_XX" in tokenizer.convert_ids_to_tokens(list(anything[2].ids))
+    assert [label.reason for label in labeler.label(model, batch)] == ["no_eos", None, "special_tokens"]
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.kind == "text"])

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from dry_runs import CONFIGS, build_world, run_script, script_of, serve_hub, small
+from dry_runs import COMMON, CONFIGS, SMALL, build_world, run_script, script_of, serve_hub, small
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -104,3 +104,60 @@ def test_a_key_that_is_unknown_is_refused_and_5e_4_is_a_number(name: str, tmp_pa
     path.write_text("\n".join(lines), encoding="utf-8")
     rates = [found.learning_rate for found in parse(kind.arguments, here) if hasattr(found, "learning_rate")]
     assert rates == [5e-4] and "learning_rate: 5e-4" in lines
+
+
+def streaming_commands() -> list[list[str]]:
+    """The commands of the README's paragraph on streaming, without `accelerate launch`."""
+    text = (CONFIGS["ag_news"].parents[1] / "README.md").read_text(encoding="utf-8")
+    block = text.split("**Streaming.**")[1].split("```")[1]
+    words = [line.split() for line in block.replace("\\\n", " ").strip().splitlines()]
+    assert all(line[:2] == ["accelerate", "launch"] for line in words)
+    return [line[2:] for line in words]
+
+
+def test_there_is_a_command_for_every_script_that_streams() -> None:
+    assert [Path(line[0]).stem for line in streaming_commands()] == ["asr_ctc", "asr_seq2seq"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_recipe_streams_by_the_command_that_is_written(
+    place: int, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)
+    asked = serve_hub(monkeypatch, world)
+    _, _, config, *flags = streaming_commands()[place]
+    path = CONFIGS[Path(config).stem]
+    # The number of workers is the command's own to say.
+    pairs = zip(COMMON[::2], COMMON[1::2], strict=True)
+    few = [word for pair in pairs if pair[0] != "--dataloader_num_workers" for word in pair]
+    argv = ["--config", str(path), *flags, *few, "--pl_start", "1", *SMALL.get(path.stem, ())]
+    argv += ["--output_dir", str(tmp_path)]
+    run_script(monkeypatch, script_of(path), *argv)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["optimizer_steps"], metrics["reference_steps"]) == (2, 2)
+    # Labelled speech, every split of the unlabelled, two evaluation sets.
+    assert len(asked) == {"librispeech_100_860": 5, "librispeech_whisper": 4}[path.stem]
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    assert sum(entry["items"] for entry in ledger["used"]["unlabelled"].values()) > 0
+
+
+def test_all_that_a_stream_cannot_do_is_said_at_once(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what to write is what the README writes."""
+    monkeypatch.chdir(world)
+    for script, _, config, *flags in streaming_commands():
+        kind = RECIPES[Path(script).stem]
+        argv = ["--config", str(CONFIGS[Path(config).stem]), "--use_cpu", "true", "--bf16", "false"]
+        argv += ["--output_dir", "o", "--streaming", "true"]
+        with pytest.raises(ValueError, match=r"^\d settings do not go with streams:") as caught:
+            kind.build(*parse(kind.arguments, argv))
+        message = str(caught.value)
+        written = message.split("In their place write: ")[1].split()
+        wanted = flags[flags.index("--streaming") + 2 :]
+        names, values = wanted[::2], wanted[1::2]
+        assert dict(zip(written[::2], written[1::2], strict=True)) == {
+            name: "ROWS" if name == "--reference_batch_size" else value
+            for name, value in zip(names, values, strict=True)
+        }
+        # The size of a batch in rows is no setting of its own.
+        assert len(message.splitlines()) == 2 + len(names) - names.count("--reference_batch_size")

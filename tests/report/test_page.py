@@ -116,6 +116,19 @@ def test_the_ledger_counts_by_source_and_reason(run_folder: Write, read_page: Re
     assert len(page.tables["Ledger: labels as the teacher made them (run)"]) == 2
 
 
+def test_the_ledger_has_seconds_and_tokens_beside_the_unit(run_folder: Write, read_page: Read) -> None:
+    cells = {
+        "kept": {"items": 3, "samples": 3.0, "seconds": 7.5},
+        "empty": {"items": 1, "samples": 1.0, "seconds": 2.5, "tokens": 9},
+    }
+    page = read_page(render(read_runs([run_folder(ledger={"unit": "samples", "used": {"read": cells}})])))
+    assert page.tables["Ledger: labels that rows were trained on or dropped with (run)"] == [
+        ["source", "outcome", "items", "share of items", "samples", "share of samples", "seconds", "tokens"],
+        ["read", "kept", "3", "75.0%", "3", "75.0%", "7.5", "-"],
+        ["read", "empty", "1", "25.0%", "1", "25.0%", "2.5", "9"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("ledger", "rows"),
     [

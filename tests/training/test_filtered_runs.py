@@ -154,6 +154,30 @@ def test_the_ledger_counts_every_row_drawn_by_source_and_units(tmp_path: Path) -
         )
     # Every label was made once and used once.
     assert ledger["made"] == ledger["used"] and ledger["unit"] == "seconds"
+    logged = [log for log in made.state.log_history if any(name.startswith("ledger/") for name in log)][-1]
+    assert {name: value for name, value in logged.items() if name.startswith("ledger/")} == {
+        f"ledger/{source}/{reason}": cell["items"]
+        for source, reasons in ledger["used"].items()
+        for reason, cell in reasons.items()
+    }
+
+
+def test_seconds_and_tokens_are_counted_whatever_the_unit_of_batches(tmp_path: Path) -> None:
+    made = labelled_runs.trainer(tmp_path, pl=dict(ADAPTIVE), max_steps=6)
+    tokens = list(range(3, 23))
+    lengths = labelled_runs.unlabelled().add_column("length", tokens)
+    both = labelled_runs.trainer(tmp_path, data=lengths, pl=dict(ADAPTIVE), max_steps=6)
+    for one in (made, both):
+        one.train()
+        ledger, rows = one.ledger.to_dict(), drawn_rows(one).tolist()
+        (cells,) = ([*book.values()] for book in ledger["used"].values())
+        assert len(cells) > 1 and ledger["unit"] == "samples"
+        assert sum(cell["samples"] for cell in cells) == sum(cell["items"] for cell in cells) == len(rows)
+        durations = labelled_runs.unlabelled()["duration"][:]
+        assert sum(cell["seconds"] for cell in cells) == pytest.approx(sum(durations[row] for row in rows), abs=5e-3)
+        if one is both:
+            assert sum(cell["tokens"] for cell in cells) == sum(tokens[row] for row in rows)
+            assert "tokens" in one.ledger.table().splitlines()[0]
 
 
 def test_with_a_cache_uses_and_makings_are_counted_apart(tmp_path: Path) -> None:

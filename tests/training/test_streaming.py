@@ -225,6 +225,15 @@ def test_a_corrupt_row_is_named(tmp_path: Path) -> None:
         ({"bucket_window": 2}, {}, "bucket_window=2 needs the lengths of all rows, and unlabeled_dataset is a stream"),
         ({"dataloader_num_workers": 2}, {}, "dataloader_num_workers=2: workers .* set it to 0"),
         ({}, {"cache_steps": 2.0}, "cache_steps=2: a cache draws the same row several times"),
+        ({}, {"cache_half_lives": 2.0}, "cache_half_lives=2: a cache draws .* set it to None for labels"),
+        ({}, {"source_column": "duration"}, "source_column='duration' needs all rows at the start"),
+        (
+            {"batch_unit": "seconds", "bucket_window": 2},
+            {"cache_steps": 2.0, "hidden_reference_column": "duration"},
+            r"(?s)^4 settings do not go with streams:\n  - batch_unit=.*\n  - bucket_window=2.*\n  - cache_steps=2.*"
+            r"\n  - hidden_reference_column='duration' is taken out.*\nIn their place write: batch_unit=samples, "
+            r"reference_batch_size=ROWS, bucket_window=0, cache_steps=0, hidden_reference_column=None$",
+        ),
     ],
 )
 def test_what_a_stream_cannot_do_is_refused(
@@ -249,6 +258,10 @@ def test_what_a_stream_cannot_do_is_refused(
         ({"ema_momentum": None, "ema_epoch_weight": 0.5}, r"ema_epoch_weight=0\.5 is the weight after a pass"),
         ({"batch_schedule": json.dumps([{"batch_size": 4, "until_epochs": 1}, {"batch_size": 8}])}, "until_epochs"),
         ({"max_steps": -1}, "max_steps"),
+        (
+            {"eval_strategy": "epoch", "save_strategy": "epoch"},
+            r"(?s)^2 settings do .* eval_strategy=steps, eval_steps=",
+        ),
     ],
 )
 def test_what_counts_passes_needs_a_labelled_set_with_a_length(
