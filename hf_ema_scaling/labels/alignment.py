@@ -50,7 +50,7 @@ class LabelAlignment:
         ValueError: for fewer than two classes, shares that are no distribution, or another momentum.
     """
 
-    def __init__(self, shares: Sequence[float], sources: int = 1, momentum: float = 0.99) -> None:
+    def __init__(self, shares: Sequence[float], sources: int = 1, momentum: float = 0.98) -> None:
         self.shares: NDArray[np.float64] = np.asarray(shares, dtype=np.float64)
         if self.shares.ndim != 1 or len(self.shares) < 2:
             raise ValueError(f"alignment needs the shares of at least 2 classes, got {list(shares)}")
