@@ -81,8 +81,8 @@ def label_dataset(
       word, and the word behind the last one;
     - `confidence`: in [0, 1], as the labeler computes it; 0 for rows the model never saw;
     - `reason`: null for a label that is kept, else why it was dropped: the reason of a filter, what the labeler says
-      ("empty", "too_long", "no_eos", "special_tokens"), what `read_audio` and `prepare_ctc` drop rows for, "empty_text", "too_long" for
-      words and texts to write from of which the model cannot read all, "beyond_window";
+      ("empty", "too_long", "no_eos", "special_tokens"), what `read_audio` and `prepare_ctc` drop rows for,
+      "empty_text", "too_long" for words and texts to write from of which the model cannot read all, "beyond_window";
     - `scores`: what else the labeler says, as a JSON object;
     - `seconds` of audio, `tokens`, or of words `word_count`: the size of the row.
 
