@@ -81,15 +81,16 @@ def label_dataset(
       word, and the word behind the last one;
     - `confidence`: in [0, 1], as the labeler computes it; 0 for rows the model never saw;
     - `reason`: null for a label that is kept, else why it was dropped: the reason of a filter, what the labeler says
-      ("empty", "too_long", "no_eos"), what `read_audio` and `prepare_ctc` drop rows for, "empty_text", "too_long" for
-      words and texts to write from of which the model cannot read all, "beyond_window";
+      ("empty", "too_long", "no_eos", "special_tokens"), what `read_audio` and `prepare_ctc` drop rows for,
+      "empty_text", "too_long" for words and texts to write from of which the model cannot read all, "beyond_window";
     - `scores`: what else the labeler says, as a JSON object;
     - `seconds` of audio, `tokens`, or of words `word_count`: the size of the row.
 
     Rows are read in order, in windows of one shard; within a window the longest are labelled first, so that batches
     hold little padding. Batches depend on the data and the arguments only. Run again with the same arguments, a run
     that was killed goes on after its last finished shard, and the folder ends byte for byte as if nothing had
-    happened, times aside. A streamed data set is read again up to there. No column but the needed ones is read; memory
+    happened, times aside. A streamed data set is read again up to there, and refused where its last labelled row is
+    another one now. No column but the needed ones is read; memory
     holds one window.
 
     Args:
@@ -187,14 +188,15 @@ def label_dataset(
     total = len(data) if isinstance(data, Dataset) else None
     hidden = not (sys.stderr.isatty() if progress is None else progress)
     with tqdm(total=total, initial=done, unit="row", desc="labelling", disable=hidden) as bar:
-        for items in windows(rows_from(rows, done), done, inputs, kept, bad, window):
+        left = rows_from(rows, done, notes[-1].get("last") if notes else None)
+        for items in windows(left, done, inputs, kept, bad, window):
             summary = LabellingSummary(inputs.unit)
             labels = judge.judge(_labels(head, inputs, items, limit), items)
             for item, label in zip(items, labels, strict=True):
                 summary.add(label.reason, item.size)
             columns = _columns(head, inputs, items, labels, kept)
             features = shards.features() or _features(rows, columns, kept, inputs.unit, head)
-            note = {"rows": len(items), "filters": judge.state_dict(), **summary.to_dict()}
+            note = {"rows": len(items), "last": items[-1].digest, "filters": judge.state_dict(), **summary.to_dict()}
             shards.write(len(notes), Dataset.from_dict(columns, features=features), note)
             notes.append(note)
             bar.update(len(items))

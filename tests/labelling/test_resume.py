@@ -122,6 +122,29 @@ def test_a_stream_goes_on_where_it_was(
     assert content(tmp_path / "killed") == content(tmp_path / "through")
 
 
+@pytest.mark.parametrize("change", ["order", "content", "length"])
+def test_a_stream_that_has_changed_does_not_go_on(
+    speech_head: Head, rows: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Else the folder would hold some rows twice and others not at all, or rows of two data sets."""
+    killer = Killer(monkeypatch)
+    killer.left = 2 + 3 + 2
+    with pytest.raises(KilledError):
+        run(speech_head, rows.to_iterable_dataset(), tmp_path / "out")
+    killer.left = -1
+    other = {
+        "order": rows.to_iterable_dataset().shuffle(seed=2, buffer_size=8),
+        "content": Dataset.from_list(speech_rows(8)[::-1]).to_iterable_dataset(),
+        "length": rows.select([0, 1]).to_iterable_dataset(),
+    }[change]
+    found = "there is none" if change == "length" else "its content is another"
+    with pytest.raises(ValueError, match=f"end with row 3 of a stream, and now {found}: the stream has changed"):
+        run(speech_head, other, tmp_path / "out")
+    run(speech_head, rows.to_iterable_dataset(), tmp_path / "out")
+    run(speech_head, rows.to_iterable_dataset(), tmp_path / "through")
+    assert content(tmp_path / "out") == content(tmp_path / "through")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
