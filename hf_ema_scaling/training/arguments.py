@@ -180,6 +180,16 @@ class EMATrainingArguments(TrainingArguments):
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(ERROR_METRICS):
             self.greater_is_better = False
         super().__post_init__()
+        self.check()
+
+    def check(self) -> None:
+        """Refuses values that are none, or contradict each other.
+
+        At construction, and again when training begins: a hyper-parameter search sets single values.
+
+        Raises:
+            ValueError: naming them.
+        """
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
         if (
             metric

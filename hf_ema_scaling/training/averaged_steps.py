@@ -32,7 +32,10 @@ class AveragedSteps(SplitSteps):
     def ensure_average(self) -> WeightAverage:
         """The run's average; a new one where there is none, or where its parameters are no longer the model's."""
         if self.average is not None and not self.average.same_parameters(self.model):
-            logger.warning("The model's parameters are other objects than before: the average is rebuilt from them.")
+            if not self.state.is_hyper_param_search:
+                logger.warning(
+                    "The model's parameters are other objects than before: the average is rebuilt from them."
+                )
             self.average = None
         if self.average is None:
             self.average = new_average(self.model, self.args)

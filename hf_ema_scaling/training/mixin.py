@@ -41,6 +41,10 @@ logger = logging.get_logger(__name__)
 class EMATrainerMixin(SavedRun):
     """Trainer on the reference clock, with an average of its weights.
 
+    `hyperparameter_search` may vary all of `EMATrainingArguments` (kappa, ema_momentum, learning_rate, ...), one at
+    a time: each trial is the run that a new trainer with these arguments would make. Files of a run beside its
+    checkpoints (`scaling_plan.json`, `ledger.json`) lie in `output_dir` and are those of the last trial.
+
     Args:
         example_loss: loss per example, for heads that the library does not know.
         augmentation: changes the student's inputs, of unlabelled rows and, with `augment_labelled`, of labelled ones;
@@ -93,6 +97,8 @@ class EMATrainerMixin(SavedRun):
     def begin_training(self) -> None:
         """At the start of `train()`: the average, the counters of the log, the liveness watch."""
         self._last_step = None
+        self._begin_counts()
+        self._sigterm.accelerator = self.accelerator  # a hyper-parameter search makes another for each trial
         if self.is_world_process_zero():
             for warning in self._laid_out().warnings():
                 logger.warning(f"Plan: {warning}")

@@ -93,6 +93,7 @@ class ReferenceRun(Trainer):
         """One batch per optimizer step and process: a list of micro-batches, left on the CPU."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
+        self._follow_arguments()
         self.layout = self._lay_out(self._resumed)
         if self._resumed is not None:
             changed = self._resumed.changed_values(asdict(self.plan.recipe))
@@ -115,6 +116,13 @@ class ReferenceRun(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
+
+    def _follow_arguments(self) -> None:
+        """Takes up what a hyper-parameter search has set since construction."""
+        self.args.check()
+        if self.model_init is not None:  # else the optimizer may be one that was passed
+            self._optimizer_family = optimizer_family(self.args.optim, None)
+            self._has = hyper_parameters(self._optimizer_family, self.args.scaling_rule)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As Trainer; while it trains, the workers leave SIGTERM to this process."""

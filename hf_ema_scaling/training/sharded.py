@@ -35,7 +35,8 @@ def refuse_sharding(trainer: Trainer) -> None:
 
     FSDP2 trains: sharded at load time by `from_pretrained(distributed_config=DistributedConfig(fsdp_size=n))`, with
     `dp_replicate_size` copies of the shards (HSDP) where that is given, or by accelerate's plugin with
-    `fsdp_version: 2`, which wants accelerators: it has not been run on a GPU, only on CPUs that it was made to take
+    `fsdp_version: 2` (with `parallelism_config=ParallelismConfig(dp_replicate_size=m, dp_shard_size=n)` m copies of n
+    shards), which wants accelerators: it has not been run on a GPU, only on CPUs that it was made to take
     for such. PEFT adapters train in both; of a model sharded at load time they are whole on every process, and PEFT
     cannot copy a sharded module for `modules_to_save`. What is said of DeepSpeed comes from accelerate's source and
     has not been run.
@@ -53,6 +54,8 @@ def refuse_sharding(trainer: Trainer) -> None:
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if is_flat_sharded(model) or (plugin is not None and getattr(plugin, "fsdp_version", 1) != 2):
         raise NotImplementedError(FSDP1)
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    _refuse_other_parallelism(config, ("tp_size", "cp_size", "sp_size"))
     if trainer.is_fsdp_xla_enabled:
         raise NotImplementedError("FSDP of XLA keeps its own kind of shards, which are not averaged here: use FSDP2")
     if not (trainer.is_fsdp_enabled or trainer.is_distributed_loading_by_transformers):
@@ -83,13 +86,18 @@ def _refuse_without_embeddings(model: Any) -> None:
         ) from error
 
 
-def _refuse_load_time_sharding(trainer: Trainer) -> None:
-    model: Any = trainer.model
-    config: Any = model.config.distributed_config
-    others = {name: getattr(config, name, None) or 1 for name in ("tp_size", "pp_size", "ep_size")}
+def _refuse_other_parallelism(config: Any, names: tuple[str, ...]) -> None:
+    """Raises `NotImplementedError` where several processes would have to draw the same items."""
+    others = {name: getattr(config, name, None) or 1 for name in names}
     if max(others.values()) > 1:
         listed = ", ".join(f"{name}={size}" for name, size in others.items() if size > 1)
         raise NotImplementedError(f"{listed}: only data parallelism is supported, so that each process draws a share")
+
+
+def _refuse_load_time_sharding(trainer: Trainer) -> None:
+    model: Any = trainer.model
+    config: Any = model.config.distributed_config
+    _refuse_other_parallelism(config, ("tp_size", "pp_size", "ep_size"))
     copies, processes = getattr(config, "dp_size", config.fsdp_size), trainer.accelerator.num_processes
     if copies != processes:
         raise ValueError(f"fsdp_size * dp_replicate_size is {copies}, but there are {processes} processes")

@@ -61,13 +61,17 @@ class SplitSteps(ReferenceRun):
             check_ctc_setup(self.model, self.processing_class, kwargs.get("data_collator"))
         if self.ctc and kwargs.get("data_collator") is None:
             self.data_collator = CTCCollator.from_processor(self.processing_class)
-        batch = self.args.reference_batch_size or 1.0
-        self._noise = NoiseMeter(self.args.noise_scale_every, batch, self.accelerator)
+        self._begin_counts()
         self._last_step: SampledStep | None = None
         self._skipped = False
-        self._skips = SkippedSteps(self.args.max_skipped_steps)
         self._forward_state = ForwardState()
         self._clipped = 0
+
+    def _begin_counts(self) -> None:
+        """Counts of a run by the arguments and the accelerator as they are now."""
+        batch = self.args.reference_batch_size or 1.0
+        self._noise = NoiseMeter(self.args.noise_scale_every, batch, self.accelerator)
+        self._skips = SkippedSteps(self.args.max_skipped_steps)
 
     def label_micro_batches(self, inputs: dict[str, list[MicroBatch]]) -> list[MicroBatch]:
         """The micro-batches of a step, unlabelled ones with their targets; here there are none: all have labels."""

@@ -180,12 +180,22 @@ class PseudoLabelTrainer(EMATrainerMixin):
 
         Raises:
             CollapseError: pseudo-labels collapsed, and training was stopped.
+            NotImplementedError: `on_collapse="rollback"` in a hyper-parameter search.
         """
+        if kwargs.get("trial") is not None and self.pseudo_label_args.on_collapse == "rollback":
+            raise NotImplementedError(
+                "on_collapse=rollback in a hyper-parameter search: a run that goes back is no trial any more, and its "
+                "checkpoints lie in folders of their own. Use stop or warn"
+            )
         return self.collapse.train(super().train, resume_from_checkpoint, *args, **kwargs)
 
     def begin_training(self) -> None:
         """Also builds the teacher over the average's storage and tests that it is the student with other weights."""
         self.cached_labels = None
+        if self.dropout is not None:
+            # `model_init` makes another student for each run; its predecessor's config may be its own.
+            self.dropout.set(False)
+            self.dropout = DropoutChange(self.model, self.dropout.probability)
         resumed = self._resumed
         checkpoint = None
         if resumed is not None and resumed.checkpoint is not None:
