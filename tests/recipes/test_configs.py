@@ -55,7 +55,7 @@ def test_sweeps_of_speech(name: str, start: int, end: int, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "kind", "half_life", "kept"),
     [
-        ("minilm_vader", TEXT_CLASSIFICATION, 364, 0.0141),
+        ("minilm_vader", TEXT_CLASSIFICATION, 438, 0.0289),
         ("ag_news", TEXT_CLASSIFICATION, 1087, 0.017),
         ("minilm_twitter_ner", TOKEN_CLASSIFICATION, 364, 0.0076),
         ("conll2003", TOKEN_CLASSIFICATION, 2207, 0.012),
@@ -67,7 +67,7 @@ def test_configs_of_texts(name: str, kind: tuple[type, ...], half_life: float, k
     assert args.half_life(1.0) == pytest.approx(half_life, rel=1e-3)
     assert args.momentum(1.0) ** pseudo.pl_start == pytest.approx(kept, rel=0.05)
     assert named_sources(data.evaluation) and model.new_labels
-    assert 0 <= views.mask_share < 0.5 and not views.word_dropout
+    assert 0 <= views.mask_share < 0.5 and 0 <= views.word_dropout < 0.5
     (plan,) = plan_recipe(CONFIGS / f"{name}.yaml", kappas=[4])
     assert 4 * (1 - plan.recipe.ema_momentum) < 0.201 and plan.stages[-1].start == pseudo.pl_start
 
