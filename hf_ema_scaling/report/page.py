@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from hf_ema_scaling import __version__
 from hf_ema_scaling.report import svg, tables
 from hf_ema_scaling.report.charts import Chart, sections
 from hf_ema_scaling.report.figures import plot_section
@@ -31,7 +31,7 @@ def render(runs: Sequence[Run]) -> str:
     page = environment.get_template("report.html.jinja")
     return page.render(
         title=_title(runs),
-        version=__version__,
+        version=version("hf-ema-scaling"),
         runs=runs,
         sections=sections(runs),
         comparison=tables.comparison(runs),

@@ -16,6 +16,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 
 from hf_ema_scaling.hub.details import CardDetails, is_repo_id
 from hf_ema_scaling.hub.push import prepare, prepare_mirror
+from hf_ema_scaling.report import draw_figures
 from hf_ema_scaling.training.records import write_records, write_start
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def push_trained(
     trainer: EMATrainerMixin, message: str | None, blocking: bool, card: Mapping[str, Any], **target: Any
 ) -> CommitInfo | Future[CommitInfo] | None:
     """`Trainer.push_to_hub`: saves student and average, and pushes both as `hub_weights` says, in one commit.
+
+    With figures of the run, as the report has them, where matplotlib is installed.
 
     Args:
         trainer: the trainer, on every process.
@@ -49,6 +52,7 @@ def push_trained(
         return None
     folder = Path(str(args.output_dir))
     write_records(trainer)
+    trainer.save_state()  # its log is what figures are drawn of
     trainer._finish_current_push()
     names = {"token": "hub_token", "revision": "hub_revision", "private": "hub_private_repo"}
     options: dict[str, Any] = {
@@ -60,6 +64,7 @@ def push_trained(
         hub_weights=args.hub_weights,
         message=message,
         details=_details(dict(card)),
+        draw=draw_figures,
         # What is trained or saved next must not get into it.
         place=None if blocking else shutil.copy2,
         api=hf_api(),

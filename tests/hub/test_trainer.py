@@ -16,6 +16,7 @@ from safetensors.torch import load
 from transformers import TrainerCallback
 
 from hf_ema_scaling.hub import CardDetails, PushError, push
+from hf_ema_scaling.report import draw_figures
 from hf_ema_scaling.training.records import logged_metrics
 
 NAME = "tester/run"
@@ -43,7 +44,10 @@ def test_push_to_hub_is_what_the_command_pushes(hub: Hub, tmp_path: Path) -> Non
     assert holds(files, "", tiny.average(made)) and holds(files, "student/", tiny.parameters(made.model))
     assert hub.repositories["model", NAME].private and hub.titles(NAME) == ["End of training"]
     assert json.loads(files["metrics.json"])["eval_ema_loss"] == made.state.log_history[-1]["eval_ema_loss"]
-    again = push(tmp_path / "run", NAME, details=details)
+    figures = {name for name in files if name.startswith("figures/")}
+    assert "figures/metrics.png" in figures
+    assert all(f"]({name})" in files["README.md"].decode() for name in figures)
+    again = push(tmp_path / "run", NAME, details=details, draw=draw_figures)
     assert again.oid == commit.oid and hub.files(NAME) == files
 
 
