@@ -172,6 +172,24 @@ def test_shardings_that_cannot_be_averaged_are_refused_by_name(
         refuse_sharding(made)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tp_size": 2, "cp_size": 1}, "tp_size=2: only data parallelism"),
+        ({"tp_size": 2, "cp_size": 4, "sp_size": 1}, "tp_size=2, cp_size=4: only data parallelism"),
+        ({"sp_size": 2}, "sp_size=2: only data parallelism is supported, so that each process draws a share"),
+    ],
+)
+def test_what_is_not_data_parallelism_is_refused(tmp_path: Path, sizes: dict[str, int], message: str) -> None:
+    made = tiny.trainer(tiny.bert(), tiny.arguments(tmp_path), tiny.sentences(8))
+    copies = _Plugin(dp_replicate_size=2, dp_shard_size=2, tp_size=1)
+    made.accelerator = SimpleNamespace(state=SimpleNamespace(), parallelism_config=copies)
+    refuse_sharding(made)
+    made.accelerator.parallelism_config = _Plugin(**sizes)
+    with pytest.raises(NotImplementedError, match=message):
+        refuse_sharding(made)
+
+
 def test_fsdp2_of_accelerate_is_not_refused_but_layer_drop_is(tmp_path: Path) -> None:
     made = tiny.trainer(tiny.wav2vec2(layerdrop=0.1), tiny.arguments(tmp_path), tiny.speech(4))
     made.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=_Plugin(fsdp_version=2)), scaler=None)
