@@ -71,8 +71,14 @@ def check_zip(path: str | Path) -> None:
         FileNotFoundError: There is no such file.
         OSError, ValueError, EOFError, zipfile.BadZipFile: It is torn or damaged.
     """
-    with zipfile.ZipFile(path) as file:
-        broken = file.testzip() if torch.serialization.get_crc32_options() else None
+    try:
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip() if torch.serialization.get_crc32_options() else None
+    except UNREADABLE_ZIP:
+        raise
+    except Exception as error:
+        # A flipped bit of a header makes records encrypted or compressed ones: what then fails may raise anything.
+        raise ValueError(f"{type(error).__name__}: {error}") from error
     if broken is not None:
         raise ValueError(f"wrong CRC-32 of its record {broken}")
 

@@ -18,7 +18,7 @@ from hf_ema_scaling.ema import AverageStateError, WeightAverage, load_average
 from hf_ema_scaling.ema.durable import UNREADABLE_ZIP, check_zip
 from hf_ema_scaling.ema.storage import check_average
 from hf_ema_scaling.training.run_state import read_run_state
-from hf_ema_scaling.training.student_files import SHARDS_NAME, shard_faults, student_faults
+from hf_ema_scaling.training.student_files import CHECKSUMS_NAME, checksum_faults, student_faults
 
 if TYPE_CHECKING:
     from hf_ema_scaling.training.averaged_steps import AveragedSteps
@@ -119,8 +119,9 @@ def what_is_missing(checkpoint: str | Path, *, average: bool = True) -> list[str
     """What keeps a run from resuming from a checkpoint; empty when it is complete.
 
     Verifies that JSON parses, that safetensors files have the length their headers say, the CRC-32 of the student's
-    files, of shards and of every record in PyTorch's files, and with `average` the checksums of the average's tensors.
-    What DeepSpeed writes is not verified.
+    files, of shards, of every record in PyTorch's files and of what else is resumed (Trainer's state, schedule, random
+    states of every process, cached labels, places in streams), and with `average` the checksums of the average's
+    tensors. What DeepSpeed writes is not verified.
 
     Args:
         checkpoint: The folder.
@@ -195,15 +196,15 @@ def _trainers_faults(folder: Path) -> list[str]:
         # Where the run state is lost with the average, so are the student's checksums.
         with contextlib.suppress(AverageStateError):
             found.extend(student_faults(folder, read_run_state(folder).student))
-        found.extend(_shard_faults(folder))
+        found.extend(_checksum_faults(folder))
     return found
 
 
-def _shard_faults(folder: Path) -> list[str]:
+def _checksum_faults(folder: Path) -> list[str]:
     try:
-        return shard_faults(folder)
+        return checksum_faults(folder)
     except (KeyError, TypeError, AttributeError) as error:
-        return [f"{SHARDS_NAME} is not readable ({type(error).__name__}: {error})"]
+        return [f"{CHECKSUMS_NAME} is not readable ({type(error).__name__}: {error})"]
 
 
 def faults_of(folder: Path, names: list[str]) -> list[str]:

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from hf_ema_scaling.ema.durable import flush, flush_names, free_at, rename
 from hf_ema_scaling.training.arguments import EMATrainingArguments
 from hf_ema_scaling.training.checkpoints import checkpoint_step, checkpoints_in, faults_of, what_is_missing
-from hf_ema_scaling.training.student_files import write_shard_checksums
+from hf_ema_scaling.training.student_files import write_checksums
 
 if TYPE_CHECKING:
     from hf_ema_scaling.training.reference_run import ReferenceRun
@@ -68,8 +68,8 @@ def committed(trainer: ReferenceRun, trial: Any) -> Iterator[None]:
 def _commit(state: TrainerState, args: EMATrainingArguments, json_path: str) -> None:
     path = Path(json_path)
     partial = path.with_name(f".{path.name}.partial")
-    write_shard_checksums(path.parent)
     type(state).save_to_json(state, str(partial))
+    write_checksums(path.parent, partial)
     flush(path.parent)
     rename(partial, path)
     flush_names(path.parent.parent)

@@ -1,6 +1,7 @@
-"""Checksums of what in a checkpoint has none of its own, and would be loaded with a flipped bit.
+"""Checksums of what in a checkpoint has none of its own, and would be loaded with a flipped bit, or not be missed.
 
-That is the student's weights (safetensors), and what accelerate saves in shards under FSDP2, optimizer included.
+That is the student's weights (safetensors), what accelerate saves in shards under FSDP2, optimizer included, and the
+small files that a resume reads: Trainer's state, schedule, random states, cached labels and places in streams.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 from hf_ema_scaling.ema.durable import file_checksum
 from hf_ema_scaling.hub.run_folder import WEIGHTS
+from hf_ema_scaling.labels.cache import CACHE_NAME
 
-SHARDS_NAME = "shard_checksums.json"
+CHECKSUMS_NAME = "checksums.json"
+_RESUMED = ("scheduler.pt", "scaler.pt", "rng_state*.pth", "stream_state_*.json", CACHE_NAME)
 
 
 def student_checksums(folder: str | Path) -> dict[str, str]:
@@ -45,20 +50,29 @@ def shard_checksums(folder: str | Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_checksum(path) for path in files}
 
 
-def write_shard_checksums(folder: str | Path) -> None:
-    """Writes `shard_checksums.json` into a checkpoint with shards; nothing into any other."""
-    if checksums := shard_checksums(folder):
-        text = json.dumps({"format_version": 1, "crc32": checksums}, indent=1)
-        (Path(folder) / SHARDS_NAME).write_text(text + "\n", encoding="utf-8")
+def write_checksums(folder: str | Path, state: Path) -> None:
+    """Writes `checksums.json` into a checkpoint that is complete but for Trainer's state.
+
+    The optimizer's state is left out: the format has a checksum for every record, and reading it once more costs.
+
+    Args:
+        folder: The checkpoint.
+        state: What is to become its `trainer_state.json`.
+    """
+    folder = Path(folder)
+    files = sorted(path for pattern in _RESUMED for path in folder.glob(pattern))
+    checksums = {path.name: file_checksum(path) for path in files} | {TRAINER_STATE_NAME: file_checksum(state)}
+    text = json.dumps({"format_version": 1, "crc32": checksums | shard_checksums(folder)}, indent=1)
+    (folder / CHECKSUMS_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def shard_faults(folder: str | Path) -> list[str]:
-    """What of a checkpoint's shards is not as it was saved; empty for nothing, and where nothing is written of them.
+def checksum_faults(folder: str | Path) -> list[str]:
+    """What `checksums.json` names that is not as it was saved; empty for nothing, and where there is no such file.
 
     Raises:
-        ValueError, KeyError, TypeError: `shard_checksums.json` does not say.
+        ValueError, KeyError, TypeError: It does not say.
     """
-    path = Path(folder) / SHARDS_NAME
+    path = Path(folder) / CHECKSUMS_NAME
     if not path.is_file():
         return []
     return student_faults(folder, json.loads(path.read_text(encoding="utf-8"))["crc32"])

@@ -272,7 +272,7 @@ def in_launched_processes(patch: Patch, defect: str) -> None:
 
 
 def a_flipped_bit_of_a_shard_is_loaded(patch: Patch) -> None:
-    patch.setattr(checkpoints, "shard_faults", lambda folder: [])
+    patch.setattr(checkpoints, "checksum_faults", lambda folder: [])
 
 
 def workers_of_evaluations_die_of_the_signal(patch: Patch) -> None:

@@ -78,6 +78,33 @@ def flipped(name: str) -> Callable[[Path], None]:
     return damage
 
 
+def another_digit(folder: Path) -> None:
+    """As a flipped bit makes of a number: JSON like before."""
+    path = folder / "trainer_state.json"
+    text = path.read_text()
+    assert '"max_steps": 6' in text
+    path.write_text(text.replace('"max_steps": 6', '"max_steps": 7'))
+
+
+def of_first_record(name: str, offset: int, value: int) -> Callable[[Path], None]:
+    """Changes a byte of what a zip file's directory says of its first record."""
+
+    def damage(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[data.index(b"PK\x01\x02") + offset] ^= value
+        (folder / name).write_bytes(data)
+
+    return damage
+
+
+def encrypted(name: str) -> Callable[[Path], None]:
+    return of_first_record(name, 8, 1)
+
+
+def deflated(name: str) -> Callable[[Path], None]:
+    return of_first_record(name, 10, 8)
+
+
 def other_step(folder: Path) -> None:
     path = folder / "ema" / "ema_state.json"
     record = json.loads(path.read_text())
@@ -98,6 +125,9 @@ TRAINERS = [
     (cut("scheduler.pt"), "scheduler.pt is not readable"),
     (cut("rng_state.pth"), "rng_state.pth is not readable"),
     (gone("rng_state.pth"), "rng_state.pth is missing"),
+    (another_digit, "trainer_state.json is damaged, or of another step than the average: its CRC-32"),
+    (encrypted("scheduler.pt"), "scheduler.pt is not readable (ValueError: "),
+    (deflated("optimizer.pt"), "optimizer.pt is not readable (ValueError: "),
 ]
 AVERAGES = [
     (gone("ema"), "ema_state.json in its 'ema' folder is missing or damaged"),
@@ -137,9 +167,10 @@ def test_what_is_missing_is_named_and_the_checkpoint_before_is_taken(
     [
         (flipped("pytorch_model_fsdp_0/__1_0.distcp"), "pytorch_model_fsdp_0/__1_0.distcp is damaged"),
         (gone("optimizer_0/.metadata"), "optimizer_0/.metadata is missing"),
-        (cut("shard_checksums.json"), "shard_checksums.json is not readable"),
+        (cut("checksums.json"), "checksums.json is not readable"),
+        (gone("rng_state_1.pth"), "rng_state_1.pth is missing"),
     ],
-    ids=["flipped", "missing", "json"],
+    ids=["flipped", "missing", "json", "process"],
 )
 def test_shards_that_accelerate_writes_are_verified(
     tmp_path: Path, damage: Callable[[Path], None], message: str
@@ -152,13 +183,15 @@ def test_shards_that_accelerate_writes_are_verified(
         for name in (*(f"pytorch_model_fsdp_0/__{rank}_0.distcp" for rank in range(2)), "optimizer_0/.metadata"):
             (Path(folder) / name).parent.mkdir(exist_ok=True)
             (Path(folder) / name).write_bytes(name.encode() * made.state.global_step)
+        torch.save({}, Path(folder) / "rng_state_1.pth")  # of a second process, which Trainer would not miss
         inner(folder)
 
     made._save_rng_state = save
     made.train()
     newest = tmp_path / "checkpoint-6"
-    written = json.loads((newest / "shard_checksums.json").read_text())
-    assert len(written["crc32"]) == 3 and written["format_version"] == 1
+    written = json.loads((newest / "checksums.json").read_text())
+    small = {"rng_state.pth", "rng_state_1.pth", "scheduler.pt", "trainer_state.json"}
+    assert len(written["crc32"].keys() - small) == 3 and written["format_version"] == 1
     assert what_is_missing(newest) == []
     damage(newest)
     (found,) = what_is_missing(newest)
