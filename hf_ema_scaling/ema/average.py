@@ -31,9 +31,10 @@ class WeightAverage:
     `canonical_name`, so order and wrappers do not matter, and a tied weight is averaged once.
 
     Per update: trainable parameters move by `s + (1 - rho**kappa) * (p - s)`; frozen parameters
-    (`requires_grad=False` at that moment), integer and boolean buffers, and non-persistent buffers are copied bit
-    for bit (the latter are functions of the configuration and are not saved, so averaging them could not survive a
-    resume); persistent floating buffers follow `buffers`, except the unit vectors of spectral norm, which are copied.
+    (`requires_grad=False` at that moment), integer and boolean buffers, float8 tensors (codes, which only a scale
+    beside them gives a value), and non-persistent buffers are copied bit for bit (the latter are functions of the
+    configuration and are not saved, so averaging them could not survive a resume); persistent floating buffers follow
+    `buffers`, except the unit vectors of spectral norm, which are copied.
     `get_extra_state()` is not averaged.
 
     A parameter that is frozen from the start costs no memory: the average refers to the student's own (`ema.frozen`).
@@ -246,7 +247,12 @@ class WeightAverage:
             if shared is None:
                 shadow = gathered(self._shadow[entry.key]).detach()
                 wanted = shadow.dtype
-                if dtype is not None and shadow.is_floating_point() and entry.persistent:
+                if (
+                    dtype is not None
+                    and shadow.is_floating_point()
+                    and entry.persistent
+                    and not frozen.is_code(wanted)
+                ):
                     wanted = torch.float32 if any(keep(slot.name) for slot in entry.slots) else dtype
                 shared = shadow.to(wanted)
                 if shared is not shadow:
@@ -415,7 +421,7 @@ class WeightAverage:
                 kept = shadow if shadow.shape == source.shape else source.detach()
                 self._shadow[entry.key] = shadow = kept.to(source.device, shadow.dtype, copy=True)
                 self.storage_version += 1
-            if source.requires_grad and not source.is_floating_point():
+            if source.requires_grad and (not source.is_floating_point() or frozen.is_code(source.dtype)):
                 raise TypeError(f"Cannot average {entry.key!r}: a trainable parameter of dtype {source.dtype}.")
             moves = source.requires_grad if entry.is_param else self._shadow.may_move(entry)
             moves = moves and id(source) not in kept_as_they_are

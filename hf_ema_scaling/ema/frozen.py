@@ -6,9 +6,14 @@ import torch
 from torch import Tensor, nn
 
 
+def is_code(dtype: torch.dtype) -> bool:
+    """Whether a dtype is a floating-point one of a byte or less: codes that only a scale beside them gives a value."""
+    return dtype.is_floating_point and dtype.itemsize < 2
+
+
 def shadow_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the average keeps a tensor: float32 for floating dtypes but float64, others as they are."""
-    return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
+    """The dtype in which the average keeps a tensor: float32 for half precision, others as they are."""
+    return torch.float32 if dtype.is_floating_point and dtype != torch.float64 and not is_code(dtype) else dtype
 
 
 def may_refer(tensor: Tensor, *, adapters: bool) -> bool:

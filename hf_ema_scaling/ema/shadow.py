@@ -51,7 +51,7 @@ class Shadow(dict[str, Tensor]):
         self[entry.key] = source if shared else frozen.owned_copy(source, self.dtype_of(entry))
         for slot in entry.slots:
             self._key_of[slot.name] = entry.key
-        if entry.is_param and source.is_floating_point():
+        if entry.is_param and source.is_floating_point() and not frozen.is_code(source.dtype):
             self.parameters.add(entry.key)
         if entry.persistent:
             self.persistent.add(entry.key)
@@ -59,12 +59,14 @@ class Shadow(dict[str, Tensor]):
     def dtype_of(self, entry: Entry) -> torch.dtype:
         """The dtype in which a tensor of the model is kept."""
         dtype = entry.tensor.dtype
-        if not dtype.is_floating_point or dtype == torch.float64:
+        if not dtype.is_floating_point or dtype == torch.float64 or frozen.is_code(dtype):
             return dtype
         return self._dtype if self.may_move(entry) else torch.float32
 
     def may_move(self, entry: Entry) -> bool:
         """Whether a floating-point tensor is averaged as long as nothing freezes it."""
+        if frozen.is_code(entry.tensor.dtype):
+            return False
         return entry.is_param or (entry.persistent and self._buffers == "average")
 
     def resolve(self, name: str) -> str | None:

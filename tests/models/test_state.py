@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -59,6 +60,47 @@ def test_integers_and_complex_numbers_are_the_students_bit_for_bit(tmp_path: Pat
     other = WeightAverage(model, buffers=buffers)  # type: ignore[arg-type]
     load_average(tmp_path, model, other)
     assert tiny.same_bits(dict(other.tensors()), dict(held))
+
+
+class Coded(nn.Module):
+    """A layer quantized to float8: codes with a scale, and a bias that is trained."""
+
+    def __init__(self, *, frozen: bool = True) -> None:
+        super().__init__()
+        codes = torch.tensor([[1.5, -2.0, 448.0], [0.25, 3.0, -0.5]]).to(torch.float8_e4m3fn)
+        self.weight = nn.Parameter(codes, requires_grad=not frozen)
+        self.register_buffer("more", codes.clone())
+        self.register_buffer("scale", torch.tensor(0.5))
+        self.bias = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight.dtype == self.more.dtype == torch.float8_e4m3fn
+        return x @ (self.weight.to(x.dtype) * self.scale).T + self.bias.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("buffers", ["average", "copy"])
+def test_float8_codes_are_the_students_bit_for_bit(tmp_path: Path, buffers: Any, dtype: Any) -> None:
+    model = Coded()
+    average = WeightAverage(model, buffers=buffers)
+    teacher = EMATeacher(model, average, factory=Coded, dtype=dtype)
+    with torch.no_grad():
+        model.bias.add_(1.0)
+        model.more.copy_(torch.full((2, 3), 7.0))
+    average.update(model, 0.75)
+    held = average.tensors()
+    for name in ("weight", "more"):
+        own = model.state_dict()[name]
+        assert held[name].dtype == own.dtype and torch.equal(held[name].view(torch.uint8), own.view(torch.uint8)), name
+    assert torch.equal(held["bias"], torch.full((2,), 0.25))
+    x = torch.tensor([[1.0, 2.0, 0.0]])
+    torch.testing.assert_close(teacher(x).float(), model(x).detach() - 0.75)
+    save_average(tmp_path, model, average, state={})
+    other = WeightAverage(Coded(), buffers=buffers)
+    load_average(tmp_path, model, other)
+    assert torch.equal(other.tensors()["more"].float(), torch.full((2, 3), 7.0))
+    with pytest.raises(TypeError, match=r"'weight': a trainable parameter of dtype torch\.float8_e4m3fn"):
+        WeightAverage(Coded(frozen=False))
 
 
 def test_a_trained_tensor_that_has_no_average_is_refused() -> None:
