@@ -84,6 +84,7 @@ def model_card(
         "results": _results_table(found, hub_weights),
         "steps": run.metrics.get("optimizer_steps"),
         "ledger": _ledger_table(run.ledger),
+        "learnt": _learnt(run.ledger),
         "ledger_unit": run.ledger.get("unit", "samples"),
         "figures": [image(name, Path(name).stem.replace("_", " ")) for name in figures],
         "command": fenced(command(map(str, record["command"])), "bash") if record.get("command") else "",
@@ -245,6 +246,12 @@ def _results_table(found: Sequence[Score], hub_weights: str) -> Markdown | str:
         cells = ["not measured" if (value := values[name]) is None else f"{value:.4f}" for name in order]
         rows.append([score.evaluation_set or "evaluation set", score.label, *cells])
     return table(rows)
+
+
+def _learnt(ledger: Mapping[str, Any]) -> bool:
+    """Whether any label was kept; a run without a ledger is taken to have learnt from some."""
+    sources = dict(ledger.get("used", {}))
+    return not sources or any("kept" in outcomes for outcomes in sources.values())
 
 
 def _ledger_table(ledger: Mapping[str, Any]) -> Markdown | str:

@@ -12,6 +12,8 @@ from typing import Any
 from hf_ema_scaling.data.bad_items import BadItemError, BadItems
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_OTHER_SIGNS = {";": "semicolons", "\t": "tabs"}
+"""What spreadsheets write between columns where commas stand in numbers, or on request."""
 
 
 def read_manifest(path: Path, bad: BadItems) -> list[dict[str, Any]]:
@@ -25,8 +27,8 @@ def read_manifest(path: Path, bad: BadItems) -> list[dict[str, Any]]:
 
     Raises:
         BadItemError: naming the file and the line (from 1), unless bad lines are skipped.
-        ValueError: for a CSV file whose header names a column twice, or that is not UTF-8: it has no lines before it
-            is decoded.
+        ValueError: for a CSV file whose header names a column twice or has semicolons or tabs for commas, or that is
+            not UTF-8: it has no lines before it is decoded.
     """
     return list(_csv_rows(path, bad) if path.suffix.lower() == ".csv" else _json_rows(path, bad))
 
@@ -97,6 +99,10 @@ def _csv_rows(path: Path, bad: BadItems) -> Iterator[dict[str, Any]]:
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise ValueError(f"{path}: its header names {', '.join(twice)} twice")
+    if len(header) == 1 and (found := [name for sign, name in _OTHER_SIGNS.items() if sign in header[0]]):
+        raise ValueError(
+            f"{path}: its header {header[0][:60]!r} has {found[0]} where commas separate columns: save it with commas"
+        )
     while True:
         try:
             row = next(reader, None)

@@ -23,7 +23,8 @@ from hf_ema_scaling.recipe.text_views import refuse_both
 class SpeechDataArguments:
     """Where speech comes from. A source is written in one of these ways (see `load_speech`).
 
-    `data/train.jsonl`: a manifest, one JSON object per line, audio paths relative to the manifest;
+    `data/train.jsonl`, `data/train.csv`: a manifest, one JSON object per line or a table with a header, audio paths
+    relative to the manifest;
     `data/folder`: an audio folder (`metadata.jsonl` or `metadata.csv` with `file_name`, or audio files alone), or a
     saved `datasets` folder, there also `data/folder:split`;
     `owner/name:split`, `owner/name:config:split`: the Hub; splits are joined by `+`.

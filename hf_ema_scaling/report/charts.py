@@ -63,6 +63,12 @@ class Chart:
         values = [value for line in self.lines for value in line.y]
         return min(values) > 0 and max(values) / min(values) > LOG_RATIO
 
+    @property
+    def shared(self) -> bool:
+        """Whether the values are shares or momenta, so that an axis beyond 0 and 1 shows what cannot be."""
+        values = [value for line in self.lines for value in line.y]
+        return self.key.startswith(_SHARES) and min(values) >= 0 and max(values) <= 1
+
 
 @dataclass(frozen=True)
 class HeatMap:
@@ -97,6 +103,7 @@ _SECTIONS = {
 _PLAIN = {"loss": "training", "grad_norm": "training", "learning_rate": "training"}
 _FAMILIES = {
     "clip": "training",
+    "skip": "training",
     "ema": "average",
     "batch": "average",
     "noise": "noise",
@@ -106,6 +113,16 @@ _FAMILIES = {
     ),
 }
 _STEPPED = ("ema/momentum", "ema/kappa", "batch/units")
+_SHARES = (
+    "ema/momentum",
+    "clip/rate",
+    "pseudo/kept",
+    "pseudo/confidence",
+    "pseudo/dropped_",
+    "gradient/unlabelled_share",
+)
+_EVENTS = ("skip/", "pseudo/dropped_")
+"""Counts or shares of what may never happen; then there is nothing to draw."""
 _HISTOGRAM = "confidence/"
 # Trainer's own accounts, which are no curves.
 _NO_CURVE = ("epoch", "step", "total_flos", "train_", "clock/")
@@ -195,10 +212,14 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     logged = dict.fromkeys(key for run in runs for key in run.logged())
     for key in (*(key for key in _TITLES if key in logged), *(key for key in logged if key not in _TITLES)):
         slug = _section_of(key)
-        if slug is not None and (lines := _lines(runs, key, CLOCK)):
+        if slug is not None and (lines := _lines(runs, key, CLOCK)) and not _never(key, lines):
             charts[slug].append(Chart(key, title_of(key), _label(runs, CLOCK), lines, _marks(runs)))
     charts["pseudo_labels"] += [found for run in runs if (found := _histogram(run, _label(runs, CLOCK)))]
     return [Section(slug, title, charts[slug]) for slug, title in _SECTIONS.items() if charts[slug]]
+
+
+def _never(key: str, lines: Sequence[Line]) -> bool:
+    return key.startswith(_EVENTS) and not any(value for line in lines for value in line.y)
 
 
 def _section_of(key: str) -> str | None:

@@ -98,8 +98,15 @@ def _draw_chart(axis: Any, chart: Chart) -> None:
         axis.plot(line.x, line.y, label=line.name, drawstyle="steps-pre" if line.stepped else "default", **style)
     if chart.logarithmic:
         axis.set_yscale("log")
-    for place, _ in chart.marks:
+    if chart.shared:
+        low, high = axis.get_ylim()
+        room = 0.02 * (high - low)
+        axis.set_ylim(max(low, -room), min(high, 1 + room))
+    for place, what in chart.marks:
         axis.axvline(place, color="grey", linewidth=0.8)
+        # Places along x are values, those along y shares of the height.
+        note = {"xytext": (3, 3), "textcoords": "offset points", "xycoords": axis.get_xaxis_transform()}
+        axis.annotate(what, (place, 0), rotation=90, va="bottom", fontsize="x-small", color="dimgrey", **note)
     axis.grid(alpha=0.3)
     if len(chart.lines) > 1:
         for text in axis.legend(fontsize="small").get_texts():

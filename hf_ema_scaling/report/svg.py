@@ -39,9 +39,15 @@ class Scale:
 
 
 def scale(
-    values: Sequence[float], start: float, end: float, *, logarithmic: bool = False, tight: bool = False
+    values: Sequence[float],
+    start: float,
+    end: float,
+    *,
+    logarithmic: bool = False,
+    tight: bool = False,
+    share: bool = False,
 ) -> Scale:
-    """The scale that all values fit into, with room around them unless `tight`."""
+    """The scale that all values fit into, with room around them unless `tight`; of a `share` hardly beyond 0 and 1."""
     low, high = min(values), max(values)
     if logarithmic:
         low, high = low / 1.15, high * 1.15
@@ -55,8 +61,11 @@ def scale(
         # Values near zero are read against it.
         if not tight and 0 < low < 0.4 * high:
             low, room = 0.0, high * 0.06
-    bottom = low if low == 0 and not tight else low - room
-    return Scale(bottom, high + room, start, end, ticks(bottom, high + room))
+    bottom, top = low if low == 0 and not tight else low - room, high + room
+    if share:
+        least = 0.02 * (top - bottom)
+        bottom, top = max(bottom, -least), min(top, 1 + least)
+    return Scale(bottom, top, start, end, ticks(bottom, top))
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -101,7 +110,7 @@ def _curves(image: ET.Element, chart: Chart) -> None:
     xs = [value for line in chart.lines for value in line.x]
     ys = [value for line in chart.lines for value in line.y]
     x = scale([*xs, *([0.0] if min(xs) > 0 else [])], LEFT, WIDTH - RIGHT, tight=True)
-    y = scale(ys, HEIGHT - BOTTOM, TOP, logarithmic=chart.logarithmic)
+    y = scale(ys, HEIGHT - BOTTOM, TOP, logarithmic=chart.logarithmic, share=chart.shared)
     _axes(image, x, y, chart.x_label)
     places = [(place, what) for place, what in chart.marks if x.low <= place <= x.high]
     for number, (place, what) in enumerate(places):

@@ -146,6 +146,16 @@ def test_the_ledger_has_seconds_beside_the_unit(run: Path) -> None:
     assert row(text, "Source | Outcome") == ["Source", "Outcome", "Items", "samples", "seconds", "Share"]
 
 
+@pytest.mark.parametrize(("outcome", "learnt"), [("empty", False), ("kept", True)])
+def test_limits_tell_whether_any_label_was_kept(run: Path, outcome: str, learnt: bool) -> None:
+    plan = json.loads((run / "scaling_plan.json").read_text(encoding="utf-8"))
+    plan["recipe"]["pl_start"] = 2
+    ledger = {"unit": "samples", "used": {"": {outcome: {"items": 4, "samples": 4.0}}}, "made": {}}
+    _, text = parts(render_model_card(write(run, ledger=ledger, scaling_plan=plan)))
+    assert ("mistakes that the average makes" in text) == learnt
+    assert ("No label of its own average was kept" in text) != learnt
+
+
 def test_a_run_that_recorded_nothing(run: Path) -> None:
     for name in ("scaling_plan.json", "metrics.json", "curve.png"):
         (run / name).unlink()

@@ -147,3 +147,14 @@ def test_a_line_may_be_blank(tmp_path: Path) -> None:
     line = json.dumps({"audio": "x.wav", "text": "ab"})
     (tmp_path / "a.jsonl").write_text(f"\n{line}\n\n", encoding="utf-8")
     assert len(load_speech(str(tmp_path / "a.jsonl"))) == 1
+
+
+@pytest.mark.parametrize(("sign", "name"), [(";", "semicolons"), ("\t", "tabs")])
+@pytest.mark.parametrize("on_bad_item", ["raise", "skip"])
+def test_a_table_without_commas_is_refused_as_such(tmp_path: Path, sign: str, name: str, on_bad_item: str) -> None:
+    wav(tmp_path / "a.wav")
+    (tmp_path / "a.csv").write_text(f"audio{sign}text\na.wav{sign}one, two\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"a.csv: its header .* has {name} where commas separate columns"):
+        load_speech(str(tmp_path / "a.csv"), on_bad_item=on_bad_item)
+    (tmp_path / "a.csv").write_text('audio,text\na.wav,"one, two"\n', encoding="utf-8")
+    assert load_speech(str(tmp_path / "a.csv"))["text"][:] == ["one, two"]

@@ -186,3 +186,25 @@ def test_scales_map_to_pixels() -> None:
     flat: Any = scale([0.5, 0.5], 0, 100)
     assert flat(0.5) == pytest.approx(50)
     assert scale([0.0, 0.0], 0, 100)(0.0) >= 0
+
+
+def test_what_never_happened_is_not_drawn() -> None:
+    keys = ("skip/total", "pseudo/dropped_empty", "pseudo/kept")
+    assert by_key(sections([run_of(**{key: [0.0, 0.0] for key in keys})])) == {
+        "pseudo_labels": [("pseudo/kept", "reference steps")]
+    }
+    found = by_key(sections([run_of(**{key: [0.0, 1.0] for key in keys})]))
+    assert {slug: [key for key, _ in charts] for slug, charts in found.items()} == {
+        "training": ["skip/total"],
+        "pseudo_labels": ["pseudo/kept", "pseudo/dropped_empty"],
+    }
+
+
+@pytest.mark.parametrize(("value", "low", "high"), [(0.985, 0.8865, 1.00394), (1.0, 0.9, 1.004), (0.0, 0.0, 1.0)])
+def test_axes_of_shares_end_at_one(value: float, low: float, high: float) -> None:
+    chart = sections([run_of(**{"pseudo/kept": [value, value]})])[0].charts[0]
+    assert isinstance(chart, Chart) and chart.shared
+    found = scale([value, value], 0, 1, share=chart.shared)
+    assert (found.low, found.high) == pytest.approx((low, high)) and found.low <= value < found.high
+    assert not Chart("pl/weight", "", "", [Line("", 0, [1.0], [1.0])]).shared
+    assert not Chart("pseudo/kept", "", "", [Line("", 0, [1.0], [1.5])]).shared

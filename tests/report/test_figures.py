@@ -43,6 +43,16 @@ def test_a_single_value_is_drawn_as_a_bar_of_its_length() -> None:
     assert not axis.lines
 
 
+def test_marks_are_told_and_momenta_end_at_one() -> None:
+    pytest.importorskip("matplotlib")
+    axis = figures._new_figure((4, 3)).subplots()
+    line = Line("", 0, [10.0, 30.0], [0.985, 0.985])
+    figures._draw_chart(axis, Chart("ema/momentum", "Momentum", "reference steps", [line], [(20.0, "new batch")]))
+    assert [(text.get_text(), text.xy) for text in axis.texts] == [("new batch", (20.0, 0))]
+    low, high = axis.get_ylim()
+    assert 0 < low < 0.985 < high < 1.003
+
+
 def test_figures_of_a_run_are_those_of_its_report(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     folder = write_run(tmp_path / "run")
