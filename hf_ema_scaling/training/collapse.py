@@ -23,6 +23,7 @@ BLANK_APPROACH = 0.9
 DISTINCT_SHARE, DISTINCT_NUMBER = 0.25, 0.5
 KL_SHARE, KL_FLOOR = 0.8, 0.5
 MINORITY_SHARE, LEAST_MINORITY = 0.1, 20
+WITHIN_SHARE = 0.4
 SPREAD_SHARE = 0.1
 LABELLESS_ROWS = 1000
 """After so many rows, over all processes, the guard asks whether any of their labels was kept."""
@@ -62,9 +63,10 @@ def signs_of_collapse(now: Mapping[str, float], healthy: Mapping[str, float] | N
       labelled data (`targets`; the guard joins windows until there are), for then chance alone does not do it: to see
       2 where 20 are expected has a probability below 1e-6.
     - one class at a time: the share of labels that are not the most frequent class *of their step*
-      (`pseudo/minority_within`) is below `MINORITY_SHARE` of that in labelled data, and below half of that in the
-      healthy window. A teacher that calls everything one class in this step and another class in the next has all
-      classes over a window. It takes as many labels as the rule before, and is asked where the two before are silent.
+      (`pseudo/minority_within`), over that of the whole window, is below `WITHIN_SHARE` of what this is in labelled
+      data, and the share is below half of that in the healthy window. A teacher that calls everything one class in
+      this step and another class in the next has all classes over a window. It takes as many labels as the rule
+      before, and is asked where the two before are silent.
     - spread: of numbers, the standard deviation is below `SPREAD_SHARE` of that of labelled numbers, and below half of
       that in the healthy window (`pseudo/spread`): the teacher says much the same of every row.
     - empty: more than `EMPTY_SHARE` of labels are empty, `EMPTY_RISE` more than in the healthy window, while the loss
@@ -95,13 +97,13 @@ def signs_of_collapse(now: Mapping[str, float], healthy: Mapping[str, float] | N
         found.append(
             f"{others:.2%} of labels are not their most frequent class or token, {labelled:.2%} in the labelled data"
         )
-    within, labelled = now.get("pseudo/minority_within", 1.0), now.get("pseudo/minority_within_labelled", 0.0)
+    within, usual = now.get("pseudo/minority_within", 1.0), now.get("pseudo/minority_within_labelled", 0.0)
     before = (healthy or {}).get("pseudo/minority_within", math.inf)
-    certain = now.get("within", 0.0) * labelled >= LEAST_MINORITY
-    if not found and certain and within < min(MINORITY_SHARE * labelled, 0.5 * before):
+    certain = now.get("within", 0.0) * usual >= LEAST_MINORITY and min(others, labelled) > 0
+    if not found and certain and within / others < WITHIN_SHARE * usual / labelled and within < 0.5 * before:
         found.append(
             f"labels are of one class at a time: {within:.2%} are not the most frequent class of their step, "
-            f"{labelled:.2%} in the labelled data"
+            f"{usual:.2%} in the labelled data"
         )
     spread, before = now.get("pseudo/spread", math.inf), (healthy or {}).get("pseudo/spread", math.inf)
     if spread < min(SPREAD_SHARE, 0.5 * before):
