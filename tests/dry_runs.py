@@ -56,6 +56,8 @@ STARTS = {"pl_start": "1", "small_batch_until": "1", "labels_per_class": "3", "l
 SMALL = {
     "ag_news": ("--model_name_or_path", "data/minilm"),
     "conll2003": ("--model_name_or_path", "data/minilm"),
+    # The small model has no dropout.
+    "minilm_vader": ("--pl_dropout", "null"),
     "librispeech_whisper": WHISPER,
     "whisper_asterisk": (*WHISPER, "--window_seconds", "1", "--max_seconds", "1"),
     "wmt16_ro_en": ("--model_name_or_path", "null", "--model_config", json.dumps(T5), "--vocabulary_size", "280"),
@@ -120,7 +122,7 @@ def build_world(folder: Path) -> Path:
     speech = Dataset.from_dict(columns).cast_column("audio", Audio())
     splits = ("labelled", "unlabelled", "evaluation", "evaluation_noisy")
     DatasetDict(dict.fromkeys(splits, speech)).save_to_disk(data / "synthetic")
-    free = texts(9, CLASSES).remove_columns("label")
+    free = texts(9, CLASSES).remove_columns("label").add_column("source", ["movies", "products", "movies"] * 3)
     sets = {name: texts(8, CLASSES) for name in ("train", "test", "shifted", "products")}
     DatasetDict({**sets, "unlabelled": free}).save_to_disk(data / "vader")
     tagged = {"train": words(9), "test": words(3), "unlabelled": words(9).remove_columns("ner_tags")}

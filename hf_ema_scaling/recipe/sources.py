@@ -91,8 +91,9 @@ def load_text(
     """
     wanted = [text_column, *([] if label_column is None else [label_column]), *also]
     check = partial(_check_text, text_column, label_column)
-    rows_of = partial(_manifest_rows, bad=BadItems(on_bad_item), check=check, arguments=TEXT_ARGUMENTS)
-    dataset = _found(source, wanted, TEXT_ARGUMENTS, rows_of).select_columns(wanted)
+    arguments = f"{TEXT_ARGUMENTS}, and by source_column" if also else TEXT_ARGUMENTS
+    rows_of = partial(_manifest_rows, bad=BadItems(on_bad_item), check=check, arguments=arguments)
+    dataset = _found(source, wanted, arguments, rows_of).select_columns(wanted)
     feature = None if label_column is None else dataset.features[label_column]
     return _checked_rows(dataset, source, partial(check, feature=feature), on_bad_item)
 

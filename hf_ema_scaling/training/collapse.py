@@ -23,6 +23,7 @@ BLANK_APPROACH = 0.9
 DISTINCT_SHARE, DISTINCT_NUMBER, LEAST_DISTINCT = 0.25, 0.5, 20
 KL_SHARE, KL_FLOOR = 0.8, 0.5
 MINORITY_SHARE, LEAST_MINORITY = 0.1, 20
+WITHIN_SHARE = 0.4
 SPREAD_SHARE = 0.1
 WITHIN = "pseudo/minority_within"
 COUNTED = {"pseudo/minority": "targets", "pseudo/yes": "yes_rows", "pseudo/no": "no_rows", WITHIN: "within"}
@@ -77,10 +78,10 @@ def signs_of_collapse(now: Mapping[str, float], healthy: Mapping[str, float] | N
       says no to every class of every row, or yes. It takes as many rows as hold `LEAST_MINORITY` such labels in the
       labelled data (`yes_rows`, `no_rows`; windows are joined), so rare classes are no sign.
     - one class at a time: the share of labels that are not the most frequent class *of their step*
-      (`pseudo/minority_within`) is below `MINORITY_SHARE` of that in labelled data, and below half of that in the
-      healthy window. A teacher that calls everything one class in this step and another class in the next has all
-      classes over a window. It takes as many labels (`within`) as the rule of the minority, and is asked where all
-      before are silent.
+      (`pseudo/minority_within`), over that of the whole window, is below `WITHIN_SHARE` of what this is in labelled
+      data, and the share is below half of that in the healthy window. A teacher that calls everything one class in
+      this step and another class in the next has all classes over a window. It takes as many labels
+      (`within`) as the rule of the minority, and is asked where all before are silent.
     - spread: of numbers, the standard deviation is below `SPREAD_SHARE` of that of labelled numbers, and below half of
       that in the healthy window (`pseudo/spread`): the teacher says much the same of every row.
     - empty: more than `EMPTY_SHARE` of labels are empty, `EMPTY_RISE` more than in the healthy window, while the loss
@@ -110,7 +111,11 @@ def signs_of_collapse(now: Mapping[str, float], healthy: Mapping[str, float] | N
         share, labelled = now.get(name, 1.0), now.get(f"{name}_labelled", 0.0)
         before = (healthy or {}).get(name, math.inf)
         certain = now.get(COUNTED[name], 0.0) * labelled >= LEAST_MINORITY
-        if certain and share < min(MINORITY_SHARE * labelled, 0.5 * before) and not (found and name == WITHIN):
+        if name == WITHIN:
+            rare = not found and _is_rare_in_steps(now)
+        else:
+            rare = share < MINORITY_SHARE * labelled
+        if certain and rare and share < 0.5 * before:
             found.append(f"{text.format(share)}, {labelled:.2%} in the labelled data")
     spread, before = now.get("pseudo/spread", math.inf), (healthy or {}).get("pseudo/spread", math.inf)
     if spread < min(SPREAD_SHARE, 0.5 * before):
@@ -134,6 +139,13 @@ def signs_of_collapse(now: Mapping[str, float], healthy: Mapping[str, float] | N
     if min(lengths) > 0 and not 1 / LENGTH_FACTOR <= lengths[0] / lengths[1] <= LENGTH_FACTOR:
         found.append(f"labels are {lengths[0]:.2f} times as long as labelled ones, {lengths[1]:.2f} times before")
     return found
+
+
+def _is_rare_in_steps(now: Mapping[str, float]) -> bool:
+    """Whether, over that of the window, the minority of steps is far smaller than in labelled data."""
+    share, labelled = now.get("pseudo/minority", 1.0), now.get("pseudo/minority_labelled", 0.0)
+    within, usual = now.get(WITHIN, 1.0), now.get(f"{WITHIN}_labelled", 0.0)
+    return min(share, labelled) > 0 and within / share < WITHIN_SHARE * usual / labelled
 
 
 class CollapseGuard:

@@ -123,10 +123,14 @@ class CollapseWatch(TrainerCallback):
         return self.guard.look({**metrics, **sizes}, step.end)
 
     def _usual_minority(self) -> float | None:
-        """`labelled_minority` of this run; None where classes of labelled rows are not known beforehand."""
+        """`labelled_minority` of this run.
+
+        None where classes of labelled rows are not known beforehand, or unlabelled rows come in an order of their own.
+        """
         if self._usual is None:
             dataset: Any = self.trainer.train_dataset
-            columns = [] if is_stream(dataset) else getattr(dataset, "column_names", None) or []
+            streams = is_stream(dataset) or is_stream(self.trainer.unlabeled_dataset)
+            columns = [] if streams else getattr(dataset, "column_names", None) or []
             column = next((name for name in LABEL_COLUMNS if name in columns), None)
             share = None
             if column is not None:

@@ -236,24 +236,37 @@ def test_steps_of_labels_that_are_well_are_no_collapse(skew: float) -> None:
         turns = by_step([[int(rng.random() >= skew)] * max(size, 8) for _ in range(1 + 3200 // size)])
         for counts, alarmed in ((well, False), (turns, True)):
             share, held = counts.minority()
-            now = {"rows": held, "pseudo/kept": 1.0, "pseudo/minority_within": share, "within": held}
-            signs = signs_of_collapse({**now, "pseudo/minority_within_labelled": gold}, None)
+            window = ClassesByStep.of([{"0": one} for one in counts.state_dict().values()]).minority()[0]
+            now = {"rows": held, "pseudo/kept": 1.0, "pseudo/minority": window, "pseudo/minority_labelled": 1 - skew}
+            now |= {"pseudo/minority_within": share, "within": held, "pseudo/minority_within_labelled": gold}
+            signs = signs_of_collapse(now, None)
             assert bool(signs) == alarmed, (size, share, gold)
 
 
-def test_where_length_tells_the_class_steps_of_one_class_are_usual() -> None:
-    now = {"rows": 400.0, "pseudo/kept": 1.0, "pseudo/minority_within": 0.01, "within": 400.0}
-    assert signs_of_collapse({**now, "pseudo/minority_within_labelled": 0.05}, None) == []
-    assert len(signs_of_collapse({**now, "pseudo/minority_within_labelled": 0.15}, None)) == 1
+def within(share: float, usual: float, number: float = 400.0) -> dict[str, float]:
+    """A window of two classes, half of each as in labelled data, of which so many are not the first of their step."""
+    halves = {"pseudo/minority": 0.5, "pseudo/minority_labelled": 0.5, "targets": number}
+    found = {"pseudo/minority_within": share, "within": number, "pseudo/minority_within_labelled": usual}
+    return {"rows": number, "pseudo/kept": 1.0, **halves, **found}
+
+
+def test_a_teacher_that_goes_to_and_fro_is_told_from_one_that_doubts() -> None:
+    """The first window of the planted collapse of `minilm_vader`, soft labels, against half of its distance."""
+    assert len(signs_of_collapse(within(0.11, 0.36), None)) == 1
+    assert signs_of_collapse(within(0.16, 0.36), None) == []
     # What was so in a healthy run is no change.
-    assert signs_of_collapse({**now, "pseudo/minority_within_labelled": 0.15}, {**now}) == []
+    assert signs_of_collapse(within(0.11, 0.36), within(0.2, 0.36)) == []
+    assert len(signs_of_collapse(within(0.11, 0.36), within(0.24, 0.36))) == 1
+
+
+def test_where_length_tells_the_class_steps_of_one_class_are_usual() -> None:
+    assert signs_of_collapse(within(0.03, 0.05), None) == []
+    assert len(signs_of_collapse(within(0.03, 0.15), None)) == 1
 
 
 def test_few_steps_are_joined_with_those_of_the_next_windows() -> None:
-    guard = CollapseGuard(0.0)
-    now = {"rows": 60.0, "pseudo/kept": 1.0, "pseudo/minority_within": 0.0, "within": 60.0}
-    now["pseudo/minority_within_labelled"] = 0.2
-    assert guard.look(now, 10.0) == [] and guard.shares["pseudo/minority_within"] == [0.0, 60.0]
+    guard, now = CollapseGuard(0.0), within(0.0, 0.4, 30.0)
+    assert guard.look(now, 10.0) == [] and guard.shares["pseudo/minority_within"] == [0.0, 30.0]
     again = CollapseGuard(0.0)
     again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     (sign,) = again.look(now, 20.0)
