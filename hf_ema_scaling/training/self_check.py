@@ -75,6 +75,8 @@ def parameters(trainer: EMATrainerMixin) -> str:
 def check_data(trainer: EMATrainerMixin, rows: int) -> tuple[str, str]:
     """The first `rows` rows of every data set can be read, collated, and are finite."""
     unlabelled, _ = trainer.unlabelled_data()
+    # Collators see the columns that a run gives them: not, for one, where a row comes from.
+    seen, kinds = trainer.run_dataset(), {"labelled": LABELLED, "unlabelled": UNLABELLED}
     evaluation = trainer.eval_dataset
     sets: dict[str, Any] = {"labelled": trainer.train_dataset, "unlabelled": unlabelled}
     sets |= evaluation if isinstance(evaluation, dict) else {"evaluation": evaluation}
@@ -86,7 +88,10 @@ def check_data(trainer: EMATrainerMixin, rows: int) -> tuple[str, str]:
         for first in range(0, count, ROWS_OF_A_SPLIT):
             picked = range(first, min(first + ROWS_OF_A_SPLIT, count))
             try:
-                trainer.data_collator([dict(by_number[row]) for row in picked])
+                found_rows = [by_number[row] for row in picked]
+                if name in kinds:
+                    found_rows = [seen.visible(kinds[name], row) for row in found_rows]
+                trainer.data_collator([dict(row) for row in found_rows])
             except Exception as error:
                 raise ValueError(f"{name} rows {picked[0]} to {picked[-1]}: {error}") from error
         if is_stream(dataset):

@@ -147,6 +147,8 @@ def test_labels_are_aligned_by_the_sources_of_unlabelled_texts(recipe: Path, tmp
     trainer = build(recipe, tmp_path / "out", *argv, "--augment_labelled", "false")
     assert trainer.unlabeled_dataset["from"][:] == ["pos", "neg"] * 10
     assert (trainer.judge.alignment.alignment.sources, trainer.args.augment_labelled) == (2, False)
+    results = self_check(lambda: build(recipe, tmp_path / "out", *argv))
+    assert FAILED not in {result.result for result in results}, results
     run(trainer)
     # Two classes of the two rows or so that each source gave.
     counted = trainer.judge.chain.state_dict()["LabelAlignment(classes=2, sources=2, momentum=0.98)"]["sums"]
