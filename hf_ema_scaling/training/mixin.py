@@ -98,7 +98,6 @@ class EMATrainerMixin(SavedRun):
         """At the start of `train()`: the average, the counters of the log, the liveness watch."""
         self._last_step = None
         self._begin_counts()
-        self._sigterm.accelerator = self.accelerator  # a hyper-parameter search makes another for each trial
         if self.is_world_process_zero():
             for warning in self._laid_out().warnings():
                 logger.warning(f"Plan: {warning}")

@@ -53,7 +53,7 @@ class ReferenceRun(Trainer):
         self._reference: list[OptimizerValues] | None = None
         self._resumed: RunState | None = None
         self._places: str | None = None
-        self._sigterm = StopOnSigterm(self.accelerator)
+        self._sigterm = StopOnSigterm(lambda: self.accelerator)
         self.pop_callback(DefaultFlowCallback)
 
     def unlabelled_data(self) -> tuple[Any | None, PseudoLabelArguments | None]:

@@ -103,10 +103,10 @@ class StopOnSigterm(TrainerCallback):
     Python has no handlers; or where SIGTERM is ignored.
 
     Args:
-        accelerator: The trainer's.
+        accelerator: Gives the trainer's, which a hyper-parameter search makes anew for each trial.
     """
 
-    def __init__(self, accelerator: Any) -> None:
+    def __init__(self, accelerator: Callable[[], Any]) -> None:
         self.accelerator = accelerator
         self._active = False
         self._received = False
@@ -160,8 +160,9 @@ class StopOnSigterm(TrainerCallback):
     def _told(self) -> bool:
         """Whether any process was told to stop; called by all of them at the same points."""
         if self._active and not self._agreed:
-            told = torch.tensor(int(self._received), device=self.accelerator.device)
-            self._agreed = bool(self.accelerator.reduce(told) if self.accelerator.num_processes > 1 else told)
+            accelerator = self.accelerator()
+            told = torch.tensor(int(self._received), device=accelerator.device)
+            self._agreed = bool(accelerator.reduce(told) if accelerator.num_processes > 1 else told)
             if self._agreed:
                 logger.warning("SIGTERM: training saves a checkpoint and stops.")
         return self._agreed

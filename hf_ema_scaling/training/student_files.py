@@ -75,7 +75,8 @@ def checksum_faults(folder: str | Path) -> list[str]:
     path = Path(folder) / CHECKSUMS_NAME
     if not path.is_file():
         return []
-    return student_faults(folder, json.loads(path.read_text(encoding="utf-8"))["crc32"])
+    found = student_faults(folder, json.loads(path.read_text(encoding="utf-8"))["crc32"])
+    return [f"{fault} (delete {CHECKSUMS_NAME} to resume all the same)" for fault in found]
 
 
 def student_faults(folder: str | Path, expected: Mapping[str, str]) -> list[str]:

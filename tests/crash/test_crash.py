@@ -113,8 +113,10 @@ def test_a_life_that_is_killed_while_saving_goes_on_as_if_nothing_had_happened(
         assert lives.live(folder, kill_at=point, share=share) == -signal.SIGKILL, log(folder)
         assert_no_checkpoint_was_lost(folder)
         assert how != "torn" or survivor(folder) == 6
+        # Killed between the last save and the deletion of what is older than it, a run saves and deletes no more.
+        saved = survivor(folder) == STEPS
         assert lives.live(folder) == 0, log(folder)
-        reference.assert_same(folder)
+        reference.assert_same(folder, names=not saved)
 
 
 @slow

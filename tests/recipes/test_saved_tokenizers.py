@@ -146,12 +146,13 @@ def check_label(ids: Any, family: Family, tokenizer: Any, special: set[int]) -> 
 def check_saved(model: Any, labeler: Seq2SeqLabeler, batch: Any, tokenizer: Any) -> int:
     """A model as it is saved, by a plain `generate`, writes what the labeler reads off it; labels with an end."""
     labels = labeler.label(model, batch)
-    written = model.generate(**batch, max_new_tokens=labeler.decoding.max_new_tokens)
+    # What is forced after the start counts as new for `generate`.
+    most = labeler.decoding.max_new_tokens + len(labeler.prompt) - 1
+    written = model.generate(**batch, max_new_tokens=most)
     ended = 0
     for ids, label in zip(written.tolist(), labels, strict=True):
         if label.reason == "no_eos":
-            # What is forced counts as new for `generate`, and so it stops earlier.
-            continue
+            continue  # where `generate` forces an end
         ended += 1
         text = tokenizer.decode(label.ids, skip_special_tokens=True)
         assert text == tokenizer.decode(ids, skip_special_tokens=True)

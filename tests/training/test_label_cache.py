@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 
 from hf_ema_scaling.labels import PseudoLabel
 from hf_ema_scaling.labels.cache import CACHE_NAME, LabelCacheError
+from hf_ema_scaling.training.checkpoints import IncompleteCheckpointError
+from hf_ema_scaling.training.student_files import CHECKSUMS_NAME
 
 STEPS, PL_START, CACHE, REFRESH = 24, 2.0, 4.0, 0.3
 
@@ -279,6 +281,9 @@ def test_a_checkpoint_without_its_labels_is_refused(whole: tuple[Any, Path], tmp
     _, folder = whole
     shutil.copytree(folder / "checkpoint-9", tmp_path / "checkpoint-9")
     (tmp_path / "checkpoint-9" / CACHE_NAME).unlink()
+    with pytest.raises(IncompleteCheckpointError, match=f"{CACHE_NAME} is missing"):
+        trainer_of(tmp_path / "run", kappa=2.0).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    (tmp_path / "checkpoint-9" / CHECKSUMS_NAME).unlink()
     with pytest.raises(LabelCacheError, match="is missing, but at this point of the run 12 labels are in the cache"):
         trainer_of(tmp_path / "run", kappa=2.0).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
     # The labels of another moment are those of other items.

@@ -294,7 +294,7 @@ class Others:
 def test_processes_agree(tmp_path: Path, before: list[int]) -> None:
     made = run(tmp_path)
     others = Others()
-    made._sigterm.accelerator = others
+    made._sigterm.accelerator = lambda: others
     made.train()
     # Asked after two steps and the save; then all is said.
     assert made.state.global_step == 2 and others.asked == [0, 0] and before == [signal.SIGTERM]
@@ -303,7 +303,7 @@ def test_processes_agree(tmp_path: Path, before: list[int]) -> None:
 
 def test_outside_of_training_nothing_is_asked(tmp_path: Path) -> None:
     others = Others()
-    stop = StopOnSigterm(others)
+    stop = StopOnSigterm(lambda: others)
     made = run(tmp_path)
     stop.on_evaluate(made.args, made.state, made.control)
     assert others.asked == []

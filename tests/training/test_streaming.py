@@ -14,7 +14,9 @@ import tiny
 import torch
 
 from hf_ema_scaling.data.streaming import StreamError
+from hf_ema_scaling.training.checkpoints import IncompleteCheckpointError
 from hf_ema_scaling.training.self_check import self_check
+from hf_ema_scaling.training.student_files import CHECKSUMS_NAME
 
 NOT_COMPARED = ("runtime", "per_second", "train_loss")
 LABELLED, UNLABELLED = tiny.speech(7), tiny.speech(9, 1)
@@ -151,6 +153,9 @@ def test_without_its_file_a_stream_is_read_up_to_the_checkpoint(
     assert [(s["drawn"], s["passes"], s["rows"]) for s in state["sources"].values()] == [(15, 2, 1), (9, 0, 9)]
     (checkpoint / "stream_state_0.json").unlink()
     made = run(tmp_path / "resumed", *data, init=5, **values)
+    with pytest.raises(IncompleteCheckpointError, match=r"stream_state_0\.json is missing \(delete checksums\.json"):
+        made.train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / CHECKSUMS_NAME).unlink()
     with caplog.at_level(logging.WARNING, "hf_ema_scaling"):
         made.train(resume_from_checkpoint=str(checkpoint))
     assert "does not say where train_dataset stands after 15 rows" in caplog.text
