@@ -286,7 +286,7 @@ def test_the_callback_averages_shards_in_the_stock_trainer(more: Launched) -> No
 def test_the_callback_stops_both_for_a_weight_that_is_not_finite_on_one(more: Launched) -> None:
     for rank in more[1]:
         assert rank["callback"]["spoilt"].startswith(
-            "FloatingPointError: parameter 'bert.pooler.dense.bias' is not finite after optimizer step 1"
+            "FloatingPointError: 'bert.pooler.dense.bias' is not finite after optimizer step 1"
         )
 
 
