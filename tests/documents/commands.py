@@ -74,7 +74,7 @@ EXTRA: dict[str, list[str]] = {
 FETCHED = ("scripts/prepare_asterisk.py", "scripts/prepare_vader.py")
 """They download; what they would write lies there already."""
 HUB_DATA = ("recipes/configs/librispeech_100_860.yaml", "recipes/configs/librispeech_whisper.yaml")
-"""Configurations with data on the Hub: commands with them are only read; `tests/recipes/test_dry_runs.py` runs them."""
+"""With data on the Hub: commands with them are only read here; `tests/recipes/test_dry_runs.py` runs them."""
 NOT_RUN = ("make", "pip", ".", "git", *FETCHED)
 HUB_NAME = ("OWNER/NAME", "tester/name")
 
