@@ -276,7 +276,7 @@ def run(words: list[str], *, launch: bool = False) -> str:
     name = program(words)
     if name in NOT_RUN:
         return ""
-    if set(HUB_DATA) & set(words):
+    if name.startswith("recipes/") and set(HUB_DATA) & set(words):
         read(words)
         return ""
     if launch and words[0] == "accelerate":
