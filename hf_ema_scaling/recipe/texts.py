@@ -14,7 +14,6 @@ from hf_ema_scaling.data.bad_items import check_choice
 from hf_ema_scaling.data.text import WordNoise, build_word_tokenizer, class_names, prepare_classification
 from hf_ema_scaling.metrics import ClassificationMetrics
 from hf_ema_scaling.recipe.asr_ctc import new_config
-from hf_ema_scaling.recipe.frozen_layers import freeze_lower
 from hf_ema_scaling.recipe.sources import load_text, named_sources, naming
 from hf_ema_scaling.training import EMATrainingArguments
 
@@ -95,12 +94,6 @@ class ClassifierArguments:
         default=False,
         metadata={"help": "With model_name_or_path: new output layers, for the labels of the training set."},
     )
-    frozen_layers: int = field(
-        default=0,
-        metadata={
-            "help": "With model_name_or_path: leave its embeddings and so many of its first layers as they are."
-        },
-    )
     vocabulary_size: int = field(default=8192, metadata={"help": "Most tokens of a vocabulary of words."})
     lower_case: bool = field(default=True, metadata={"help": "Make words of that vocabulary lower case."})
     init_seed: int | None = field(
@@ -116,10 +109,6 @@ class ClassifierArguments:
             raise ValueError(
                 f"give model_name_or_path or model_config, one of them: got {self.model_name_or_path!r} and "
                 f"{self.model_config!r}"
-            )
-        if self.frozen_layers < 0 or (self.frozen_layers and self.model_name_or_path is None):
-            raise ValueError(
-                f"frozen_layers must be at least 0, and 0 for a model from scratch, got {self.frozen_layers}"
             )
 
 
@@ -307,7 +296,6 @@ def build_network(kind: Any, model: ClassifierArguments, config: Any | None, tok
         )
     if network.config.pad_token_id is None:
         network.config.pad_token_id = tokenizer.pad_token_id
-    freeze_lower(network, model.frozen_layers)
     return network
 
 

@@ -11,13 +11,7 @@ import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    AutoModelForSequenceClassification,
-    DistilBertConfig,
-    DistilBertModel,
-    PreTrainedTokenizerFast,
-    set_seed,
-)
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, set_seed
 
 from hf_ema_scaling.labels import ClassLabeler
 from hf_ema_scaling.recipe import TEXT_CLASSIFICATION, build_text_classification, parse, run
@@ -198,31 +192,6 @@ def test_views_and_a_second_view_from_the_file(recipe: Path, tmp_path: Path) -> 
     assert len(pairs) >= 2 and trainer.judge.chain.reasons == ("disagree",)
 
 
-def test_frozen_layers_stay_those_of_the_pretrained_model(recipe: Path, tmp_path: Path) -> None:
-    config = DistilBertConfig(
-        vocab_size=32, dim=8, n_layers=3, n_heads=2, hidden_dim=8, max_position_embeddings=16, pad_token_id=0
-    )
-    DistilBertModel(config).save_pretrained(tmp_path / "encoder")
-    base = {"model_name_or_path": str(tmp_path / "encoder"), "new_labels": "true", "model_config": "null"}
-    argv = [word for name, value in base.items() for word in (f"--{name}", value)]
-    trainer = build(recipe, tmp_path / "out", *argv, "--frozen_layers", "2")
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    run(trainer)
-    moved = {
-        name.split(".layer.")[-1]
-        for name, value in trainer.model.state_dict().items()
-        if not value.equal(before[name])
-    }
-    lower = ("0.", "1.", "distilbert.embeddings.")
-    assert moved and not any(name.startswith(lower) for name in moved)
-    assert {name.split(".")[0] for name in moved} == {"2", "classifier", "pre_classifier"}
-    # So are those of the average.
-    average = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "ema").state_dict()
-    assert all(average[name].equal(before[name]) for name in before if name.split(".layer.")[-1].startswith(lower))
-    with pytest.raises(ValueError, match="frozen_layers=4, and DistilBertForSequenceClassification has 3 layers"):
-        build(recipe, tmp_path / "out", *argv, "--frozen_layers", "4")
-
-
 def test_the_checks_of_a_recipe(recipe: Path, tmp_path: Path) -> None:
     found = {result.name: result for result in self_check(lambda: build(recipe, tmp_path / "out"))}
     assert FAILED not in {result.result for result in found.values()}, found
@@ -237,7 +206,6 @@ def test_the_checks_of_a_recipe(recipe: Path, tmp_path: Path) -> None:
         (("--mask_share", "1"), r"share must lie in \[0, 1\), got 1.0"),
         (("--tokenizer_name_or_path", "null"), "has no mask token: set mask_share to 0"),
         (("--temperature", "0"), "temperature must be above 0"),
-        (("--frozen_layers", "1"), "frozen_layers must be at least 0, and 0 for a model from scratch, got 1"),
         (
             ("--views", '{"token_mask": {}}'),
             "no view is called 'token_mask'.*there are token_masking, word",
