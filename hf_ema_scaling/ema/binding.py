@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from hf_ema_scaling.ema.names import Entry, local_shard
 Kind = Literal["parameters", "buffers", "copies"]
 
 _places = attrgetter("_parameters", "_buffers", "_modules")
-_traits = attrgetter("device", "dtype", "requires_grad")
+_is_trained = attrgetter("requires_grad")
 
 
 class Binding:
@@ -39,18 +39,20 @@ class Binding:
     def __init__(
         self,
         model: nn.Module,
-        entries: Iterable[Entry],
+        entries: Sequence[Entry],
         groups: Mapping[tuple[Kind, Any, Any, Any], list[Entry]],
         shadow: Mapping[str, Tensor],
         scratch: Scratch,
     ) -> None:
         self._model = model
+        # The tables of a module live as long as it does and are changed in place: so do views of their values.
         tables = list(chain.from_iterable(map(_places, model.modules())))
-        self._filled = [table for table in tables if table]
         self._empty = [table for table in tables if not table]
+        self._values = [table.values() for table in tables if table]
         self._held = self._holds()
         self.sources: list[Tensor] = [entry.tensor for entry in entries]
-        self._traits = list(map(_traits, self.sources))
+        self._parameters = [entry.tensor for entry in entries if entry.is_param]
+        self._trained = list(map(_is_trained, self._parameters))
         self._addresses = shard_addresses(self.sources)
         self.parameters: list[Pairs] = []
         self.buffers: list[Pairs] = []
@@ -73,14 +75,14 @@ class Binding:
             len(now) == len(self._held)
             and all(map(is_, now, self._held))
             and not any(self._empty)
-            and list(map(_traits, self.sources)) == self._traits
+            and list(map(_is_trained, self._parameters)) == self._trained
+            and all(pairs.hold() for pairs in (*self.parameters, *self.buffers, *self.copies))
             and (not self._addresses or shard_addresses(self.sources) == self._addresses)
         )
 
     def _holds(self) -> list[object]:
         """The parameters, buffers and children of all modules that had any, in a fixed order."""
-        # The tables of a module live as long as it does and are changed in place.
-        return list(chain.from_iterable(map(dict.values, self._filled)))
+        return list(chain.from_iterable(self._values))
 
 
 def shard_addresses(sources: list[Tensor]) -> list[int]:

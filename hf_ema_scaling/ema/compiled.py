@@ -1,56 +1,62 @@
-"""The update of a float32 average by bfloat16 weights on a CPU as one compiled loop (optional, needs `numba`).
+"""The update of a float32 average on a CPU as one compiled loop over all tensors (optional, needs `numba`).
 
-PyTorch has no operation that reads bfloat16 and moves float32: it casts into a scratch first, which on a CPU does not
-get faster with threads, and takes a microsecond or more for every tensor. Here the addresses of all tensors are laid
-out once, every thread runs over its share of them, and bfloat16 is widened in a register. The arithmetic is that of
-`torch.lerp`, with the same fused multiply-add: what comes out has the same bits. Where dtypes agree PyTorch's own
-loop is as fast, its threads being awake already.
+PyTorch takes a microsecond or more for every tensor, and has no operation that reads bfloat16 and moves float32: it
+casts into a scratch first. Here the addresses of all tensors are laid out once, PyTorch's own threads take pieces of
+them, and bfloat16 is widened in a register. The arithmetic is that of `torch.lerp`, with the same fused multiply-add:
+what comes out has the same bits.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hf_ema_scaling.ema.compiled_kernel import NEXT, WEIGHT, kernel
+
 MIN_ELEMENTS = 1 << 20
 """Elements from which a compiled update is worth the second that compiling it takes."""
+MAX_MEAN_ELEMENTS = 1 << 18
+"""Mean size of float32 tensors from which PyTorch's own loop over float32 weights is as fast."""
+PIECE_ELEMENTS = 1 << 18
+"""Elements that a thread takes at once: short beside an update, so that threads end together whatever else runs."""
 
-Kernel = Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], float], None]
+_DTYPES = (torch.float32, torch.bfloat16)
 
 _address = Tensor.data_ptr
 
 
 @functools.cache
 def available() -> bool:
-    """Whether `numba` can be imported; it is, the first time that this is asked."""
+    """Whether `numba` can be imported, which is tried the first time that this is asked, and PyTorch runs OpenMP."""
     try:
         importlib.import_module("numba")
     except ImportError:
         return False
-    return True
+    return _openmp() is not None
 
 
 def suits(shadow: Sequence[Tensor], source: Sequence[Tensor]) -> bool:
-    """Whether `Loop` can update these: enough plain dense float32 tensors on a CPU, bfloat16 sources laid out alike.
+    """Whether `Loop` is to update these: many plain dense float32 elements on a CPU, and sources laid out alike.
 
     Args:
         shadow: Tensors to update.
-        source: As many others.
+        source: As many others, all float32 or all bfloat16.
     """
+    elements = sum(map(Tensor.numel, shadow))
     return (
-        sum(map(Tensor.numel, shadow)) >= MIN_ELEMENTS
+        elements >= MIN_ELEMENTS
+        and (source[0].dtype != torch.float32 or elements < MAX_MEAN_ELEMENTS * len(source))
         and all(_plain(tensor, torch.float32) for tensor in shadow)
-        and all(_plain(tensor, torch.bfloat16) for tensor in source)
+        and source[0].dtype in _DTYPES
+        and all(_plain(tensor, source[0].dtype) for tensor in source)
         and all(s.shape == p.shape and s.stride() == p.stride() for s, p in zip(shadow, source, strict=True))
         and available()
     )
@@ -76,111 +82,64 @@ def _is_dense(tensor: Tensor) -> bool:
 class Loop:
     """Pairs of tensors laid out for the compiled update.
 
+    It writes to addresses. Storage that they were taken from is kept alive as long as this is; that none of the
+    tensors has got other storage since is for the caller to know.
+
     Args:
         shadow: Tensors to update that `suits` accepts, with
-        source: theirs. Both must be kept alive by the caller, and not be resized, while this is in use.
+        source: theirs.
     """
 
     def __init__(self, shadow: Sequence[Tensor], source: Sequence[Tensor]) -> None:
         self._shadow = list(shadow)
-        self._source = list(source)
-        self._addresses = self._look()
-        self._kernel = kernel()
-        self._threads = 0
-        self._shares: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
-
-    def holds(self) -> bool:
-        """Whether all tensors still lie where they were laid out: `.data =` gives one other storage."""
-        return self._look() == self._addresses
+        self._storages = [tensor.untyped_storage() for tensor in (*shadow, *source)]
+        self._table = _lay_out(shadow, source)
+        self._weight = self._table[WEIGHT : WEIGHT + 1].view(np.float32)
+        self._kernel = kernel(source[0].dtype)
+        self._run = cast(Callable[..., None], _openmp())
 
     def lerp_(self, weight: float) -> None:
         """`s <- s + weight * (p - s)` for every pair, in place, on as many threads as PyTorch has."""
-        if self._threads != torch.get_num_threads():
-            self._threads = torch.get_num_threads()
-            self._shares = self._lay_out(self._threads)
-        mine, *others = self._shares
-        running = [_pool(len(others)).submit(self._kernel, *share, weight) for share in others]
-        self._kernel(*mine, weight)
-        for future in running:
-            future.result()
+        self._table[NEXT] = 0
+        self._weight[0] = weight
+        self._run(self._kernel.address, self._table.ctypes.data, torch.get_num_threads(), 0)
         # PyTorch does not see what is written here, and those who ask whether a tensor was written to ask it.
         torch.autograd.graph.increment_version(self._shadow)
 
-    def _look(self) -> tuple[list[int], list[int]]:
-        return list(map(_address, self._shadow)), list(map(_address, self._source))
 
-    def _lay_out(self, threads: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
-        """Cuts the elements into equal shares, one for each thread: addresses of both sides, and lengths."""
-        sizes = np.array([tensor.numel() for tensor in self._shadow], dtype=np.int64)
-        ends = np.cumsum(sizes)
-        starts = ends - sizes
-        shares = []
-        for first, last in pairwise(_cuts(int(ends[-1]), threads)):
-            inside = np.flatnonzero((ends > first) & (starts < last))
-            begin = np.maximum(starts[inside], first)
-            length = np.minimum(ends[inside], last) - begin
-            offset = begin - starts[inside]
-            shadow, source = (
-                np.array(addresses, dtype=np.int64)[inside] + offset * tensors[0].element_size()
-                for addresses, tensors in zip(self._addresses, (self._shadow, self._source), strict=True)
-            )
-            shares.append((shadow, source, length))
-        return shares
+def _lay_out(shadow: Sequence[Tensor], source: Sequence[Tensor]) -> NDArray[np.int64]:
+    """Cuts all elements, taken as one line, into pieces, and these into rows that lie in one tensor each.
 
-
-def _cuts(total: int, threads: int) -> list[int]:
-    # At multiples of a cache line of float32, where tensors are long.
-    return [total * thread // threads // 16 * 16 for thread in range(threads)] + [total]
-
-
-@functools.cache
-def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, thread_name_prefix="ema")
-
-
-# Threads do not survive a fork: a loader's worker must not wait for those of its parent.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-@functools.cache
-def kernel() -> Kernel:
-    """Compiles the update, once in a process."""
-    # Its own types speak of what its compiler sees, not of what Python does.
-    numba, core, extending = (
-        cast(Any, importlib.import_module(name)) for name in ("numba", "numba.core", "numba.extending")
+    Returns:
+        The table that `compiled_kernel.HEADER` tells of.
+    """
+    sizes = np.array([tensor.numel() for tensor in shadow], dtype=np.int64)
+    total = int(sizes.sum())
+    starts = np.cumsum(sizes) - sizes
+    pieces = np.arange(0, total, PIECE_ELEMENTS, dtype=np.int64)
+    cuts = np.unique(np.concatenate([starts[sizes > 0], pieces]))
+    owner = np.searchsorted(starts, cuts, side="right") - 1
+    offset = cuts - starts[owner]
+    addresses = (
+        np.array(list(map(_address, tensors)), dtype=np.int64)[owner] + offset * tensors[0].element_size()
+        for tensors in (shadow, source)
     )
-    types = core.types
+    rows = np.stack([*addresses, np.diff(cuts, append=total)], axis=1)
+    header = [0, len(pieces), len(rows), 0]
+    return np.concatenate([header, np.searchsorted(cuts, pieces), [len(rows)], rows.ravel()])
 
-    # `carray` takes an address as a pointer only.
-    @extending.intrinsic
-    def pointer(typing_context: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], core.cgutils.voidptr_t)
 
-        return types.voidptr(types.int64), generate
+@functools.cache
+def _openmp() -> Callable[..., None] | None:
+    """Runs a function on the threads that PyTorch's own loops run on, or None where they are not OpenMP's.
 
-    compiled = functools.partial(numba.njit, nogil=True, fastmath={"contract"}, error_model="numpy")
-
-    @compiled
-    def widened(bits: Any) -> Any:
-        # bfloat16 is the upper half of float32.
-        return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
-
-    def update(shadows: Any, sources: Any, lengths: Any, weight: Any) -> None:
-        # `torch.lerp` starts from the end that is nearer, so that a weight near one loses no digits.
-        near = abs(weight) < np.float32(0.5)
-        rest = weight - np.float32(1.0)
-        for index in range(len(lengths)):
-            shadow = numba.carray(pointer(shadows[index]), (lengths[index],), np.float32)
-            source = numba.carray(pointer(sources[index]), (lengths[index],), np.uint16)
-            if near:
-                for i in range(lengths[index]):
-                    shadow[i] = shadow[i] + weight * (widened(source[i]) - shadow[i])
-            else:
-                for i in range(lengths[index]):
-                    value = widened(source[i])
-                    shadow[i] = value + rest * (value - shadow[i])
-
-    rows = types.int64[::1]
-    return cast(Kernel, compiled(types.void(rows, rows, rows, types.float32))(update))
+    Threads of another pool would share the processors with these, which spin a while after each loop of PyTorch.
+    """
+    try:
+        # The entry point that compilers call, by GNU's name, which others have too.
+        run = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+    run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    run.restype = None
+    return cast(Callable[..., None], run)

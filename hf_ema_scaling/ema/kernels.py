@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain, compress
+from operator import attrgetter, not_
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_ema_scaling.ema import compiled
@@ -20,6 +22,9 @@ larger one a second trip to memory. Other devices pay by launch, so there it is 
 _OTHER_SCRATCH_ELEMENTS = 1 << 24
 _ALIGNMENT = 16
 """Elements: where a tensor begins in a scratch, so that vector instructions stay aligned."""
+
+_LOOKS = (Tensor.data_ptr, attrgetter("dtype"), Tensor.numel, Tensor.is_contiguous)
+_place = attrgetter("device", "dtype", "shape")
 
 
 class Scratch:
@@ -54,13 +59,14 @@ class Pairs:
     Where dtypes agree, an update is one multi-tensor call, which on a CPU is a loop without Python in it and runs at
     the speed of memory. Where they differ (float32 shadow, bfloat16 source) sources are cast through one scratch:
     small tensors share it, large ones pass piece by piece, so that the cast is still in the cache when it is used and
-    no temporary grows with the model. With `numba` a CPU needs no cast of bfloat16 (`ema.compiled`); not a bit of the
-    result depends on that.
+    no temporary grows with the model. With `numba` a CPU needs neither calls nor casts (`ema.compiled`); not a bit of
+    the result depends on that.
 
     Args:
-        shadow: Tensors of one device and dtype to update; their dtype is that of the arithmetic and of the result.
+        shadow: Tensors of one device and dtype to update, which keep their storage; their dtype is that of the
+            arithmetic and of the result.
         source: As many tensors of the same shapes on the same device, of one dtype; kept, so that what they hold at
-            the time of an update counts.
+            the time of an update counts, as long as `hold` says that they lie where they lay.
         scratch: Shared with other pairs of the same average.
 
     Raises:
@@ -73,11 +79,22 @@ class Pairs:
         self.shadow, self.source = list(shadow), list(source)
         self._scratch = scratch or Scratch()
         self._mixed = any(s.dtype != p.dtype for s, p in zip(shadow, source, strict=True))
+        plain = list(map(_has_address, source))
+        self._plain = list(compress(source, plain))
+        self._others = list(compress(source, map(not_, plain)))
+        self._seen = self._look()
         self._rounds: list[_Round] | None = None
-        self._cut: list[tuple[Tensor, int]] = []
         self._copied: list[tuple[int, int, int]] | None = None
         self._loop: compiled.Loop | None = None
         self._looked = False
+
+    def hold(self) -> bool:
+        """Whether sources still are what was laid out: `.data =` gives one other storage, dtype, size or order.
+
+        To be asked before an update; where it says no, the pairs are to be made anew. Runs for every tensor, and so
+        without a loop of the interpreter.
+        """
+        return self._look() == self._seen
 
     def lerp_(self, weight: float, *, away: bool = False) -> None:
         """Moves every shadow tensor towards its source in place: `s <- s + weight * (p - s)`.
@@ -99,10 +116,10 @@ class Pairs:
             return
         if weight == 1.0:
             self.copy_()
-        elif not self._mixed:
-            torch._foreach_lerp_(self.shadow, self.source, weight)
         elif (loop := self._compiled()) is not None:
             loop.lerp_(weight)
+        elif not self._mixed:
+            torch._foreach_lerp_(self.shadow, self.source, weight)
         else:
             for shadow, source, cast in self._laid_out():
                 torch._foreach_copy_(cast, source)
@@ -126,16 +143,21 @@ class Pairs:
     def _versions(self) -> list[tuple[int, int, int]]:
         return [(s._version, p._version, p.data_ptr()) for s, p in zip(self.shadow, self.source, strict=True)]
 
+    def _look(self) -> tuple[list[object], list[object]]:
+        # All of a tensor at once, while it is in the cache. Shapes and strides would say more, but are objects made
+        # anew at every look, which the garbage collector counts.
+        looks = zip(*(map(look, self._plain) for look in _LOOKS), strict=True)
+        return list(chain.from_iterable(looks)), list(map(_place, self._others))
+
     def _compiled(self) -> compiled.Loop | None:
-        if not self._looked or (self._loop is not None and not self._loop.holds()):
+        if not self._looked:
             self._looked = True
-            suits = compiled.suits(self.shadow, self.source)
-            self._loop = compiled.Loop(self.shadow, self.source) if suits else None
+            if compiled.suits(self.shadow, self.source):
+                self._loop = compiled.Loop(self.shadow, self.source)
         return self._loop
 
     def _laid_out(self) -> list[_Round]:
-        # Pieces are views, and `.data =` may have given a source other storage since they were cut.
-        if self._rounds is None or any(source.data_ptr() != address for source, address in self._cut):
+        if self._rounds is None:
             self._rounds = self._lay_out()
         return self._rounds
 
@@ -143,10 +165,7 @@ class Pairs:
         buffer = self._scratch.buffer(self.shadow[0].device, self.shadow[0].dtype)
         limit, used = buffer.numel(), buffer.numel()
         rounds: list[_Round] = []
-        self._cut = []
         for whole_shadow, whole_source in zip(self.shadow, self.source, strict=True):
-            if whole_shadow.numel() > limit:
-                self._cut.append((whole_source, whole_source.data_ptr()))
             for shadow, source in _pieces(whole_shadow, whole_source, limit):
                 if used + shadow.numel() > limit:
                     rounds.append(_Round([], [], []))
@@ -156,6 +175,10 @@ class Pairs:
                 rounds[-1].cast.append(_in_layout_of(shadow, buffer[used : used + shadow.numel()]))
                 used += -(-shadow.numel() // _ALIGNMENT) * _ALIGNMENT
         return rounds
+
+
+def _has_address(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
 
 
 def _pieces(shadow: Tensor, source: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -18,26 +18,28 @@ pytest.importorskip("numba")
 @pytest.fixture(autouse=True)
 def for_small_models_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(compiled, "MIN_ELEMENTS", 0)
+    monkeypatch.setattr(compiled, "PIECE_ELEMENTS", 100)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
-def tensors() -> tuple[list[Tensor], list[Tensor]]:
+def tensors(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     shadows = [torch.randn(shape) for shape in ((), (0, 7), (1,), (3, 5), (1021,), (8, 16, 4, 4), (70, 33))]
     shadows[5] = shadows[5].contiguous(memory_format=torch.channels_last)
     shadows[6] = shadows[6].T
     shadows.append(torch.tensor([-0.0, 0.0, 1e-45, float("inf"), float("-inf"), float("nan"), 3e38, -3e38]))
-    sources = [torch.randn_like(shadow).bfloat16() for shadow in shadows]
-    sources[-1] = torch.tensor([0.0, -0.0, -1e-40, 1.0, float("inf"), 1.0, -3e38, float("nan")]).bfloat16()
+    sources = [torch.randn_like(shadow).to(dtype) for shadow in shadows]
+    sources[-1] = torch.tensor([0.0, -0.0, -1e-40, 1.0, float("inf"), 1.0, -3e38, float("nan")]).to(dtype)
     return shadows, sources
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("weight", [1e-7, 1e-3, 0.3, 0.4999, 0.5, 0.8, 0.99999, -0.1, -0.7])
-def test_the_compiled_update_has_the_bits_of_pytorch(weight: float, threads: int) -> None:
+def test_the_compiled_update_has_the_bits_of_pytorch(weight: float, threads: int, dtype: torch.dtype) -> None:
     torch.set_num_threads(threads)
-    shadows, sources = tensors()
+    shadows, sources = tensors(dtype)
     expected = [shadow.clone() for shadow in shadows]
     torch._foreach_lerp_(expected, [source.float() for source in sources], weight)
     with Operations() as seen:
@@ -50,8 +52,8 @@ def test_the_compiled_update_has_the_bits_of_pytorch(weight: float, threads: int
 
 
 def test_what_pytorch_must_update_itself() -> None:
-    def suits(shadow: Tensor, source: Tensor) -> bool:
-        return compiled.suits([torch.zeros(9), shadow], [torch.zeros(9, dtype=torch.bfloat16), source])
+    def suits(shadow: Tensor, source: Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
+        return compiled.suits([torch.zeros(9), shadow], [torch.zeros(9, dtype=dtype), source])
 
     class Other(Tensor):
         pass
@@ -59,6 +61,8 @@ def test_what_pytorch_must_update_itself() -> None:
     one = torch.zeros(4, 6)
     other = one.bfloat16()
     assert suits(one, other) and suits(one.T, other.T) and suits(one, nn.Parameter(other))
+    assert suits(one, nn.Parameter(one), torch.float32) and not suits(one, other, torch.float32)
+    assert not suits(one, one.half(), torch.float16)
     for shadow, source in (
         (one.double(), other),
         (one, one),
@@ -92,21 +96,59 @@ def test_without_numba_pytorch_updates(monkeypatch: pytest.MonkeyPatch) -> None:
         compiled.available.cache_clear()
 
 
-def test_other_storage_or_shape_behind_a_tensor_is_seen() -> None:
-    dtype = torch.bfloat16
-    source, other = torch.zeros(50, dtype=dtype), torch.ones(7, dtype=dtype)
-    shadows = [torch.zeros(50), torch.zeros(7)]
-    pairs = kernels.Pairs(shadows, [source, other])
-    pairs.lerp_(0.5)
-    source.data = torch.ones(50, dtype=dtype)
-    pairs.lerp_(0.5)
-    assert shadows[0].tolist() == [0.5] * 50 and shadows[1].tolist() == [0.75] * 7
-    shadows[0].data = torch.full((50,), 3.0)
-    pairs.lerp_(0.5)
-    assert shadows[0].tolist() == [2.0] * 50
-    source.data = torch.ones(49, dtype=dtype)
-    with pytest.raises(RuntimeError, match="49"):
-        pairs.lerp_(0.5)
+def test_large_float32_tensors_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "MAX_MEAN_ELEMENTS", 50)
+    tensors = [torch.zeros(10), torch.zeros(89)]
+    assert compiled.suits(tensors, tensors)
+    tensors[0] = torch.zeros(11)
+    assert not compiled.suits(tensors, tensors)
+    assert compiled.suits(tensors, [tensor.bfloat16() for tensor in tensors])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_happens_behind_a_weight_is_seen(dtype: torch.dtype) -> None:
+    model = nn.Linear(6, 6, dtype=dtype)
+    average = WeightAverage(model)
+    expected = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+
+    def update() -> None:
+        for name, p in model.named_parameters():
+            expected[name].lerp_(p.detach().float(), 0.25)
+        with Operations() as seen:
+            average.update(model, 0.75)
+        assert "_foreach_lerp_" not in seen.names
+        for name, value in average.tensors().items():
+            assert torch.equal(value, expected[name]), name
+
+    update()
+    model.weight.data = torch.randn(6, 6).to(dtype)
+    update()
+    model.weight.data = model.weight.data.T  # of the same address, size and dtype
+    with pytest.raises(AssertionError, match="_foreach_lerp_"):  # laid out otherwise: PyTorch's, and right
+        update()
+    model.weight.data = model.weight.data.contiguous()
+    for name, value in average.tensors().items():
+        expected[name].copy_(value)
+    update()
+    before = {name: value.clone() for name, value in average.tensors().items()}
+    model.weight.data = model.weight.data[:5]  # of the same address
+    with pytest.raises(ValueError, match=r"'weight' has shape \(5, 6\), the average has \(6, 6\)"):
+        average.update(model, 0.75)
+    assert all(torch.equal(value, before[name]) for name, value in average.tensors().items())
+
+
+def test_a_weight_of_another_dtype_at_the_same_address_is_seen() -> None:
+    storage = torch.randn(64)
+    model = nn.Linear(8, 8, bias=False)
+    model.weight.data = storage.view(8, 8)
+    average = WeightAverage(model)
+    average.update(model, 0.5)
+    value = average.tensors()["weight"].clone()
+    half = torch.randn(8, 8).bfloat16()
+    storage.view(torch.bfloat16)[:64].copy_(half.view(-1))
+    model.weight.data = storage.view(torch.bfloat16)[:64].view(8, 8)
+    average.update(model, 0.5)
+    assert torch.equal(average.tensors()["weight"], value.lerp(half.float(), 0.5))
 
 
 def test_pytorch_knows_of_the_writes() -> None:
@@ -127,16 +169,16 @@ def test_pytorch_knows_of_the_writes() -> None:
         product.backward()
 
 
-def _updates(shadow: Tensor, source: Tensor) -> None:
+def _updates(shadow: Tensor, source: Tensor, threads: int) -> None:
+    torch.set_num_threads(threads)
     kernels.Pairs([shadow], [source]).lerp_(0.5)
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
-def test_a_forked_process_has_threads_of_its_own() -> None:
-    torch.set_num_threads(2)
+def test_a_forked_process_of_one_thread_needs_none_of_its_parents() -> None:
     shadow, source = torch.zeros(1000).share_memory_(), torch.ones(1000).bfloat16()
-    _updates(shadow, source)
-    child = multiprocessing.get_context("fork").Process(target=_updates, args=(shadow, source))
+    _updates(shadow, source, 2)
+    child = multiprocessing.get_context("fork").Process(target=_updates, args=(shadow, source, 1))
     child.start()
     child.join(60)
     assert child.exitcode == 0

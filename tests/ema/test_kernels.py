@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from operations import Operations
+from torch import nn
 
+from hf_ema_scaling import WeightAverage
 from hf_ema_scaling.ema import kernels
 
 
@@ -67,14 +69,17 @@ def test_a_mixed_update_is_the_update_of_the_cast_bit_for_bit(monkeypatch: pytes
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_other_storage_behind_a_source_is_seen(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(kernels.SCRATCH_ELEMENTS, "cpu", 16)
-    sources = [torch.zeros(5, dtype=dtype), torch.zeros(50, dtype=dtype)]
-    shadows = [torch.zeros(5), torch.zeros(50)]
-    pairs = kernels.Pairs(shadows, sources)
-    pairs.lerp_(0.5)
-    for source in sources:
+    model = nn.ParameterList([torch.zeros(5, dtype=dtype), torch.zeros(50, dtype=dtype)])
+    pairs = kernels.Pairs([torch.zeros(5), torch.zeros(50)], list(model))
+    average = WeightAverage(model)
+    average.update(model, 0.5)
+    for source in model:
+        assert pairs.hold()
         source.data = torch.ones_like(source)
-    pairs.lerp_(0.5)
-    assert all(shadow.tolist() == [0.5] * shadow.numel() for shadow in shadows)
+        assert not pairs.hold()
+        pairs = kernels.Pairs(pairs.shadow, list(model))
+    average.update(model, 0.5)
+    assert all(shadow.tolist() == [0.5] * shadow.numel() for shadow in average.tensors().values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
