@@ -7,6 +7,7 @@ from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -17,6 +18,10 @@ Kind = Literal["parameters", "buffers", "copies"]
 
 _places = attrgetter("_parameters", "_buffers", "_modules")
 _is_trained = attrgetter("requires_grad")
+_LOOKS = (Tensor.data_ptr, attrgetter("dtype"), Tensor.numel, Tensor.is_contiguous, _is_trained)
+"""What tells that a tensor is what it was. Shapes and strides would say more, but are objects that every look makes
+anew, which the garbage collector counts."""
+_place = attrgetter("device", "dtype", "shape")
 
 
 class Binding:
@@ -51,8 +56,12 @@ class Binding:
         self._values = [table.values() for table in tables if table]
         self._held = self._holds()
         self.sources: list[Tensor] = [entry.tensor for entry in entries]
-        self._parameters = [entry.tensor for entry in entries if entry.is_param]
-        self._trained = list(map(_is_trained, self._parameters))
+        paired = [entry.tensor for group in groups.values() for entry in group]
+        self._paired = [tensor for tensor in paired if _has_address(tensor)]
+        self._placed = [tensor for tensor in paired if not _has_address(tensor)]
+        known = set(map(id, self._paired))
+        self._others = [tensor for tensor in self.sources if id(tensor) not in known]
+        self._seen = self._look()
         self._addresses = shard_addresses(self.sources)
         self.parameters: list[Pairs] = []
         self.buffers: list[Pairs] = []
@@ -75,14 +84,26 @@ class Binding:
             len(now) == len(self._held)
             and all(map(is_, now, self._held))
             and not any(self._empty)
-            and list(map(_is_trained, self._parameters)) == self._trained
-            and all(pairs.hold() for pairs in (*self.parameters, *self.buffers, *self.copies))
+            and self._look() == self._seen
             and (not self._addresses or shard_addresses(self.sources) == self._addresses)
         )
 
     def _holds(self) -> list[object]:
         """The parameters, buffers and children of all modules that had any, in a fixed order."""
         return list(chain.from_iterable(self._values))
+
+    def _look(self) -> tuple[list[object], ...]:
+        # All of a tensor at once, while it is in the cache; references are the model's own tensors whatever they hold.
+        looks = zip(*(map(look, self._paired) for look in _LOOKS), strict=True)
+        return (
+            list(chain.from_iterable(looks)),
+            list(map(_place, self._placed)),
+            list(map(_is_trained, self._others)),
+        )
+
+
+def _has_address(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
 
 
 def shard_addresses(sources: list[Tensor]) -> list[int]:

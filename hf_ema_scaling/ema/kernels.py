@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import chain, compress
-from operator import attrgetter, not_
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_ema_scaling.ema import compiled
@@ -22,9 +20,6 @@ larger one a second trip to memory. Other devices pay by launch, so there it is 
 _OTHER_SCRATCH_ELEMENTS = 1 << 24
 _ALIGNMENT = 16
 """Elements: where a tensor begins in a scratch, so that vector instructions stay aligned."""
-
-_LOOKS = (Tensor.data_ptr, attrgetter("dtype"), Tensor.numel, Tensor.is_contiguous)
-_place = attrgetter("device", "dtype", "shape")
 
 
 class Scratch:
@@ -66,7 +61,7 @@ class Pairs:
         shadow: Tensors of one device and dtype to update, which keep their storage; their dtype is that of the
             arithmetic and of the result.
         source: As many tensors of the same shapes on the same device, of one dtype; kept, so that what they hold at
-            the time of an update counts, as long as `hold` says that they lie where they lay.
+            the time of an update counts. With `.data =` they would be others: `Binding.holds_for` looks for it.
         scratch: Shared with other pairs of the same average.
 
     Raises:
@@ -79,22 +74,10 @@ class Pairs:
         self.shadow, self.source = list(shadow), list(source)
         self._scratch = scratch or Scratch()
         self._mixed = any(s.dtype != p.dtype for s, p in zip(shadow, source, strict=True))
-        plain = list(map(_has_address, source))
-        self._plain = list(compress(source, plain))
-        self._others = list(compress(source, map(not_, plain)))
-        self._seen = self._look()
         self._rounds: list[_Round] | None = None
         self._copied: list[tuple[int, int, int]] | None = None
         self._loop: compiled.Loop | None = None
         self._looked = False
-
-    def hold(self) -> bool:
-        """Whether sources still are what was laid out: `.data =` gives one other storage, dtype, size or order.
-
-        To be asked before an update; where it says no, the pairs are to be made anew. Runs for every tensor, and so
-        without a loop of the interpreter.
-        """
-        return self._look() == self._seen
 
     def lerp_(self, weight: float, *, away: bool = False) -> None:
         """Moves every shadow tensor towards its source in place: `s <- s + weight * (p - s)`.
@@ -143,12 +126,6 @@ class Pairs:
     def _versions(self) -> list[tuple[int, int, int]]:
         return [(s._version, p._version, p.data_ptr()) for s, p in zip(self.shadow, self.source, strict=True)]
 
-    def _look(self) -> tuple[list[object], list[object]]:
-        # All of a tensor at once, while it is in the cache. Shapes and strides would say more, but are objects made
-        # anew at every look, which the garbage collector counts.
-        looks = zip(*(map(look, self._plain) for look in _LOOKS), strict=True)
-        return list(chain.from_iterable(looks)), list(map(_place, self._others))
-
     def _compiled(self) -> compiled.Loop | None:
         if not self._looked:
             self._looked = True
@@ -175,10 +152,6 @@ class Pairs:
                 rounds[-1].cast.append(_in_layout_of(shadow, buffer[used : used + shadow.numel()]))
                 used += -(-shadow.numel() // _ALIGNMENT) * _ALIGNMENT
         return rounds
-
-
-def _has_address(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
 
 
 def _pieces(shadow: Tensor, source: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
