@@ -84,8 +84,12 @@ def test_small_models_do_not_wait_for_a_compiler(monkeypatch: pytest.MonkeyPatch
     assert compiled.suits([torch.zeros(1001)], [torch.ones(1001).bfloat16()])
 
 
-def test_without_numba_pytorch_updates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "numba", None)
+@pytest.mark.parametrize("lacking", ["numba", "OpenMP"])
+def test_without_numba_or_threads_to_run_on_pytorch_updates(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if lacking == "numba":
+        monkeypatch.setitem(sys.modules, "numba", None)
+    else:
+        monkeypatch.setattr(compiled, "_openmp", lambda: None)
     compiled.available.cache_clear()
     try:
         shadow, source = torch.zeros(3), torch.ones(3).bfloat16()
