@@ -40,9 +40,9 @@ def refuse_sharding(trainer: Trainer) -> None:
     `dp_replicate_size` copies of the shards (HSDP) where that is given, or by accelerate's plugin with
     `fsdp_version: 2` (with `parallelism_config=ParallelismConfig(dp_replicate_size=m, dp_shard_size=n)` m copies of n
     shards, at least two), which wants accelerators: it has not been run on a GPU, only on CPUs that it was made to
-    take for such. PEFT adapters train in both; of a model sharded at load time they are whole on every process, and PEFT
-    cannot copy a sharded module for `modules_to_save`. What is said of DeepSpeed comes from accelerate's source and
-    has not been run.
+    take for such. PEFT adapters train in both; of a model sharded at load time they are whole on every process, and
+    PEFT cannot copy a sharded module for `modules_to_save`. What is said of DeepSpeed comes from accelerate's source
+    and has not been run.
 
     Args:
         trainer: a trainer whose own constructor has run.
