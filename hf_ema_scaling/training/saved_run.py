@@ -17,7 +17,7 @@ from hf_ema_scaling.training.commit import committed
 from hf_ema_scaling.training.evaluation import BothWeightsEvaluation
 from hf_ema_scaling.training.records import write_records
 from hf_ema_scaling.training.run_state import RunState
-from hf_ema_scaling.training.sharded import check_optimizer_state
+from hf_ema_scaling.training.sharded import adds_adapters_to_shards, check_optimizer_state, saved_as_whole
 from hf_ema_scaling.training.streaming import save_places
 from hf_ema_scaling.training.student_files import student_checksums
 
@@ -77,6 +77,13 @@ class SavedRun(BothWeightsEvaluation, AveragedSteps):
             last_logged=self._globalstep_last_logged if running else done,
             counters=self.counters(),
         )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not adds_adapters_to_shards(self):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            with saved_as_whole(self.model) as adapters:
+                super()._save(output_dir, adapters)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with committed(self, trial):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, Trainer
 
 from hf_ema_scaling.ema import unwrap
+from hf_ema_scaling.ema.adapters import adapter_configs, is_peft_model
 from hf_ema_scaling.ema.sharding import is_flat_sharded
 
 FSDP1 = (
@@ -36,10 +39,10 @@ def refuse_sharding(trainer: Trainer) -> None:
     FSDP2 trains: sharded at load time by `from_pretrained(distributed_config=DistributedConfig(fsdp_size=n))`, with
     `dp_replicate_size` copies of the shards (HSDP) where that is given, or by accelerate's plugin with
     `fsdp_version: 2` (with `parallelism_config=ParallelismConfig(dp_replicate_size=m, dp_shard_size=n)` m copies of n
-    shards), which wants accelerators: it has not been run on a GPU, only on CPUs that it was made to take
-    for such. PEFT adapters train in both; of a model sharded at load time they are whole on every process, and PEFT
-    cannot copy a sharded module for `modules_to_save`. What is said of DeepSpeed comes from accelerate's source and
-    has not been run.
+    shards, at least two), which wants accelerators: it has not been run on a GPU, only on CPUs that it was made to
+    take for such. PEFT adapters train in both; of a model sharded at load time they are whole on every process, and
+    PEFT cannot copy a sharded module for `modules_to_save`. What is said of DeepSpeed comes from accelerate's source
+    and has not been run.
 
     Args:
         trainer: a trainer whose own constructor has run.
@@ -140,6 +143,35 @@ def check_optimizer_state(trainer: Trainer, checkpoint: str | None) -> None:
     names = ("optimizer.bin", "optimizer_0") if trainer.is_fsdp_enabled else ("optimizer.pt",)
     if not any((Path(checkpoint) / name).exists() for name in names):
         raise ValueError(f"{checkpoint} holds no optimizer state (save_only_model?) and cannot be resumed")
+
+
+def adds_adapters_to_shards(trainer: Trainer) -> bool:
+    """Whether the model was sharded at load time and has adapters by transformers' own `add_adapter`."""
+    model = trainer.model
+    if model is None or not trainer.is_distributed_loading_by_transformers or is_peft_model(model):
+        return False
+    return bool(adapter_configs(model))
+
+
+@contextlib.contextmanager
+def saved_as_whole(model: Any) -> Iterator[dict[str, Tensor]]:
+    """Inside, `save_pretrained` on one process writes the adapters added to a sharded base, which are whole there.
+
+    By itself it waits for ever: PEFT, asked on the writing process alone, gathers the base's shards, which takes all
+    processes. Past that it would write the gathered base under the adapter's file name.
+
+    Args:
+        model: as `adds_adapters_to_shards` tells.
+
+    Yields:
+        The `state_dict` to save: what is held whole.
+    """
+    config = model.config.distributed_config
+    model.config.distributed_config = None
+    try:
+        yield {name: tensor for name, tensor in model.state_dict().items() if not isinstance(tensor, DTensor)}
+    finally:
+        model.config.distributed_config = config
 
 
 def without_sync(

@@ -18,16 +18,17 @@ from adapted import peft
 from sharded_processes import SENTENCE, seen
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+from transformers.integrations import peft as peft_integration
 
 from hf_ema_scaling.labels import CTCLabeler
 
 LAYERS = {"bert": ["query", "value"], "wav2vec2": ["q_proj", "v_proj"]}
 
 
-def lora(family: str, saved: Path | None = None, *, seed: int = 1) -> Any:
+def lora(family: str, saved: Path | None = None, *, seed: int = 1, kind: str = "get_peft_model") -> Any:
     """A tiny model with adapters alone, whole, or where it is given a folder with its base in shards."""
     base = sharded_processes.model_of(family, saved)
-    return adapted.adapt(base, "get_peft_model", seed=seed, target_modules=LAYERS[family], modules_to_save=None)
+    return adapted.adapt(base, kind, seed=seed, target_modules=LAYERS[family], modules_to_save=None)
 
 
 def supervised(folder: Path, model: Any, micro: int, **changes: Any) -> Any:
@@ -147,6 +148,21 @@ def main(folder: Path) -> dict[str, Any]:
     return results
 
 
+def main_added(folder: Path) -> dict[str, Any]:
+    """Adapters of transformers' `add_adapter`, under DDP and over a base in shards."""
+    # The newest transformers asks for a PEFT that is not published yet.
+    peft_integration.check_peft_version = lambda **_: None
+    made = supervised(folder / "ddp", lora("bert", kind="add_adapter"), 4, save_strategy="steps", save_steps=1)
+    results = {"ddp": trained(made) | saved(made, folder / "ddp" / "final")}
+    again = supervised(folder / "again", lora("bert", seed=7, kind="add_adapter"), 4)
+    results["again"] = trained(again, resume_from_checkpoint=str(folder / "ddp" / "checkpoint-2"))
+    made = supervised(folder / "shards", lora("bert", folder / "bert", kind="add_adapter"), 4)
+    results["shards"] = trained(made) | saved(made, folder / "shards" / "final")
+    parameters = list(made.model.named_parameters())
+    results["whole"] = {"names": [name for name, p in parameters if not isinstance(p, DTensor)]}
+    return results
+
+
 def main_plugin(folder: Path) -> dict[str, Any]:
     """Base, adapters and a classifier trained along, all sharded by accelerate's plugin."""
     made = supervised(folder, adapted.lora_bert(), 4, save_strategy="steps", save_steps=1)
@@ -162,5 +178,5 @@ if __name__ == "__main__":
     if PART == "plugin":
         sharded_processes.force_plugin()
     RANK = PartialState(cpu=True).process_index
-    torch.save({"all": main, "plugin": main_plugin}[PART](OUT), OUT / f"{RANK}.pt")
+    torch.save({"all": main, "added": main_added, "plugin": main_plugin}[PART](OUT), OUT / f"{RANK}.pt")
     dist.destroy_process_group()

@@ -10,7 +10,7 @@ import sharded_processes
 import tiny
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import ParallelismConfig, PartialState
 from sharded_processes import PLANS, seen
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -49,9 +49,27 @@ def main(folder: Path, shards: int) -> dict[str, Any]:
     return results | {"labels": seen(labelled) | {"found": labelled.found}}
 
 
+def main_plugin(folder: Path, shards: int) -> dict[str, Any]:
+    """The same by accelerate's plugin and a `ParallelismConfig`; and once more, from a checkpoint."""
+    more = {
+        "parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=shards),
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    micro = 12 // dist.get_world_size()
+    made = sharded_processes.split(folder / "run", tiny.bert(), "bert", micro, **more)
+    made.train()
+    parameters = [p for p in made.model.parameters() if isinstance(p, DTensor)]
+    again = sharded_processes.split(folder / "again", tiny.bert(seed=5), "bert", micro, **more)
+    again.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2"))
+    return {"run": seen(made), "again": seen(again), "placements": {str(p.placements) for p in parameters}}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    OUT = Path(sys.argv[1])
+    OUT, SHARDS, PART = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    if PART == "plugin":
+        sharded_processes.force_plugin()
     RANK = PartialState(cpu=True).process_index
-    torch.save(main(OUT, int(sys.argv[2])), OUT / f"{RANK}.pt")
+    torch.save({"load": main, "plugin": main_plugin}[PART](OUT, SHARDS), OUT / f"{RANK}.pt")
     dist.destroy_process_group()

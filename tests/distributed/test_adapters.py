@@ -113,6 +113,31 @@ def test_the_callback_averages_adapters_over_processes(launched: Launched, kind:
     assert tiny.same_bits({n: v for n, v in loaded.items() if "lora" in n}, found["averages"][-1])
 
 
+def test_adapters_that_transformers_adds_train_save_and_resume(tmp_path: Path) -> None:
+    """`model.add_adapter`, under DDP and over a base in shards."""
+    folder = tmp_path / "two"
+    folder.mkdir()
+    launch.on_two_processes(adapter_processes.__file__, str(folder), "added")
+    ranks = launch.results(folder)
+    alone = adapter_processes.supervised(tmp_path / "one", adapter_processes.lora("bert", kind="add_adapter"), 48)
+    alone.train()
+    for rank in ranks:
+        assert len(rank["whole"]["names"]) == 4 and all("lora" in name for name in rank["whole"]["names"])
+        for name in ("ddp", "shards"):
+            close(rank[name], alone)
+            for key in ("gradients", "weights", "averages"):
+                assert tiny.same_bits(rank[name][key], ranks[0][name][key]), key
+        for key in ("gradients", "weights", "averages"):
+            assert tiny.same_bits(rank["again"][key], rank["ddp"][key][2:]), key
+    for name in ("ddp", "shards"):
+        final = folder / name / "final"
+        for place, said in zip((final, final / "ema" / "adapter"), ranks[0][name]["said"], strict=True):
+            loaded = peft.PeftModel.from_pretrained(tiny.bert(), place).eval()
+            with torch.no_grad():
+                logits = loaded(input_ids=adapter_processes.SENTENCE).logits
+            torch.testing.assert_close(logits, said, rtol=0, atol=1e-6)
+
+
 def test_accelerates_plugin_trains_saves_and_resumes_sharded_adapters(tmp_path: Path) -> None:
     folder = tmp_path / "two"
     folder.mkdir()

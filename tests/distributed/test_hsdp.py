@@ -26,7 +26,7 @@ Launched = tuple[Path, int, list[dict[str, Any]]]
 def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launched:
     shards: int = request.param
     folder = tmp_path_factory.mktemp("hsdp")
-    launch.on_processes(2 * shards, hsdp_processes.__file__, str(folder), str(shards))
+    launch.on_processes(2 * shards, hsdp_processes.__file__, str(folder), str(shards), "load")
     return folder, shards, launch.results(folder, 2 * shards)
 
 
@@ -87,3 +87,22 @@ def test_the_teacher_labels_as_that_of_one_process(launched: Launched, tmp_path:
     found = [label for rank in ranks for label in rank["labels"]["found"]]
     assert len(found) == 30 and sorted(found) == sorted(alone.found)
     assert torch.equal(ranks[0]["teacher"]["second"], ranks[-1]["teacher"]["second"])
+
+
+def test_copies_of_shards_by_accelerates_plugin_train_and_resume(tmp_path: Path) -> None:
+    """`ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)`, on CPUs that pass for accelerators.
+
+    Copies of one shard each, which `DistributedConfig` makes, accelerate refuses.
+    """
+    folder, count = tmp_path / "plugin", 4
+    folder.mkdir()
+    launch.on_processes(count, hsdp_processes.__file__, str(folder), "2", "plugin")
+    alone = sharded_processes.split(tmp_path / "one", tiny.bert(), "bert", 48)
+    alone.train()
+    ranks = launch.results(folder, count)
+    for rank in ranks:
+        assert rank["placements"] == {"(Replicate(), Shard(dim=0))"}
+        close(rank["run"], alone)
+        for key in ("gradients", "weights", "averages"):
+            assert tiny.same_bits(rank["run"][key], ranks[0]["run"][key]), key
+            assert tiny.same_bits(rank["again"][key], rank["run"][key][2:]), key

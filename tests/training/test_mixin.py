@@ -375,6 +375,7 @@ RELIED_ON = {
     "_load_rng_state": ["self", "checkpoint"],
     "_prepare_inputs": ["self", "inputs"],
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
+    "_save": ["self", "output_dir", "state_dict"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_save_rng_state": ["self", "output_dir"],
     "_set_signature_columns_if_needed": ["self"],
