@@ -18,7 +18,7 @@ from hf_ema_scaling.ema import AverageStateError, WeightAverage, load_average
 from hf_ema_scaling.ema.durable import UNREADABLE_ZIP, check_zip
 from hf_ema_scaling.ema.storage import check_average
 from hf_ema_scaling.training.run_state import read_run_state
-from hf_ema_scaling.training.student_files import CHECKSUMS_NAME, checksum_faults, student_faults
+from hf_ema_scaling.training.student_files import checksum_faults, student_faults
 
 if TYPE_CHECKING:
     from hf_ema_scaling.training.averaged_steps import AveragedSteps
@@ -196,15 +196,8 @@ def _trainers_faults(folder: Path) -> list[str]:
         # Where the run state is lost with the average, so are the student's checksums.
         with contextlib.suppress(AverageStateError):
             found.extend(student_faults(folder, read_run_state(folder).student))
-        found.extend(_checksum_faults(folder))
+        found.extend(checksum_faults(folder))
     return found
-
-
-def _checksum_faults(folder: Path) -> list[str]:
-    try:
-        return checksum_faults(folder)
-    except (KeyError, TypeError, AttributeError) as error:
-        return [f"{CHECKSUMS_NAME} is not readable ({type(error).__name__}: {error})"]
 
 
 def faults_of(folder: Path, names: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ import transformers.trainer_jit_checkpoint
 from transformers import EvalPrediction, TrainerCallback
 
 from hf_ema_scaling.ema import AverageStateError
+from hf_ema_scaling.ema.durable import sealed_json
 from hf_ema_scaling.training import checkpoints
 from hf_ema_scaling.training.checkpoints import (
     IncompleteCheckpointError,
@@ -109,7 +110,15 @@ def other_step(folder: Path) -> None:
     path = folder / "ema" / "ema_state.json"
     record = json.loads(path.read_text())
     record["state"]["global_step"] = 4
-    path.write_text(json.dumps(record))
+    path.write_text(sealed_json(record))
+
+
+def another_clock(folder: Path) -> None:
+    """A flipped bit that changes a digit of the run's state."""
+    path = folder / "ema" / "ema_state.json"
+    content = path.read_text().replace('"clock": 6.0', '"clock": 4.0')
+    assert content != path.read_text()
+    path.write_text(content)
 
 
 TRAINERS = [
@@ -136,6 +145,7 @@ AVERAGES = [
     (gone("ema/model.safetensors"), "model.safetensors is missing"),
     (cut("ema/model.safetensors"), "model.safetensors is not readable"),
     (flipped("ema/model.safetensors"), "crc32"),
+    (another_clock, "ema_state.json in its 'ema' folder is missing or damaged (its CRC-32 is"),
     (other_step, "is of step 4 and trainer_state.json of step 6"),
 ]
 
