@@ -321,7 +321,9 @@ def _read_files(folder: Path) -> dict[str, Tensor]:
         try:
             tensors.update(load_file(folder / name))
         except FileNotFoundError as error:
-            raise _damaged(folder, f"{name} is missing") from error
+            # safetensors says so also of a file that this process may not read.
+            what = "is not readable: permission denied?" if (folder / name).is_file() else "is missing"
+            raise _damaged(folder, f"{name} {what}") from error
         except (SafetensorError, OSError, ValueError) as error:
             raise _damaged(folder, f"{name} is not readable ({error})") from error
     return tensors

@@ -26,10 +26,12 @@ from hf_ema_scaling.training.callback_files import (
     NoAverageError,
     average_faults,
     average_to_resume,
+    best_faults,
     check_same_run,
     files_faults,
     holds_state,
     read_average,
+    refuse_best,
     refuse_damaged_files,
     refuse_other_student,
     written_checkpoint,
@@ -100,7 +102,7 @@ class CheckpointedAverage(TrainerCallback):
             raise RuntimeError("there is no average yet: it is created when Trainer.train() begins")
         return self._average
 
-    def newest_checkpoint(self, output_dir: str | Path) -> Path | None:
+    def newest_checkpoint(self, output_dir: str | Path, *others: CheckpointedAverage) -> Path | None:
         """The newest `checkpoint-N` that a run can resume from, with this average; for `resume_from_checkpoint`.
 
         After a crash Trainer's own search takes the one with the highest number, though its saving may not have
@@ -109,6 +111,7 @@ class CheckpointedAverage(TrainerCallback):
 
         Args:
             output_dir: Where the checkpoints lie.
+            others: Further callbacks of the run, whose averages are to be there, too: a crash may come between two.
 
         Returns:
             The folder, with a warning of what newer ones lack; None if none is complete.
@@ -116,8 +119,9 @@ class CheckpointedAverage(TrainerCallback):
         passed_over: list[str] = []
         for checkpoint in reversed(checkpoints_in(Path(output_dir))):
             missing = what_is_missing(checkpoint, average=False)
-            if not missing and self.on_missing_average == "raise":
-                missing = average_faults(checkpoint, self.folder)
+            if not missing:
+                needed = [average.folder for average in (self, *others) if average.on_missing_average == "raise"]
+                missing = [fault for folder in needed for fault in average_faults(checkpoint, folder)]
             if not missing:
                 if passed_over:
                     logger.warning(f"Resuming from {checkpoint}. Newer but not complete: {' | '.join(passed_over)}.")
@@ -144,6 +148,24 @@ class CheckpointedAverage(TrainerCallback):
     ) -> None:
         """Writes the average into a just-in-time checkpoint, if one was saved now."""
         self._follow_just_in_time(args, state, control, kwargs["model"])
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """At the last log, before Trainer loads the best model and deletes others: refuses a best that is damaged.
+
+        Raises:
+            AverageStateError: Its files are not as they were saved. Trainer would load a flipped bit, and without the
+                files go on with the last weights.
+        """
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None and "train_runtime" in (logs or {}):
+            refuse_best(best, gather_object(best_faults(Path(best)) if args.should_save else []))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Notes that the run came to its end: the next one is no new attempt at it."""
@@ -288,7 +310,8 @@ class CheckpointedAverage(TrainerCallback):
         elif problem is not None:
             raise NoAverageError(
                 f"{problem} If it lies elsewhere, name its place in EMACallback(resume_from=...); set "
-                "on_missing_average='rebuild' if the average was there and is lost."
+                "on_missing_average='rebuild' if the average was there and is lost, or resume from a checkpoint that "
+                "newest_checkpoint finds."
             ) from problem
         if not attempt:
             refuse_other_student(folder.parent, self.folder, saved)

@@ -201,6 +201,28 @@ def refuse_damaged_files(checkpoint: Path, found: list[str]) -> None:
         )
 
 
+def best_faults(best: Path) -> list[str]:
+    """What of the best checkpoint, whose student is about to be loaded, is not as it was saved."""
+    return checksum_faults(best) if best.is_dir() else ["there is no such folder"]
+
+
+def refuse_best(best: str, found: list[str]) -> None:
+    """Refuses to go on with other weights than the best ones.
+
+    Args:
+        best: The checkpoint.
+        found: `best_faults` of it.
+
+    Raises:
+        AverageStateError: `found` is not empty.
+    """
+    if found:
+        raise AverageStateError(
+            f"The best model, {best}, cannot be loaded: {'; '.join(sorted(set(found)))}. Training is done, and no "
+            "checkpoint was deleted: restore the file from a copy, or take another checkpoint."
+        )
+
+
 def refuse_other_student(checkpoint: Path, folder: str, saved: Mapping[str, Any]) -> None:
     """Compares the student beside the average with that of the save; what is not there is passed over.
 

@@ -21,6 +21,8 @@ from hf_ema_scaling.training.run_state import read_run_state
 from hf_ema_scaling.training.student_files import checksum_faults, student_faults
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from hf_ema_scaling.training.averaged_steps import AveragedSteps
 
 logger = logging.get_logger(__name__)
@@ -173,9 +175,38 @@ def refuse_damaged_average(checkpoint: Path) -> None:
         )
 
 
+def refuse_damaged_best(trainer: Trainer) -> None:
+    """Refuses to load the best model at the end of a run where its files are not as they were saved.
+
+    Trainer would load a flipped bit, and without the files go on with the last weights. The main process decides.
+
+    Raises:
+        IncompleteCheckpointError: naming what is wrong.
+        AverageStateError: The run state beside it is missing or damaged.
+    """
+    answer: list[Any] = [None]
+    if trainer.accelerator.is_main_process:
+        best = Path(str(trainer.state.best_model_checkpoint))
+        try:
+            if found := student_faults(best, read_run_state(best).student):
+                raise IncompleteCheckpointError(
+                    f"the best model, {best}, cannot be loaded: {'; '.join(found)}. Training is done, and no "
+                    "checkpoint was deleted: restore the file from a copy, or take another checkpoint"
+                )
+        except (IncompleteCheckpointError, AverageStateError) as error:
+            answer = [error]
+    if trainer.accelerator.num_processes > 1:
+        broadcast_object_list(answer)
+    if answer[0] is not None:
+        raise answer[0]
+
+
 def _trainers_faults(folder: Path) -> list[str]:
     """What is wrong with the part of a checkpoint that Trainer writes."""
-    names = {path.name for path in folder.iterdir()}
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        return [f"it is not readable ({error})"]
     deepspeed = any(name.startswith("global_step") for name in names)
     sharded = {name for name in names if name.startswith(("pytorch_model_fsdp", "optimizer_"))}
     found = []

@@ -20,7 +20,7 @@ from transformers import (
     Wav2Vec2ForCTC,
 )
 
-from hf_ema_scaling.ema import AverageStateError, EMATeacher, WeightAverage, load_average, save_average
+from hf_ema_scaling.ema import AverageStateError, EMATeacher, WeightAverage, load_average, save_average, storage
 from hf_ema_scaling.ema.durable import sealed_json
 from hf_ema_scaling.ema.storage import check_average
 
@@ -339,6 +339,20 @@ def test_a_record_of_an_older_version_has_no_checksum(tmp_path: Path) -> None:
     path.write_text(sealed_json(record | {"num_updates": 7}))
     load_average(tmp_path / "ema", model, restored)
     assert restored.num_updates == 7
+
+
+def test_weights_that_may_not_be_read_are_not_said_to_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Linear(2, 2)
+    save_average(tmp_path / "ema", model, moved(model), state={})
+
+    def refused(path: Path) -> dict[str, Tensor]:
+        raise FileNotFoundError(f"No such file or directory: {path}")  # as safetensors says of a file without rights
+
+    monkeypatch.setattr(storage, "load_file", refused)
+    with pytest.raises(AverageStateError, match=r"model\.safetensors is not readable: permission denied\?"):
+        load_average(tmp_path / "ema", model, WeightAverage(model))
 
 
 def test_wrong_folder_policy_or_model_is_refused(tmp_path: Path) -> None:

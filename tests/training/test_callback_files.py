@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from stock_runs import callback, clones, same, trainer
+from stock_runs import Sentences, arguments, bert, callback, clones, same, trainer
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_ema_scaling.ema import AverageStateError
 from hf_ema_scaling.ema.durable import sealed_json
@@ -247,3 +249,111 @@ def test_a_digit_of_the_record_is_not_believed(run: Path, field: str) -> None:
     path.write_text(sealed_json(changed))
     with pytest.warns(UserWarning, match=field) if field != "units_seen" else contextlib.nullcontext():
         assert resumed(checkpoint).average.num_updates == 6
+
+
+# What Trainer loads by itself, and what it writes into twice
+
+
+def with_best(folder: Path, damage: Damage, average: Any) -> Trainer:
+    """A run whose best checkpoint, that of step 2, is damaged before its end."""
+
+    class Damages(TrainerCallback):
+        def on_step_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
+            if state.global_step == 5:
+                damage(Path(str(state.best_model_checkpoint)))
+
+    changes: dict[str, Any] = {
+        "save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2, "learning_rate": 0.3,
+        "load_best_model_at_end": True, "save_total_limit": 1,
+    }  # fmt: skip
+    return Trainer(
+        bert(), arguments(folder, **changes), train_dataset=Sentences(), eval_dataset=Sentences(10),
+        callbacks=[average, Damages()],
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:save_total_limit=1")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flipped("model.safetensors", 0.999), r"checkpoint-2, cannot be loaded: model\.safetensors is damaged"),
+        (gone("model.safetensors"), r"checkpoint-2, cannot be loaded: model\.safetensors is missing"),
+        (shutil.rmtree, "checkpoint-2, cannot be loaded: there is no such folder"),
+    ],
+    ids=["flipped", "missing", "gone"],
+)
+def test_a_damaged_best_model_is_not_loaded_and_the_last_not_deleted(
+    tmp_path: Path, damage: Damage, message: str
+) -> None:
+    average = callback()
+    made = with_best(tmp_path, damage, average)
+    with pytest.raises(AverageStateError, match=message):
+        made.train()
+    assert average.average.num_updates == made.state.global_step == 6
+    assert (tmp_path / "checkpoint-6" / "ema").is_dir()
+
+
+@pytest.mark.filterwarnings("ignore:save_total_limit=1")
+def test_a_whole_best_model_is_loaded(tmp_path: Path) -> None:
+    made = with_best(tmp_path, lambda _: None, callback())
+    made.train()
+    assert made.state.best_global_step == 2 and made.evaluate()["eval_loss"] == made.state.best_metric
+
+
+def test_the_newest_with_the_averages_of_all_callbacks(run: Path) -> None:
+    shutil.rmtree(run / "checkpoint-6" / "ema-fast")  # a kill between the two
+    slow, fast = callback(), callback(momentum=0.5, name="fast")
+    assert slow.newest_checkpoint(run) == run / "checkpoint-6"
+    assert slow.newest_checkpoint(run, fast) == fast.newest_checkpoint(run, slow) == run / "checkpoint-4"
+    rebuilding = callback(momentum=0.5, name="fast", on_missing_average="rebuild")
+    assert slow.newest_checkpoint(run, rebuilding) == run / "checkpoint-6"
+    with pytest.raises(AverageStateError, match=r"no saved average at .*or resume from a checkpoint that"):
+        trainer(slow, run, fast, max_steps=8).train(resume_from_checkpoint=str(run / "checkpoint-6"))
+
+
+def test_a_folder_that_may_not_be_read_is_passed_over(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.iterdir
+
+    def refused(folder: Path) -> Iterator[Path]:
+        if folder == run / "checkpoint-6":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    assert callback().newest_checkpoint(run) == run / "checkpoint-4"
+
+
+class Asks(TrainerCallback):
+    """Asks for a checkpoint, as SIGTERM does, in two events of step 4."""
+
+    manager: Any = None
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
+        if state.global_step == 3:
+            self.manager.is_checkpoint_requested = True
+
+    def on_step_end(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
+        if state.global_step == 4:
+            torch.rand(1)  # so that the second finds other random states
+            self.manager.is_checkpoint_requested = True
+
+
+def test_a_second_request_in_the_same_step_leaves_a_checkpoint_that_is_whole(tmp_path: Path) -> None:
+    average, asks = callback(), Asks()
+    made = trainer(average, tmp_path, asks, per_device_train_batch_size=16, enable_jit_checkpoint=True)
+    jit: Any = next(c for c in made.callback_handler.callbacks if isinstance(c, JITCheckpointCallback))
+    asks.manager, saved = jit.jit_manager, list[int]()
+    execute = asks.manager.execute_jit_checkpoint
+
+    def noted() -> None:
+        execute()
+        saved.append(made.state.global_step)
+
+    asks.manager.execute_jit_checkpoint = noted
+    made.train()
+    assert saved == [4, 4] and average.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    again = callback()
+    trainer(again, tmp_path, per_device_train_batch_size=16).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+    )
+    assert again.average.num_updates == 6

@@ -235,6 +235,38 @@ def test_where_none_is_complete_each_is_named(whole: tuple[Any, Path], tmp_path:
         newest_complete_checkpoint(tmp_path / "nothing")
 
 
+def test_a_folder_in_the_place_of_a_file_is_written_anew(whole: tuple[Any, Path], tmp_path: Path) -> None:
+    reference, _ = whole
+    copied(whole, tmp_path, 2, 4)
+    for name in ("trainer_state.json", "optimizer.pt"):
+        gone(name)(tmp_path / "checkpoint-4")
+        (tmp_path / "checkpoint-4" / name).mkdir()
+    made = run(tmp_path, init=7)
+    made.train(resume_from_checkpoint=True)
+    assert tiny.same_bits(tiny.average(made), tiny.average(reference))
+    assert what_is_missing(tmp_path / "checkpoint-4") == []
+
+
+@pytest.mark.parametrize("metric", ["loss", "ema_loss"])
+@pytest.mark.parametrize("name", ["model.safetensors", "ema/model.safetensors", "ema/ema_state.json"])
+def test_a_damaged_best_model_is_not_loaded_and_the_last_not_deleted(tmp_path: Path, metric: str, name: str) -> None:
+    class Damages(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == STEPS - 1:
+                best.append(Path(str(state.best_model_checkpoint)))
+                flipped(name)(best[0])
+
+    best: list[Path] = []
+    more = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1}
+    settings = {"metric_for_best_model": metric, "greater_is_better": metric == "loss", "learning_rate": 1e-2}
+    made = run(tmp_path, **more, **settings, eval_dataset=tiny.sentences(6), callbacks=[Damages()])
+    with pytest.raises((IncompleteCheckpointError, AverageStateError)) as said:
+        made.train()
+    assert str(best[0]) in str(said.value) and name.split("/")[-1] in str(said.value) + "model.safetensors"
+    assert made.state.global_step == STEPS and (tmp_path / f"checkpoint-{STEPS}").is_dir()
+    assert best[0].name != f"checkpoint-{STEPS}"
+
+
 # ---- An average that is lost
 
 
