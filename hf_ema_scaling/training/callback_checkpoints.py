@@ -124,7 +124,10 @@ class CheckpointedAverage(TrainerCallback):
                 missing = [fault for folder in needed for fault in average_faults(checkpoint, folder)]
             if not missing:
                 if passed_over:
-                    logger.warning(f"Resuming from {checkpoint}. Newer but not complete: {' | '.join(passed_over)}.")
+                    logger.warning(
+                        f"Resuming from {checkpoint}. Newer but not complete: {' | '.join(passed_over)}. Delete them: "
+                        "save_total_limit would count them, and delete complete ones."
+                    )
                 return checkpoint
             passed_over.append(f"{checkpoint.name}: {'; '.join(missing)}")
         if passed_over:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_ema_scaling.ema import AverageStateError, WeightAverage, load_average
 from hf_ema_scaling.ema.durable import UNREADABLE_ZIP, check_zip
 from hf_ema_scaling.ema.storage import STATE_NAME, check_average
+from hf_ema_scaling.training.checkpoints import checkpoint_step, checkpoints_in
 from hf_ema_scaling.training.student_files import (
     CHECKSUMS_NAME,
     RANDOM_STATES,
@@ -46,6 +47,13 @@ def written_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
         checkpoint = root / name
         if checkpoint.is_dir():
             return checkpoint
+        later = [other.name for other in checkpoints_in(root) if checkpoint_step(other) > state.global_step]
+        if args.save_total_limit and later:
+            raise FileNotFoundError(
+                f"EMACallback saves the average into {checkpoint}, which save_total_limit={args.save_total_limit} has "
+                f"deleted at once: {', '.join(later)} of an earlier run lie there and pass for newer. Move them away, "
+                "or use another output_dir."
+            )
         raise FileNotFoundError(
             f"EMACallback saves the average into {checkpoint}, which does not exist: it was deleted, or this Trainer "
             "writes its checkpoints elsewhere. Use save_strategy='no' and EMACallback.export()."

@@ -323,6 +323,15 @@ def test_a_folder_that_may_not_be_read_is_passed_over(run: Path, monkeypatch: py
     assert callback().newest_checkpoint(run) == run / "checkpoint-4"
 
 
+@pytest.mark.filterwarnings("ignore:save_total_limit=1")
+def test_checkpoints_of_an_earlier_run_that_take_the_place_of_new_ones_are_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-9").mkdir()
+    os.utime(tmp_path / "checkpoint-9", (2**33, 2**33))  # the newest by its number and by its time
+    made = trainer(callback(), tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1)
+    with pytest.raises(FileNotFoundError, match="has deleted at once: checkpoint-9 of an earlier run lie there"):
+        made.train()
+
+
 class Asks(TrainerCallback):
     """Asks for a checkpoint, as SIGTERM does, in two events of step 4."""
 
