@@ -93,6 +93,6 @@ def files(folder: Path) -> dict[str, bytes]:
     found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     if "checksums.json" in found:
         record = json.loads(found["checksums.json"])
-        del record["crc32"]["trainer_state.json"]
+        del record["crc32"]["trainer_state.json"], record["own_crc32"]
         found["checksums.json"] = json.dumps(record).encode()
     return found

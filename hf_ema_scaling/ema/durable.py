@@ -6,16 +6,21 @@ And what tells a whole file from one that others have torn, or a disk has damage
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 UNREADABLE_ZIP = (OSError, ValueError, EOFError, zipfile.BadZipFile)
 """What `check_zip` raises."""
+SEAL = "own_crc32"
+"""Field of a JSON record for the checksum of its other fields."""
 
 
 def flush(path: str | Path) -> None:
@@ -94,3 +99,31 @@ def file_checksum(path: str | Path) -> str:
         while block := file.read(1 << 22):
             checksum = zlib.crc32(block, checksum)
     return f"{checksum:08x}"
+
+
+def sealed_json(record: Mapping[str, Any]) -> str:
+    """A record as JSON text with a checksum of itself in the field `own_crc32`; one that it has is replaced.
+
+    Raises:
+        TypeError, ValueError: The record is not JSON, or has NaN or infinity.
+    """
+    content = {key: value for key, value in record.items() if key != SEAL}
+    return json.dumps(content | {SEAL: _record_checksum(content)}, indent=1, allow_nan=False) + "\n"
+
+
+def check_seal(record: Mapping[str, Any]) -> None:
+    """Verifies the checksum in a record that was parsed; one without (of an older version) passes.
+
+    Raises:
+        ValueError: The record is not the one that was written.
+    """
+    if SEAL in record and record[SEAL] != (now := _record_checksum(record)):
+        raise ValueError(f"its CRC-32 is {now}, {SEAL} says {record[SEAL]}")
+
+
+def _record_checksum(record: Mapping[str, Any]) -> str:
+    # As it will be read: keys are strings then, tuples lists. Neither order of keys nor white space counts.
+    content = json.loads(json.dumps(dict(record), allow_nan=False))
+    content.pop(SEAL, None)
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return f"{zlib.crc32(text.encode()):08x}"

@@ -20,7 +20,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from hf_ema_scaling.ema.adapter_storage import adapter_names, read_adapters, read_all, write_adapters
 from hf_ema_scaling.ema.adapters import adapter_configs
 from hf_ema_scaling.ema.average import WeightAverage
-from hf_ema_scaling.ema.durable import flush, rename
+from hf_ema_scaling.ema.durable import check_seal, flush, rename, sealed_json
 from hf_ema_scaling.ema.exact import NotExactError, exact_record, read_exact, rounded, save_exact, with_exact
 from hf_ema_scaling.ema.names import unwrap
 from hf_ema_scaling.ema.sharding import class_of
@@ -87,7 +87,7 @@ def save_average(
     }
     if average.gathered is not None:
         record["gathered"] = average.gathered
-    text = json.dumps(record, indent=1, allow_nan=False)
+    text = sealed_json(record)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _put_back(folder)
     partial, old = folder.with_name(f".{folder.name}.partial"), _old(folder)
@@ -105,7 +105,7 @@ def save_average(
         if processing_class is not None:
             processing_class.save_pretrained(partial)
         save_exact(partial, kept, average)
-        (partial / STATE_NAME).write_text(text + "\n", encoding="utf-8")
+        (partial / STATE_NAME).write_text(text, encoding="utf-8")
         flush(partial)
         if folder.exists():
             rename(folder, old)  # a directory cannot be renamed onto one that is not empty
@@ -135,7 +135,7 @@ def load_average(folder: str | Path, model: nn.Module, average: WeightAverage) -
     """
     folder = Path(folder)
     _put_back(folder)
-    record = _read_record(folder)
+    record = read_record(folder)
     if record["buffers"] != average.buffers:
         raise AverageStateError(
             f"{folder / STATE_NAME} was written with buffers={record['buffers']!r}, this run has "
@@ -173,7 +173,7 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     _put_back(folder)
-    state: dict[str, Any] = _read_record(folder)["state"]
+    state: dict[str, Any] = read_record(folder)["state"]
     return state
 
 
@@ -188,7 +188,7 @@ def check_average(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     _put_back(folder)
-    record = _read_record(folder)
+    record = read_record(folder)
     try:
         stored = read_all(folder) or _read_files(folder)
         stored |= read_exact(folder, record)
@@ -237,7 +237,12 @@ def _save_pretrained(folder: Path, model: PreTrainedModel, tensors: Mapping[str,
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `ema_state.json` says, verified against the checksum in it; of an older version it may have none.
+
+    Raises:
+        AverageStateError: The folder or `ema_state.json` is missing or damaged.
+    """
     path = folder / STATE_NAME
     if not folder.is_dir():
         raise AverageStateError(
@@ -256,10 +261,14 @@ def _read_record(folder: Path) -> dict[str, Any]:
         wrong = [name for name, kind in fields.items() if not isinstance(record[name], kind)]
     except FileNotFoundError as error:
         raise _damaged(folder, f"{STATE_NAME} is missing") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, f"{STATE_NAME} is not readable ({type(error).__name__}: {error})") from error
     if wrong:
         raise _damaged(folder, f"{STATE_NAME} has wrong values for {', '.join(wrong)}")
+    try:
+        check_seal(record)
+    except ValueError as error:
+        raise _damaged(folder, f"{STATE_NAME} is not as it was written ({error})") from error
     return dict(record)
 
 
@@ -312,7 +321,9 @@ def _read_files(folder: Path) -> dict[str, Tensor]:
         try:
             tensors.update(load_file(folder / name))
         except FileNotFoundError as error:
-            raise _damaged(folder, f"{name} is missing") from error
+            # safetensors says so also of a file that this process may not read.
+            what = "is not readable: permission denied?" if (folder / name).is_file() else "is missing"
+            raise _damaged(folder, f"{name} {what}") from error
         except (SafetensorError, OSError, ValueError) as error:
             raise _damaged(folder, f"{name} is not readable ({error})") from error
     return tensors

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_ema_scaling.ema.storage import STATE_NAME
+from hf_ema_scaling.ema.storage import STATE_NAME, AverageStateError, read_record
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -24,11 +23,17 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def average_record(name: str) -> dict[str, Any] | None:
-    """What `ema_state.json` in a model's folder says of the average, numbers and strings only; None without one."""
-    path = Path(name) / STATE_NAME
-    if not name or not path.is_file():
+    """What `ema_state.json` in a model's folder says of the average, numbers and strings only; None without one.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    if not name or not (Path(name) / STATE_NAME).is_file():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record = read_record(Path(name))
+    except AverageStateError as error:
+        raise ValueError(str(error)) from error
     state = {key: value for key, value in record["state"].items() if isinstance(value, str | int | float | None)}
     return {"num_updates": record["num_updates"], "state": state}
 

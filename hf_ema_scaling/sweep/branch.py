@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hf_ema_scaling.ema.durable import sealed_json
 from hf_ema_scaling.ema.storage import STATE_NAME
 from hf_ema_scaling.sweep.jobs import SweepJob
 from hf_ema_scaling.training.checkpoints import newest_complete_checkpoint
@@ -53,5 +54,5 @@ def fork(checkpoint: Path, folder: Path, *, seed: int) -> Path:
     path = copy / "ema" / STATE_NAME
     record = json.loads(path.read_text(encoding="utf-8"))
     record["state"]["identity"]["seed"] = seed
-    path.write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
+    path.write_text(sealed_json(record), encoding="utf-8")
     return copy

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -23,14 +26,18 @@ from hf_ema_scaling.training.callback_files import (
     NoAverageError,
     average_faults,
     average_to_resume,
+    best_faults,
     check_same_run,
+    files_faults,
     holds_state,
     read_average,
-    refuse_damaged_student,
+    refuse_best,
+    refuse_damaged_files,
+    refuse_other_student,
     written_checkpoint,
 )
 from hf_ema_scaling.training.checkpoints import checkpoints_in, what_is_missing
-from hf_ema_scaling.training.student_files import shard_checksums, student_checksums
+from hf_ema_scaling.training.student_files import RANDOM_STATES, student_checksums, write_checksums
 
 logger = logging.get_logger(__name__)
 
@@ -82,6 +89,7 @@ class CheckpointedAverage(TrainerCallback):
         self._resumed = False
         self._writes = True
         self._saved_step = -1
+        self._state_written = -1
 
     @property
     def average(self) -> WeightAverage:
@@ -94,7 +102,7 @@ class CheckpointedAverage(TrainerCallback):
             raise RuntimeError("there is no average yet: it is created when Trainer.train() begins")
         return self._average
 
-    def newest_checkpoint(self, output_dir: str | Path) -> Path | None:
+    def newest_checkpoint(self, output_dir: str | Path, *others: CheckpointedAverage) -> Path | None:
         """The newest `checkpoint-N` that a run can resume from, with this average; for `resume_from_checkpoint`.
 
         After a crash Trainer's own search takes the one with the highest number, though its saving may not have
@@ -103,6 +111,7 @@ class CheckpointedAverage(TrainerCallback):
 
         Args:
             output_dir: Where the checkpoints lie.
+            others: Further callbacks of the run, whose averages are to be there, too: a crash may come between two.
 
         Returns:
             The folder, with a warning of what newer ones lack; None if none is complete.
@@ -110,11 +119,15 @@ class CheckpointedAverage(TrainerCallback):
         passed_over: list[str] = []
         for checkpoint in reversed(checkpoints_in(Path(output_dir))):
             missing = what_is_missing(checkpoint, average=False)
-            if not missing and self.on_missing_average == "raise":
-                missing = average_faults(checkpoint, self.folder)
+            if not missing:
+                needed = [average.folder for average in (self, *others) if average.on_missing_average == "raise"]
+                missing = [fault for folder in needed for fault in average_faults(checkpoint, folder)]
             if not missing:
                 if passed_over:
-                    logger.warning(f"Resuming from {checkpoint}. Newer but not complete: {' | '.join(passed_over)}.")
+                    logger.warning(
+                        f"Resuming from {checkpoint}. Newer but not complete: {' | '.join(passed_over)}. Delete them: "
+                        "save_total_limit would count them, and delete complete ones."
+                    )
                 return checkpoint
             passed_over.append(f"{checkpoint.name}: {'; '.join(missing)}")
         if passed_over:
@@ -139,6 +152,24 @@ class CheckpointedAverage(TrainerCallback):
         """Writes the average into a just-in-time checkpoint, if one was saved now."""
         self._follow_just_in_time(args, state, control, kwargs["model"])
 
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """At the last log, before Trainer loads the best model and deletes others: refuses a best that is damaged.
+
+        Raises:
+            AverageStateError: Its files are not as they were saved. Trainer would load a flipped bit, and without the
+                files go on with the last weights.
+        """
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None and "train_runtime" in (logs or {}):
+            refuse_best(best, gather_object(best_faults(Path(best)) if args.should_save else []))
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Notes that the run came to its end: the next one is no new attempt at it."""
         self._running = False
@@ -153,6 +184,9 @@ class CheckpointedAverage(TrainerCallback):
         """
         # Where nothing is written the folder need not be known, or visible.
         checkpoint = written_checkpoint(args, state) if args.should_save else Path(str(args.output_dir))
+        if args.world_size > 1:
+            # Every process writes random states of its own into the checkpoint.
+            PartialState().wait_for_everyone()
         try:
             self._save(checkpoint, kwargs["model"], state, write=args.should_save)
         except Exception as error:
@@ -160,11 +194,22 @@ class CheckpointedAverage(TrainerCallback):
                 error.add_note(self._not_saved(checkpoint))
             raise
 
-    def _save(self, checkpoint: Path, model: nn.Module, state: TrainerState, *, write: bool) -> None:
+    def _save(
+        self,
+        checkpoint: Path,
+        model: nn.Module,
+        state: TrainerState,
+        *,
+        write: bool,
+        random_states: str = RANDOM_STATES,
+    ) -> None:
         # Tells a resume whether this average and the weights it finds there belong together.
         state_of_run = self._state() | {"student_distance": self.average.distance(model)}
         if write:
-            state_of_run["student"] = student_checksums(checkpoint) | shard_checksums(checkpoint)
+            student = student_checksums(checkpoint)
+            # Before the average: with that a checkpoint is complete.
+            self._write_checksums(checkpoint, student, random_states)
+            state_of_run |= {"student": student, "checksums": True}
         save_average(
             checkpoint / self.folder,
             model,
@@ -174,6 +219,11 @@ class CheckpointedAverage(TrainerCallback):
             write=write,
         )
         self._saved_step = state.global_step
+
+    def _write_checksums(self, checkpoint: Path, student: Mapping[str, str], random_states: str) -> None:
+        trainers = checkpoint / TRAINER_STATE_NAME
+        self._state_written = trainers.stat().st_mtime_ns
+        write_checksums(checkpoint, trainers, student=student, random_states=random_states)
 
     def _not_saved(self, checkpoint: Path) -> str:
         newest = self.newest_checkpoint(checkpoint.parent)
@@ -188,13 +238,20 @@ class CheckpointedAverage(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module
     ) -> None:
         # That callback comes before the user's in every event, saves without on_save and then asks to stop.
-        if not (args.enable_jit_checkpoint and control.should_training_stop) or self._saved_step == state.global_step:
+        if not (args.enable_jit_checkpoint and control.should_training_stop):
             return
         checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         write = args.should_save and holds_state(checkpoint, state)
+        # Others may not have written theirs yet.
+        own = RANDOM_STATES if args.world_size == 1 else f"rng_state_{args.process_index}.pth"
+        if self._saved_step == state.global_step:
+            # Into a checkpoint that had its average: the weights are the same, random states may be others.
+            if write and (checkpoint / TRAINER_STATE_NAME).stat().st_mtime_ns != self._state_written:
+                self._write_checksums(checkpoint, student_checksums(checkpoint), own)
+            return
         # The signal reaches processes at moments of their own, so they wait for each other only where they must.
         if write or any(isinstance(tensor, DTensor) for tensor in self.average.tensors().values()):
-            self._save(checkpoint, model, state, write=write)
+            self._save(checkpoint, model, state, write=write, random_states=own)
 
     @property
     def _student(self) -> nn.Module:
@@ -241,6 +298,12 @@ class CheckpointedAverage(TrainerCallback):
             saved = read_average(folder, model, self.average, step=step, keys=self._state())
         except NoAverageError as error:
             problem = error
+        # A new attempt after an out-of-memory error finds the weights that the last attempt left.
+        if not attempt:
+            # One process of each machine reads them, all of them stop.
+            reads = args.local_process_index == 0
+            found = gather_object(files_faults(folder.parent) if reads else [])
+            refuse_damaged_files(folder.parent, sorted(set(found)))
         if self.on_missing_average == "rebuild":
             # All processes do the same, though some may not see the folder.
             problems = [str(text) for text in gather_object([problem and str(problem)]) if text]
@@ -250,12 +313,12 @@ class CheckpointedAverage(TrainerCallback):
         elif problem is not None:
             raise NoAverageError(
                 f"{problem} If it lies elsewhere, name its place in EMACallback(resume_from=...); set "
-                "on_missing_average='rebuild' if the average was there and is lost."
+                "on_missing_average='rebuild' if the average was there and is lost, or resume from a checkpoint that "
+                "newest_checkpoint finds."
             ) from problem
-        # A new attempt after an out-of-memory error finds the weights that the last attempt left.
         if not attempt:
+            refuse_other_student(folder.parent, self.folder, saved)
             check_same_run(folder, saved, model, self.average)
-            refuse_damaged_student(folder.parent, saved)
         self._clock = ReferenceClock(self.reference_batch_size, saved["units_seen"])
         for name in ("momentum", "reference_batch_size", "ema_start"):
             if saved[name] != getattr(self, name):

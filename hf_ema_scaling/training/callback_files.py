@@ -11,12 +11,22 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_ema_scaling.ema import AverageStateError, WeightAverage, load_average
+from hf_ema_scaling.ema.durable import UNREADABLE_ZIP, check_zip
 from hf_ema_scaling.ema.storage import STATE_NAME, check_average
-from hf_ema_scaling.training.student_files import student_faults
+from hf_ema_scaling.training.checkpoints import checkpoint_step, checkpoints_in
+from hf_ema_scaling.training.student_files import (
+    CHECKSUMS_NAME,
+    RANDOM_STATES,
+    checksum_faults,
+    read_checksums,
+    student_faults,
+)
+
+_OF_PYTORCH = (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, SCALER_NAME, RANDOM_STATES)
 
 
 class NoAverageError(AverageStateError):
@@ -37,6 +47,13 @@ def written_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
         checkpoint = root / name
         if checkpoint.is_dir():
             return checkpoint
+        later = [other.name for other in checkpoints_in(root) if checkpoint_step(other) > state.global_step]
+        if args.save_total_limit and later:
+            raise FileNotFoundError(
+                f"EMACallback saves the average into {checkpoint}, which save_total_limit={args.save_total_limit} has "
+                f"deleted at once: {', '.join(later)} of an earlier run lie there and pass for newer. Move them away, "
+                "or use another output_dir."
+            )
         raise FileNotFoundError(
             f"EMACallback saves the average into {checkpoint}, which does not exist: it was deleted, or this Trainer "
             "writes its checkpoints elsewhere. Use save_strategy='no' and EMACallback.export()."
@@ -126,7 +143,38 @@ def average_faults(checkpoint: Path, folder: str) -> list[str]:
     step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
     if saved.get("global_step") != step:
         return [f"the average in its {folder!r} is of step {saved.get('global_step')}"]
-    return student_faults(checkpoint, saved.get("student", {}))
+    return _other_student(checkpoint, saved)
+
+
+def files_faults(checkpoint: Path) -> list[str]:
+    """What of Trainer's files in a checkpoint is torn, lost, or not as it was when the average was saved.
+
+    Every record in PyTorch's files has a checksum; the other files have theirs in `checksums.json`. Without it (an
+    older version wrote the checkpoint, or it was deleted to resume with files that were changed on purpose) it is the
+    records alone.
+    """
+    found = []
+    for path in sorted(path for pattern in _OF_PYTORCH for path in checkpoint.glob(pattern)):
+        try:
+            check_zip(path)
+        except UNREADABLE_ZIP as error:
+            found.append(f"{path.name} is not readable ({type(error).__name__}: {error})")
+    return found or checksum_faults(checkpoint)
+
+
+def _other_student(checkpoint: Path, saved: Mapping[str, Any]) -> list[str]:
+    """Which of the student's weights in a checkpoint, whose files are whole, are not those that the average is of."""
+    expected: dict[str, str] = saved.get("student", {})
+    if not saved.get("checksums"):  # of an older version, where nothing else has verified them
+        there = {name: value for name, value in expected.items() if (checkpoint / name).is_file()}
+        return student_faults(checkpoint, there)
+    record = read_checksums(checkpoint)
+    now = {} if record is None else record["crc32"]
+    return [
+        f"{name} is of another save than the average: its CRC-32 is {now[name]}, and was {value} then"
+        for name, value in expected.items()
+        if now.get(name, value) != value
+    ]
 
 
 def check_same_run(folder: Path, saved: Mapping[str, Any], model: nn.Module, average: WeightAverage) -> None:
@@ -143,16 +191,56 @@ def check_same_run(folder: Path, saved: Mapping[str, Any], model: nn.Module, ave
         )
 
 
-def refuse_damaged_student(checkpoint: Path, saved: Mapping[str, Any]) -> None:
-    """Compares the files of the student beside the average with those of the save; what is not there is passed over.
+def refuse_damaged_files(checkpoint: Path, found: list[str]) -> None:
+    """Refuses to go on from a checkpoint in which something is wrong.
+
+    Args:
+        checkpoint: The folder that Trainer is believed to have resumed from.
+        found: `files_faults` of it.
 
     Raises:
-        AverageStateError: One has other bits.
+        AverageStateError: `found` is not empty.
     """
-    there = {name: value for name, value in saved.get("student", {}).items() if (checkpoint / name).is_file()}
-    found = student_faults(checkpoint, there)
+    if found:
+        raise AverageStateError(
+            f"{checkpoint} cannot be resumed: {'; '.join(found)}. Resume from another checkpoint "
+            f"(callback.newest_checkpoint({str(checkpoint.parent)!r}) finds the newest whole one), or restore the "
+            "file from a copy."
+        )
+
+
+def best_faults(best: Path) -> list[str]:
+    """What of the best checkpoint, whose student is about to be loaded, is not as it was saved."""
+    return checksum_faults(best) if best.is_dir() else ["there is no such folder"]
+
+
+def refuse_best(best: str, found: list[str]) -> None:
+    """Refuses to go on with other weights than the best ones.
+
+    Args:
+        best: The checkpoint.
+        found: `best_faults` of it.
+
+    Raises:
+        AverageStateError: `found` is not empty.
+    """
+    if found:
+        raise AverageStateError(
+            f"The best model, {best}, cannot be loaded: {'; '.join(sorted(set(found)))}. Training is done, and no "
+            "checkpoint was deleted: restore the file from a copy, or take another checkpoint."
+        )
+
+
+def refuse_other_student(checkpoint: Path, folder: str, saved: Mapping[str, Any]) -> None:
+    """Compares the student beside the average with that of the save; what is not there is passed over.
+
+    Raises:
+        AverageStateError: They are not of one save.
+    """
+    found = _other_student(checkpoint, saved)
     if found:
         raise AverageStateError(
             f"{checkpoint} cannot be resumed: {'; '.join(found)}. Resume from another checkpoint, or restore the file "
-            "from a copy."
+            f"from a copy. If the student was changed on purpose: delete {CHECKSUMS_NAME} and {folder!r} in the "
+            "checkpoint, and begin a new average of it by on_missing_average='rebuild'."
         )

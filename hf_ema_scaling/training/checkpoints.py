@@ -18,9 +18,11 @@ from hf_ema_scaling.ema import AverageStateError, WeightAverage, load_average
 from hf_ema_scaling.ema.durable import UNREADABLE_ZIP, check_zip
 from hf_ema_scaling.ema.storage import check_average
 from hf_ema_scaling.training.run_state import read_run_state
-from hf_ema_scaling.training.student_files import CHECKSUMS_NAME, checksum_faults, student_faults
+from hf_ema_scaling.training.student_files import checksum_faults, student_faults
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from hf_ema_scaling.training.averaged_steps import AveragedSteps
 
 logger = logging.get_logger(__name__)
@@ -173,9 +175,38 @@ def refuse_damaged_average(checkpoint: Path) -> None:
         )
 
 
+def refuse_damaged_best(trainer: Trainer) -> None:
+    """Refuses to load the best model at the end of a run where its files are not as they were saved.
+
+    Trainer would load a flipped bit, and without the files go on with the last weights. The main process decides.
+
+    Raises:
+        IncompleteCheckpointError: naming what is wrong.
+        AverageStateError: The run state beside it is missing or damaged.
+    """
+    answer: list[Any] = [None]
+    if trainer.accelerator.is_main_process:
+        best = Path(str(trainer.state.best_model_checkpoint))
+        try:
+            if found := student_faults(best, read_run_state(best).student):
+                raise IncompleteCheckpointError(
+                    f"the best model, {best}, cannot be loaded: {'; '.join(found)}. Training is done, and no "
+                    "checkpoint was deleted: restore the file from a copy, or take another checkpoint"
+                )
+        except (IncompleteCheckpointError, AverageStateError) as error:
+            answer = [error]
+    if trainer.accelerator.num_processes > 1:
+        broadcast_object_list(answer)
+    if answer[0] is not None:
+        raise answer[0]
+
+
 def _trainers_faults(folder: Path) -> list[str]:
     """What is wrong with the part of a checkpoint that Trainer writes."""
-    names = {path.name for path in folder.iterdir()}
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        return [f"it is not readable ({error})"]
     deepspeed = any(name.startswith("global_step") for name in names)
     sharded = {name for name in names if name.startswith(("pytorch_model_fsdp", "optimizer_"))}
     found = []
@@ -196,15 +227,8 @@ def _trainers_faults(folder: Path) -> list[str]:
         # Where the run state is lost with the average, so are the student's checksums.
         with contextlib.suppress(AverageStateError):
             found.extend(student_faults(folder, read_run_state(folder).student))
-        found.extend(_checksum_faults(folder))
+        found.extend(checksum_faults(folder))
     return found
-
-
-def _checksum_faults(folder: Path) -> list[str]:
-    try:
-        return checksum_faults(folder)
-    except (KeyError, TypeError, AttributeError) as error:
-        return [f"{CHECKSUMS_NAME} is not readable ({type(error).__name__}: {error})"]
 
 
 def faults_of(folder: Path, names: list[str]) -> list[str]:

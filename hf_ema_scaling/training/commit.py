@@ -92,8 +92,8 @@ def _commit(state: TrainerState, args: EMATrainingArguments, json_path: str) -> 
 def _clear(folder: Path) -> None:
     if not folder.is_dir():
         return
-    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # first of all, it is no checkpoint any more
-    for entry in folder.iterdir():
+    first = folder / TRAINER_STATE_NAME  # without it, it is no checkpoint any more
+    for entry in [*([first] if first.exists() else []), *(entry for entry in folder.iterdir() if entry != first)]:
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         elif entry.name != JIT_MARK:

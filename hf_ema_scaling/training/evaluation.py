@@ -18,6 +18,7 @@ from hf_ema_scaling.ema.adapter_storage import load_added_adapter
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths, greedy_ctc
 from hf_ema_scaling.labels.decoder import with_decoder_inputs, with_decoder_start
 from hf_ema_scaling.training.arguments import EMATrainingArguments
+from hf_ema_scaling.training.checkpoints import refuse_damaged_best
 from hf_ema_scaling.training.losses import ExampleLoss, cap_losses
 
 
@@ -105,6 +106,8 @@ class BothWeightsEvaluation(Trainer):
 
     def _load_best_model(self) -> None:
         """The best checkpoint's pair of weights: its average in `average`, and in the model what the metric named."""
+        if self.average is not None and self.state.best_model_checkpoint is not None:
+            refuse_damaged_best(self)
         if not load_added_adapter(self.model, self.state.best_model_checkpoint or ""):
             super()._load_best_model()
         if self.average is None or self.state.best_model_checkpoint is None:

@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging
 
 from hf_ema_scaling.ema import AverageStateError
+from hf_ema_scaling.ema.durable import check_seal
 from hf_ema_scaling.ema.storage import STATE_NAME
 from hf_ema_scaling.scaling import StepBorders, known_rule
 from hf_ema_scaling.scaling.schedule import DUST
@@ -121,7 +122,9 @@ def read_run_state(checkpoint: str | Path) -> RunState:
     """
     path = Path(checkpoint) / "ema" / STATE_NAME
     try:
-        return RunState(**json.loads(path.read_text(encoding="utf-8"))["state"], checkpoint=Path(checkpoint))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        check_seal(record)
+        return RunState(**record["state"], checkpoint=Path(checkpoint))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AverageStateError(
             f"{checkpoint} cannot be resumed: {path.name} in its 'ema' folder is missing or damaged ({error}). Only "

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, TRAINER_STATE_NAME
 
-from hf_ema_scaling.ema.durable import file_checksum
+from hf_ema_scaling.ema.durable import check_seal, file_checksum, flush, rename, sealed_json
 from hf_ema_scaling.hub.run_folder import WEIGHTS
 from hf_ema_scaling.labels.cache import CACHE_NAME
 
 CHECKSUMS_NAME = "checksums.json"
-_RESUMED = ("scheduler.pt", "scaler.pt", "rng_state*.pth", "stream_state_*.json", CACHE_NAME)
+RANDOM_STATES = "rng_state*.pth"
+_RESUMED = ("scheduler.pt", "scaler.pt", "stream_state_*.json", CACHE_NAME)
 
 
 def student_checksums(folder: str | Path) -> dict[str, str]:
@@ -30,9 +32,10 @@ def student_checksums(folder: str | Path) -> dict[str, str]:
         folder: A checkpoint in which the student is complete; its average may be there.
     """
     folder = Path(folder)
-    files = [path for path in folder.glob("*.safetensors") if WEIGHTS.fullmatch(path.name)]
-    # Adapters with names have folders of their own; so has the average.
-    files += [path for path in folder.glob("*/adapter_model.safetensors") if not path.parent.name.startswith("ema")]
+    # Adapters with names have folders of their own, and so have modules of sentence-transformers; and the average.
+    found = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
+    inside = [path for path in found if path.parent == folder or not path.parent.name.startswith(("ema", "."))]
+    files = [path for path in inside if WEIGHTS.fullmatch(path.name)]
     return {path.relative_to(folder).as_posix(): file_checksum(path) for path in sorted(files)}
 
 
@@ -50,33 +53,68 @@ def shard_checksums(folder: str | Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_checksum(path) for path in files}
 
 
-def write_checksums(folder: str | Path, state: Path) -> None:
-    """Writes `checksums.json` into a checkpoint that is complete but for Trainer's state.
+def write_checksums(
+    folder: str | Path,
+    state: Path,
+    *,
+    student: Mapping[str, str] | None = None,
+    random_states: str = RANDOM_STATES,
+) -> None:
+    """Writes `checksums.json` into a checkpoint that is complete but for its commit, and makes it durable.
 
-    The optimizer's state is left out: the format has a checksum for every record, and reading it once more costs.
+    Of the optimizer's state it says only that there is one: the format has a checksum for every record, and reading it
+    once more costs.
 
     Args:
         folder: The checkpoint.
-        state: What is to become its `trainer_state.json`.
+        state: What is, or is to become, its `trainer_state.json`.
+        student: `student_checksums` of the checkpoint, if nothing else there has them.
+        random_states: Pattern of the files with random states that are written by now.
     """
     folder = Path(folder)
-    files = sorted(path for pattern in _RESUMED for path in folder.glob(pattern))
+    files = sorted(path for pattern in (*_RESUMED, random_states) for path in folder.glob(pattern))
     checksums = {path.name: file_checksum(path) for path in files} | {TRAINER_STATE_NAME: file_checksum(state)}
-    text = json.dumps({"format_version": 1, "crc32": checksums | shard_checksums(folder)}, indent=1)
-    (folder / CHECKSUMS_NAME).write_text(text + "\n", encoding="utf-8")
+    record = {
+        "format_version": 1,
+        "crc32": checksums | shard_checksums(folder) | dict(student or {}),
+        "present": [name for name in (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN) if (folder / name).is_file()],
+    }
+    partial = folder / f".{CHECKSUMS_NAME}.partial"
+    try:
+        partial.write_text(sealed_json(record), encoding="utf-8")
+        flush(partial)
+        rename(partial, folder / CHECKSUMS_NAME)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_checksums(folder: str | Path) -> dict[str, Any] | None:
+    """What `checksums.json` says, `crc32` and `present`; None where there is no such file.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: It cannot be read, or is not as it was written.
+    """
+    path = Path(folder) / CHECKSUMS_NAME
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    check_seal(record)
+    return {"crc32": dict(record["crc32"]), "present": list(record.get("present", ()))}
 
 
 def checksum_faults(folder: str | Path) -> list[str]:
-    """What `checksums.json` names that is not as it was saved; empty for nothing, and where there is no such file.
-
-    Raises:
-        ValueError, KeyError, TypeError: It does not say.
-    """
-    path = Path(folder) / CHECKSUMS_NAME
-    if not path.is_file():
+    """What `checksums.json` names that is not as it was saved; empty for nothing, and where there is no such file."""
+    way_out = f"(delete {CHECKSUMS_NAME} to resume all the same)"
+    try:
+        record = read_checksums(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{CHECKSUMS_NAME} is not readable ({type(error).__name__}: {error}) {way_out}"]
+    if record is None:
         return []
-    found = student_faults(folder, json.loads(path.read_text(encoding="utf-8"))["crc32"])
-    return [f"{fault} (delete {CHECKSUMS_NAME} to resume all the same)" for fault in found]
+    found = [f"{name} is missing" for name in record["present"] if not (Path(folder) / name).is_file()]
+    found += student_faults(folder, record["crc32"])
+    return [f"{fault} {way_out}" for fault in found]
 
 
 def student_faults(folder: str | Path, expected: Mapping[str, str]) -> list[str]:

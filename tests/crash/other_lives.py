@@ -78,8 +78,10 @@ class FullDisk(TrainerCallback):
 
 
 def callback_life(folder: Path, command: dict[str, Any]) -> None:
-    average = EMACallback(0.9, reference_batch_size=4)
-    checkpoint = average.newest_checkpoint(folder)
+    averages = [EMACallback(0.9, reference_batch_size=4)]
+    if command.get("fast"):
+        averages.append(EMACallback(0.5, reference_batch_size=4, name="fast"))
+    checkpoint = averages[0].newest_checkpoint(folder, *averages[1:])
     seed(checkpoint is not None)
     model = stock_runs.bert()  # with dropout
     if checkpoint is not None:
@@ -90,7 +92,7 @@ def callback_life(folder: Path, command: dict[str, Any]) -> None:
         "per_device_train_batch_size": 2,  # sixteen steps to an epoch
         "save_strategy": "steps",
         "save_steps": 3,
-        "save_total_limit": 2,
+        "save_total_limit": command.get("keep", 2),
         "logging_strategy": "steps",
         "logging_steps": 1,  # Trainer forgets what it has not logged
         "lr_scheduler_type": "linear",
@@ -99,7 +101,7 @@ def callback_life(folder: Path, command: dict[str, Any]) -> None:
         model,
         stock_runs.arguments(folder, **changes),
         train_dataset=stock_runs.Sentences(),
-        callbacks=[FullDisk(command), average, Steps(folder.with_suffix(".drawn"), model)],
+        callbacks=[FullDisk(command), *averages, Steps(folder.with_suffix(".drawn"), model)],
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import tiny
 import torch
 from stock_runs import RHO
 from transformers import BertForSequenceClassification
+
+from hf_ema_scaling.training.callback_files import files_faults
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -49,6 +52,18 @@ def test_resumes_just_in_time_or_not_end_with_the_same_bits(launched: tuple[Path
         assert tiny.same_bits(seen["resumed"][name], seen["whole"][name])
     assert seen["jit"]["stopped_at"] == 5
     assert tiny.same_bits(seen["jit"]["slow"], seen["whole"]["slow"])
+
+
+def test_random_states_of_both_processes_are_verified_where_both_have_written_them(
+    launched: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    folder, _ = launched
+    shared = {"model.safetensors", "scheduler.pt", "trainer_state.json", "rng_state_0.pth"}
+    for name, own in (("whole/checkpoint-6", {"rng_state_1.pth"}), ("jit/checkpoint-5", set[str]())):
+        assert (folder / name / "rng_state_1.pth").is_file()
+        record = json.loads((folder / name / "checksums.json").read_text())
+        assert record["crc32"].keys() == shared | own
+        assert files_faults(folder / name) == []
 
 
 def test_a_missing_average_is_rebuilt_on_every_process(launched: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -303,6 +303,24 @@ def test_a_save_into_an_older_checkpoint_that_ends_early_leaves_no_half_of_each(
         loop.accelerator.load_state(str(tmp_path))
 
 
+def test_a_digit_of_the_clock_is_not_believed(tmp_path: Path) -> None:
+    saved = Loop()
+    saved.train(0, 2)
+    saved.accelerator.save_state(str(tmp_path))
+    path = tmp_path / "ema" / "ema_state.json"
+    assert '"units_seen": 12.0' in path.read_text()
+    path.write_text(path.read_text().replace('"units_seen": 12.0', '"units_seen": 16.0'))
+    loop = Loop(seed=1)
+    before = loop.bits()
+    with pytest.raises(AverageStateError, match=r"ema_state\.json is not as it was written"):
+        loop.accelerator.load_state(str(tmp_path))
+    assert tiny.same_bits(loop.bits(), before) and loop.clock.units == 0.0
+    rebuilding = Loop(seed=1, missing="rebuild")
+    with pytest.warns(UserWarning, match="Its clock is not known and stays at 0 units: set clock.units"):
+        rebuilding.accelerator.load_state(str(tmp_path))
+    assert rebuilding.average.equals(saved.inner)
+
+
 @pytest.mark.parametrize("lost", ["ema", "ema/ema_state.json", "ema/model.safetensors"])
 def test_a_lost_average_is_rebuilt_from_the_student_on_request(tmp_path: Path, lost: str) -> None:
     saved = Loop()

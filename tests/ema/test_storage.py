@@ -20,7 +20,8 @@ from transformers import (
     Wav2Vec2ForCTC,
 )
 
-from hf_ema_scaling.ema import AverageStateError, EMATeacher, WeightAverage, load_average, save_average
+from hf_ema_scaling.ema import AverageStateError, EMATeacher, WeightAverage, load_average, save_average, storage
+from hf_ema_scaling.ema.durable import sealed_json
 from hf_ema_scaling.ema.storage import check_average
 
 
@@ -250,12 +251,22 @@ def break_values(folder: Path) -> None:
     (folder / "ema_state.json").write_text(json.dumps({**record, "num_updates": "many"}))
 
 
+def break_digit(folder: Path) -> None:
+    path = folder / "ema_state.json"
+    path.write_text(path.read_text().replace('"num_updates": 0', '"num_updates": 4'))
+
+
 def remove_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
 def remove_json(folder: Path) -> None:
     (folder / "ema_state.json").unlink()
+
+
+def replace_json(folder: Path) -> None:
+    remove_json(folder)
+    (folder / "ema_state.json").mkdir()
 
 
 @pytest.mark.parametrize(
@@ -266,6 +277,8 @@ def remove_json(folder: Path) -> None:
         (break_tensor, r"(?i)lacks? .*norm\.weight"),
         (break_json, r"ema_state\.json is not readable"),
         (break_version, "format version 99"),
+        (break_digit, r"ema_state\.json is not as it was written \(its CRC-32 is"),
+        (replace_json, r"ema_state\.json is not readable \(IsADirectoryError"),
         (break_values, "wrong values for num_updates"),
         (remove_weights, r"model\.safetensors is missing"),
         (remove_json, r"ema_state\.json is missing"),
@@ -288,6 +301,58 @@ def test_damage_is_refused(
     if damage is not break_tensor:  # a tensor may be stored by another name
         with pytest.raises(AverageStateError, match=message):
             check_average(tmp_path / "ema")
+
+
+def test_no_flipped_bit_of_the_record_is_believed(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    save_average(tmp_path / "ema", model, moved(model), state={"clock": 12.5, "units_seen": 800, "name": "a\u00e9"})
+    path = tmp_path / "ema" / "ema_state.json"
+    whole = path.read_bytes()
+    written = json.loads(whole)
+    believed = []
+    for place in range(len(whole)):
+        for bit in range(8):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << bit
+            path.write_bytes(flipped)
+            try:
+                check_average(tmp_path / "ema")
+            except AverageStateError:
+                continue
+            record = json.loads(flipped)
+            if any(record.get(name) != value for name, value in written.items() if name != "own_crc32"):
+                believed.append(bytes(flipped[max(0, place - 20) : place + 20]))
+    assert believed == []
+
+
+def test_a_record_of_an_older_version_has_no_checksum(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    average = moved(model)
+    save_average(tmp_path / "ema", model, average, state=STATE)
+    path = tmp_path / "ema" / "ema_state.json"
+    record = json.loads(path.read_text())
+    assert len(record.pop("own_crc32")) == 8
+    path.write_text(json.dumps(record))
+    restored = WeightAverage(nn.Linear(2, 2))
+    assert load_average(tmp_path / "ema", model, restored) == STATE and restored.num_updates == 1
+    # Written anew by hand, as what is meant to be changed, it is believed again.
+    path.write_text(sealed_json(record | {"num_updates": 7}))
+    load_average(tmp_path / "ema", model, restored)
+    assert restored.num_updates == 7
+
+
+def test_weights_that_may_not_be_read_are_not_said_to_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Linear(2, 2)
+    save_average(tmp_path / "ema", model, moved(model), state={})
+
+    def refused(path: Path) -> dict[str, Tensor]:
+        raise FileNotFoundError(f"No such file or directory: {path}")  # as safetensors says of a file without rights
+
+    monkeypatch.setattr(storage, "load_file", refused)
+    with pytest.raises(AverageStateError, match=r"model\.safetensors is not readable: permission denied\?"):
+        load_average(tmp_path / "ema", model, WeightAverage(model))
 
 
 def test_wrong_folder_policy_or_model_is_refused(tmp_path: Path) -> None:

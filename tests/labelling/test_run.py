@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,17 @@ def test_the_record_says_where_labels_come_from(average_folder: Path, speech_dat
     assert record["summary"]["reasons"]["kept"]["rows"] == 2
     assert record["arguments"]["batch_size"] == 240.0
     assert set(record["time"]) == {"started", "finished"}
+
+
+def test_no_labels_claim_what_a_damaged_record_says(
+    average_folder: Path, speech_data: Dataset, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(average_folder, tmp_path / "copy"))
+    path = copy / "ema_state.json"
+    path.write_text(path.read_text().replace("0.999", "0.991"))
+    with pytest.raises(ValueError, match=r"copy is damaged: ema_state\.json is not as it was written"):
+        label_dataset(copy, speech_data.select(range(2)), tmp_path / "out", data_name="corpus", device="cpu")
+    assert not (tmp_path / "out" / "labelling.json").exists()
 
 
 def test_another_weight_another_fingerprint(speech_head: Head, speech_data: Dataset, tmp_path: Path) -> None:

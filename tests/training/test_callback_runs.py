@@ -29,6 +29,7 @@ from transformers.trainer_utils import BestRun, HPSearchBackend
 from hf_ema_scaling.ema import AverageStateError
 from hf_ema_scaling.training import callback_checkpoints
 from hf_ema_scaling.training.callback import EMACallback
+from hf_ema_scaling.training.checkpoints import what_is_missing
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:EMACallback scales only the momentum", "ignore:.*`optimizer.step.*:UserWarning"
@@ -346,6 +347,8 @@ def test_a_just_in_time_checkpoint_has_the_average(
     assert all(torch.equal(p, complete.student[saved_at - 1][name]) for name, p in student.named_parameters())
     claimed = json.loads((checkpoint / "ema" / "ema_state.json").read_text(encoding="utf-8"))
     assert (claimed["num_updates"], claimed["state"]["global_step"]) == (saved_at, saved_at)
+    # Also where the checkpoint was there already, and now has other random states.
+    assert what_is_missing(checkpoint, average=False) == []
 
     resumed = callback(reference_batch_size=16)
     trainer(resumed, tmp_path, **settings).train(resume_from_checkpoint=str(checkpoint))
@@ -524,7 +527,8 @@ def test_all_processes_rebuild_when_one_must(tmp_path: Path, monkeypatch: Any) -
     trainer(callback(), tmp_path, save_strategy="steps", save_steps=3, max_steps=3).train()
     average = callback(on_missing_average="rebuild")
     begin = Begin(average)
-    monkeypatch.setattr(callback_checkpoints, "gather_object", lambda mine: [*mine, "not on process 1."])
+    others = {1: ["not on process 1."], 0: []}  # one entry of each process says what is wrong with its average
+    monkeypatch.setattr(callback_checkpoints, "gather_object", lambda mine: [*mine, *others[len(mine)]])
     with pytest.warns(UserWarning, match="is rebuilt from.*: not on process 1"):
         trainer(average, tmp_path, begin, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert begin.updates == [0]

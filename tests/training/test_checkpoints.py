@@ -18,6 +18,7 @@ import transformers.trainer_jit_checkpoint
 from transformers import EvalPrediction, TrainerCallback
 
 from hf_ema_scaling.ema import AverageStateError
+from hf_ema_scaling.ema.durable import sealed_json
 from hf_ema_scaling.training import checkpoints
 from hf_ema_scaling.training.checkpoints import (
     IncompleteCheckpointError,
@@ -109,7 +110,15 @@ def other_step(folder: Path) -> None:
     path = folder / "ema" / "ema_state.json"
     record = json.loads(path.read_text())
     record["state"]["global_step"] = 4
-    path.write_text(json.dumps(record))
+    path.write_text(sealed_json(record))
+
+
+def another_clock(folder: Path) -> None:
+    """A flipped bit that changes a digit of the run's state."""
+    path = folder / "ema" / "ema_state.json"
+    content = path.read_text().replace('"clock": 6.0', '"clock": 4.0')
+    assert content != path.read_text()
+    path.write_text(content)
 
 
 TRAINERS = [
@@ -136,6 +145,7 @@ AVERAGES = [
     (gone("ema/model.safetensors"), "model.safetensors is missing"),
     (cut("ema/model.safetensors"), "model.safetensors is not readable"),
     (flipped("ema/model.safetensors"), "crc32"),
+    (another_clock, "ema_state.json in its 'ema' folder is missing or damaged (its CRC-32 is"),
     (other_step, "is of step 4 and trainer_state.json of step 6"),
 ]
 
@@ -223,6 +233,38 @@ def test_where_none_is_complete_each_is_named(whole: tuple[Any, Path], tmp_path:
         run(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     with pytest.raises(ValueError, match="there is no checkpoint to resume from"):
         newest_complete_checkpoint(tmp_path / "nothing")
+
+
+def test_a_folder_in_the_place_of_a_file_is_written_anew(whole: tuple[Any, Path], tmp_path: Path) -> None:
+    reference, _ = whole
+    copied(whole, tmp_path, 2, 4)
+    for name in ("trainer_state.json", "optimizer.pt"):
+        gone(name)(tmp_path / "checkpoint-4")
+        (tmp_path / "checkpoint-4" / name).mkdir()
+    made = run(tmp_path, init=7)
+    made.train(resume_from_checkpoint=True)
+    assert tiny.same_bits(tiny.average(made), tiny.average(reference))
+    assert what_is_missing(tmp_path / "checkpoint-4") == []
+
+
+@pytest.mark.parametrize("metric", ["loss", "ema_loss"])
+@pytest.mark.parametrize("name", ["model.safetensors", "ema/model.safetensors", "ema/ema_state.json"])
+def test_a_damaged_best_model_is_not_loaded_and_the_last_not_deleted(tmp_path: Path, metric: str, name: str) -> None:
+    class Damages(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == STEPS - 1:
+                best.append(Path(str(state.best_model_checkpoint)))
+                flipped(name)(best[0])
+
+    best: list[Path] = []
+    more = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1}
+    settings = {"metric_for_best_model": metric, "greater_is_better": metric == "loss", "learning_rate": 1e-2}
+    made = run(tmp_path, **more, **settings, eval_dataset=tiny.sentences(6), callbacks=[Damages()])
+    with pytest.raises((IncompleteCheckpointError, AverageStateError)) as said:
+        made.train()
+    assert str(best[0]) in str(said.value) and name.split("/")[-1] in str(said.value) + "model.safetensors"
+    assert made.state.global_step == STEPS and (tmp_path / f"checkpoint-{STEPS}").is_dir()
+    assert best[0].name != f"checkpoint-{STEPS}"
 
 
 # ---- An average that is lost
