@@ -62,6 +62,13 @@ class WeightAverage:
         storage_version: Grows when shadow tensors had to be reallocated, so that whoever shares them can notice.
         sharded: Whether any of its tensors is a DTensor.
 
+    Raises:
+        ValueError: The model has no parameters; a tensor is on `meta` (a frozen base under adapters may be), or
+            expanded; or one that moves and one that does not share memory.
+        TypeError: A tensor is quantized by torch, or sparse.
+        RuntimeError: The model holds swapped-in weights.
+        NotImplementedError: FSDP1 wraps the model.
+
     Source: "How to Scale Your EMA", arXiv 2307.13813, eq. 1 and definition 1.2 (rho -> rho**kappa).
     """
 
@@ -89,8 +96,7 @@ class WeightAverage:
         refuse_swapped(model, "build an average from")
         refuse_flat(model)
         reshard(model)
-        for entry in entries_of(model):
-            self._shadow.add(entry)
+        self._shadow.add_all(entries_of(model))
         self.sharded = any(isinstance(shadow, DTensor) for shadow in self._shadow.values())
         if not self._shadow.parameters:
             raise ValueError(f"{type(model).__name__} has no parameters to average.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_ema_scaling.ema import frozen
 from hf_ema_scaling.ema.names import Entry, canonical_name, check_names, entries_of
+from hf_ema_scaling.ema.overlaps import overlapping, repeats
 from hf_ema_scaling.ema.sharding import check_placement
 
 BufferPolicy = Literal["average", "copy"]
@@ -38,16 +40,47 @@ class Shadow(dict[str, Tensor]):
         self.parameters: set[str] = set()
         self.persistent: set[str] = set()
 
-    def add(self, entry: Entry) -> None:
+    def add_all(self, entries: Sequence[Entry]) -> None:
+        """Take in all tensors of a model.
+
+        Raises:
+            TypeError, ValueError: As `add`, or one that moves lies in the memory of one that does not.
+        """
+        shared = set()
+        for one, other in overlapping(entry for entry in entries if entry.persistent):
+            still, moving = sorted((one, other), key=self._moves_now)
+            if self._moves_now(still) != self._moves_now(moving):
+                raise ValueError(
+                    f"{still.key!r}, which is not averaged, lies in the memory of {moving.key!r}, which is: one place "
+                    "cannot hold the student's value and the average's. Register a copy (`.clone()`) of one of them, "
+                    "or train or freeze both."
+                )
+            shared |= {one.key, other.key}
+        for entry in entries:
+            self.add(entry, copied=entry.key in shared)
+
+    def add(self, entry: Entry, *, copied: bool = False) -> None:
         """Take in a tensor of the model: a copy, or the model's own if it is frozen.
+
+        Args:
+            entry: The tensor.
+            copied: A copy also if it is frozen, as for one that others share memory with: safetensors would refuse
+                both of them.
 
         Raises:
             TypeError: It is saved with the model, and quantized by torch or sparse.
+            ValueError: It is saved with the model, and has no values yet, or cannot be written to.
         """
         source = entry.tensor
         if entry.persistent:
             check_kind(entry.key, source)
-        shared = self._share_frozen and frozen.may_refer(source, adapters=self._adapters)
+            self._check_values(entry.key, source)
+            if repeats(source) and not (entry.is_param and not source.requires_grad):
+                raise ValueError(
+                    f"{entry.key!r} is an expanded tensor: several of its elements are one place in memory, so "
+                    "neither an optimizer nor an average can be written into it. Register `.contiguous()` of it."
+                )
+        shared = not copied and self._share_frozen and frozen.may_refer(source, adapters=self._adapters)
         self[entry.key] = source if shared else frozen.owned_copy(source, self.dtype_of(entry))
         for slot in entry.slots:
             self._key_of[slot.name] = entry.key
@@ -68,6 +101,14 @@ class Shadow(dict[str, Tensor]):
         if frozen.is_code(entry.tensor.dtype):
             return False
         return entry.is_param or (entry.persistent and self._buffers == "average")
+
+    def _check_values(self, key: str, tensor: Tensor) -> None:
+        """As `check_values`; but adapters can be averaged and saved over a base that is not there."""
+        if not (self._adapters and frozen.may_refer(tensor, adapters=True)):
+            check_values(key, tensor)
+
+    def _moves_now(self, entry: Entry) -> bool:
+        return entry.tensor.requires_grad if entry.is_param else self.may_move(entry)
 
     def resolve(self, name: str) -> str | None:
         """The key for any name of a tensor (wrapped, tied), or None if it is unknown."""
@@ -93,7 +134,7 @@ class Shadow(dict[str, Tensor]):
             The model's tensors with the keys they have here, without non-persistent buffers that are unknown.
 
         Raises:
-            ValueError: Names, shapes, tying or placement do not match.
+            ValueError: Names, shapes, tying or placement do not match, or a tensor of the student has no values.
         """
         entries = entries_of(model)
         names = {slot.name for entry in entries for slot in entry.slots if entry.persistent}
@@ -111,6 +152,7 @@ class Shadow(dict[str, Tensor]):
             if entry.persistent:
                 check_shape(key, self[key], entry.tensor)
                 if not whole:
+                    self._check_values(key, entry.tensor)
                     check_placement(key, self[key], entry.tensor)
             matched.append(Entry(key, entry.slots))
         return matched
@@ -128,6 +170,16 @@ def check_kind(key: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{key!r} is sparse ({tensor.layout}), which safetensors cannot store: register it dense, or with "
             "persistent=False if it can be made anew."
+        )
+
+
+def check_values(key: str, tensor: Tensor) -> None:
+    """Raises `ValueError` for a tensor on `meta`, which has a shape and no values."""
+    if tensor.is_meta:
+        raise ValueError(
+            f"{key!r} is on the meta device, so it has no values that could be averaged or replaced: it was never "
+            "materialised, or accelerate's hooks offload it between forward passes (device_map with 'cpu' or 'disk', "
+            "cpu_offload, disk_offload). Give the model its weights first, and keep them on a device while it trains."
         )
 
 
