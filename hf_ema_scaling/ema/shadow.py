@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -14,6 +14,10 @@ from hf_ema_scaling.ema.overlaps import overlapping, repeats
 from hf_ema_scaling.ema.sharding import check_placement
 
 BufferPolicy = Literal["average", "copy"]
+_CHANGED = (
+    " An average is of the tensors that the model had when it was built: change the model (add or remove modules, "
+    "resize embeddings, tie weights) before that, or build a new average."
+)
 
 
 class Shadow(dict[str, Tensor]):
@@ -89,6 +93,27 @@ class Shadow(dict[str, Tensor]):
         if entry.persistent:
             self.persistent.add(entry.key)
 
+    def follow(self, entries: Iterable[Entry]) -> bool:
+        """Take in the model's non-persistent buffers where they are others than before.
+
+        They come and go, and may be one object at times: a dynamic rotary embedding puts its original frequencies in
+        the place of the scaled ones.
+
+        Returns:
+            Whether there was anything to do.
+        """
+        passing = [entry for entry in entries if not entry.persistent]
+        keys = [{self._key_of.get(slot.name) for slot in entry.slots} for entry in passing]
+        distinct = set().union(*keys)
+        if all(len(own) == 1 for own in keys) and len(distinct) == len(keys) and None not in distinct:
+            return False
+        for key in [key for key in self if key not in self.persistent]:
+            del self[key]
+        self._key_of = {name: key for name, key in self._key_of.items() if key in self}
+        for entry in passing:
+            self.add(entry)
+        return True
+
     def dtype_of(self, entry: Entry) -> torch.dtype:
         """The dtype in which a tensor of the model is kept."""
         dtype = entry.tensor.dtype
@@ -114,10 +139,6 @@ class Shadow(dict[str, Tensor]):
         """The key for any name of a tensor (wrapped, tied), or None if it is unknown."""
         return self._key_of.get(canonical_name(name))
 
-    def knows(self, entry: Entry) -> bool:
-        """Whether any of the places of a tensor is known."""
-        return any(slot.name in self._key_of for slot in entry.slots)
-
     @property
     def references(self) -> frozenset[str]:
         """Names of frozen parameters that are the model's own."""
@@ -138,22 +159,24 @@ class Shadow(dict[str, Tensor]):
         """
         entries = entries_of(model)
         names = {slot.name for entry in entries for slot in entry.slots if entry.persistent}
-        check_names({n for n, key in self._key_of.items() if key in self.persistent}, names, type(model).__name__)
+        wanted = {name for name, key in self._key_of.items() if key in self.persistent}
+        check_names(wanted, names, type(model).__name__, "" if whole else _CHANGED)
         seen: set[str] = set()
         matched = []
         for entry in entries:
-            keys = {self._key_of[slot.name] for slot in entry.slots if slot.name in self._key_of}
-            if not keys:  # a non-persistent buffer the student registered later
+            keys = dict.fromkeys(self._key_of[slot.name] for slot in entry.slots if slot.name in self._key_of)
+            if not entry.persistent:
+                # One the student registered later has no key, and some are one object now and two later, see `follow`.
+                matched += [Entry(key, [s for s in entry.slots if self._key_of.get(s.name) == key]) for key in keys]
                 continue
-            key = keys.pop()
-            if keys or (not whole and key in seen):
-                raise ValueError(f"Tied weights changed since the average was built: {entry.key!r}.")
+            key = next(iter(keys))
+            if len(keys) > 1 or (not whole and key in seen):
+                raise ValueError(f"Tied weights changed since the average was built: {entry.key!r}.{_CHANGED}")
             seen.add(key)
-            if entry.persistent:
-                check_shape(key, self[key], entry.tensor)
-                if not whole:
-                    self._check_values(key, entry.tensor)
-                    check_placement(key, self[key], entry.tensor)
+            check_shape(key, self[key], entry.tensor, "" if whole else _CHANGED)
+            if not whole:
+                self._check_values(key, entry.tensor)
+                check_placement(key, self[key], entry.tensor)
             matched.append(Entry(key, entry.slots))
         return matched
 
@@ -174,7 +197,12 @@ def check_kind(key: str, tensor: Tensor) -> None:
 
 
 def check_values(key: str, tensor: Tensor) -> None:
-    """Raises `ValueError` for a tensor on `meta`, which has a shape and no values."""
+    """Raises `ValueError` for a tensor on `meta`, which has a shape and no values, or of torch's inference mode."""
+    if tensor.is_inference():
+        raise ValueError(
+            f"{key!r} was made in torch.inference_mode(), so it can neither be trained nor be written to outside it: "
+            "build or load the model under torch.no_grad(), or register a clone."
+        )
     if tensor.is_meta:
         raise ValueError(
             f"{key!r} is on the meta device, so it has no values that could be averaged or replaced: it was never "
@@ -183,7 +211,7 @@ def check_values(key: str, tensor: Tensor) -> None:
         )
 
 
-def check_shape(key: str, wanted: Tensor, found: Tensor) -> None:
+def check_shape(key: str, wanted: Tensor, found: Tensor, advice: str = "") -> None:
     """Raises `ValueError` where a tensor has another shape than the average's."""
     if wanted.shape != found.shape:
-        raise ValueError(f"{key!r} has shape {tuple(found.shape)}, the average has {tuple(wanted.shape)}.")
+        raise ValueError(f"{key!r} has shape {tuple(found.shape)}, the average has {tuple(wanted.shape)}.{advice}")

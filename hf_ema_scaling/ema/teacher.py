@@ -202,6 +202,7 @@ class EMATeacher:
         with torch.no_grad():
             keep = _kept_in_float32(self._module, self.dtype)
             self._copies = _share(self._module, self._average, self._dtype, keep)
+            _restart_dynamic_rope(self._module)
         self._version = self._average.storage_version
         self._gathered_at = self._average.num_updates
 
@@ -246,6 +247,24 @@ def _share(
             f"{type(module).__name__} built for the teacher does not fit the average: {error} Pass `factory=` that "
             "builds the student's architecture exactly."
         ) from error
+
+
+def _restart_dynamic_rope(module: nn.Module) -> None:
+    """Gives rotary embeddings that follow the longest sequence seen frequencies of their own, for short sequences.
+
+    transformers keeps the length in an attribute: with the student's buffers, scaled for the student's last batch, and
+    the teacher's own attribute, a teacher would label short sequences with the frequencies of long ones.
+    """
+    suffix = "original_inv_freq"
+    for part in module.modules():
+        if "dynamic" not in str(getattr(part, "rope_type", "")):
+            continue
+        for leaf in [leaf for leaf, buffer in part._buffers.items() if leaf.endswith(suffix) and buffer is not None]:
+            prefix, original = leaf.removesuffix(suffix), part.get_buffer(leaf)
+            for name in (leaf, f"{prefix}inv_freq"):
+                part.register_buffer(name, original.clone(), persistent=False)
+            for name in {f"{prefix}max_seq_len_cached", "max_seq_len_cached"} & vars(part).keys():
+                setattr(part, name, part.original_max_seq_len)
 
 
 def _build(student: nn.Module, average: WeightAverage) -> nn.Module:
