@@ -19,14 +19,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_ema_scaling.ema.adapters import adapter_configs, base_of, is_peft_model
+from hf_ema_scaling.ema.adapters import adapter_configs, base_of, is_peft_model, refuse_prompt_learning
 from hf_ema_scaling.ema.average import WeightAverage
+from hf_ema_scaling.ema.names import canonical_name
 from hf_ema_scaling.ema.sharding import class_of
 
 ADAPTER_FOLDER = "adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BUFFERS = "buffers.safetensors"
 ADDED_PREFIX = "base_model.model."
+
+
+def check_adapters(model: nn.Module, average: WeightAverage) -> None:
+    """Says before training what `adapter_tensors` would say when the average is saved; for other models nothing.
+
+    Args:
+        model: The unwrapped student.
+        average: Its average.
+
+    Raises:
+        NotImplementedError, ValueError: As `adapter_tensors`.
+    """
+    if adapter_configs(model):
+        adapter_tensors(model, average, {canonical_name(name): value for name, value in model.state_dict().items()})
 
 
 def adapter_tensors(
@@ -37,29 +52,25 @@ def adapter_tensors(
     Args:
         model: The unwrapped student, with adapters.
         average: Its average.
-        state: `average.state_dict(model)`.
+        state: `average.state_dict(model)`; only names and shapes matter.
 
     Raises:
-        NotImplementedError: PEFT stores this kind of adapter in another form than the model holds it.
+        NotImplementedError: PEFT stores this kind of adapter in another form than the model holds it, or loads it over
+            other base weights.
         ValueError: A trainable parameter belongs to no adapter, so that neither PEFT nor Trainer saves it.
     """
-    from peft import get_peft_model_state_dict
-
-    names = list(state)
+    refuse_prompt_learning(model)
+    _refuse_lost_bases(model)
     # Numbers in the shapes of the tensors, which survive that PEFT copies them (as it does of sharded models).
-    numbered = {name: torch.tensor(float(i)).expand(state[name].shape) for i, name in enumerate(names)}
+    numbered = {name: torch.tensor(float(i)).expand(state[name].shape) for i, name in enumerate(state)}
     places: dict[str, dict[str, str]] = {}
     for adapter in adapter_configs(model):
-        stored = get_peft_model_state_dict(
-            model, state_dict=dict(numbered), adapter_name=adapter, save_embedding_layers=False
-        )
-        # What transformers puts before the names of an adapter that it added, so that PEFT reads them too.
-        prefix = "" if is_peft_model(model) else ADDED_PREFIX
         found = {
-            prefix + file_name: average.resolve(name) if (name := _numbered(tensor, numbered)) else None
-            for file_name, tensor in stored.items()
+            file_name: average.resolve(name) if (name := _numbered(tensor, numbered)) else None
+            for file_name, tensor in _stored(model, adapter, numbered).items()
         }
-        strange = sorted(file_name for file_name, name in found.items() if name is None)
+        unknown = [file_name for file_name, name in found.items() if name is None]
+        strange = sorted(set(unknown) - set(_constants(model, adapter, state) if unknown else ()))
         if strange:
             raise NotImplementedError(
                 f"PEFT changes {', '.join(strange[:3])} of adapter {adapter!r} as it saves it, so its average cannot "
@@ -75,6 +86,52 @@ def adapter_tensors(
             "Trainer saves them. Name their modules in modules_to_save of the adapter's configuration."
         )
     return places
+
+
+def _stored(model: nn.Module, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What PEFT would store of a state of the model, by name in the file, in the shapes that the model has."""
+    from peft import get_peft_model_state_dict
+
+    config = adapter_configs(model)[adapter]
+    # AdaLoRA leaves out what its student no longer uses; the average still does, with what it was.
+    pattern = {"rank_pattern": config.rank_pattern} if _is_adalora(config) else {}
+    vars(config).update(dict.fromkeys(pattern))
+    try:
+        stored = get_peft_model_state_dict(
+            model, state_dict=dict(state), adapter_name=adapter, save_embedding_layers=False
+        )
+    finally:
+        vars(config).update(pattern)
+    # What transformers puts before the names of an adapter that it added, so that PEFT reads them too.
+    prefix = "" if is_peft_model(model) else ADDED_PREFIX
+    return {prefix + file_name: tensor for file_name, tensor in stored.items()}
+
+
+def _constants(model: nn.Module, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What PEFT stores with an adapter and not from the model's state, such as the places in a weight it changes."""
+    marked = [
+        {name: torch.full((), mark).expand(tensor.shape) for name, tensor in state.items()} for mark in (0.25, 0.5)
+    ]
+    one, other = (_stored(model, adapter, values) for values in marked)
+    return {name: tensor for name, tensor in one.items() if torch.equal(tensor, other[name])}
+
+
+def _is_adalora(config: Any) -> bool:
+    return str(config.peft_type.value) == "ADALORA"
+
+
+def _refuse_lost_bases(model: nn.Module) -> None:
+    """Raises `NotImplementedError` for adapters that came with a change of the base which loading cannot repeat."""
+    for adapter, config in adapter_configs(model).items():
+        scheme = str(getattr(config, "init_lora_weights", "")).lower()
+        if scheme.startswith("pissa_niter") or scheme in ("corda", "lora_ga"):
+            raise NotImplementedError(
+                f"init_lora_weights={config.init_lora_weights!r} of adapter {adapter!r} changed the base's weights in "
+                "a way that PEFT does not repeat when it loads the adapter, so a saved average would compute with "
+                "other weights than this one. Use 'pissa' or 'olora', which it repeats; or save the base as it is now "
+                f"(`model.unload().save_pretrained(...)`), build the adapter over that one, and set "
+                f"`model.peft_config[{adapter!r}].init_lora_weights = True`."
+            )
 
 
 def _numbered(tensor: Tensor, numbered: Mapping[str, Tensor]) -> str | None:
@@ -117,6 +174,7 @@ def write_adapters(folder: Path, model: nn.Module, average: WeightAverage, state
             file_name: gathered[name].clone(memory_format=torch.contiguous_format)
             for file_name, name in places[adapter].items()
         }
+        tensors |= _constants(model, adapter, state)
         save_file(tensors, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         _write_config(target, model, config)
     names = [name for place in places.values() for name in place.values()]
@@ -131,11 +189,15 @@ def read_adapters(folder: Path, model: nn.Module, average: WeightAverage) -> dic
     Raises:
         OSError, SafetensorError, KeyError: A file is missing or damaged, or lacks a tensor; the message names it.
     """
-    places = adapter_tensors(model, average, average.state_dict(model))
+    state = average.state_dict(model)
+    places = adapter_tensors(model, average, state)
     files = {_place(folder, adapter, places) / ADAPTER_WEIGHTS: place for adapter, place in places.items()}
     buffers = _buffers(average, [name for place in places.values() for name in place.values()], model)
     if buffers:
         files[folder / BUFFERS] = {name: name for name in buffers}
+    constants = {
+        _place(folder, adapter, places) / ADAPTER_WEIGHTS: _constants(model, adapter, state) for adapter in places
+    }
     tensors: dict[str, Tensor] = {}
     for path, place in files.items():
         stored = _read(path, folder)
@@ -143,6 +205,9 @@ def read_adapters(folder: Path, model: nn.Module, average: WeightAverage) -> dic
             if file_name not in stored:
                 raise KeyError(f"{path.relative_to(folder)} lacks {file_name}")
             tensors[name] = stored[file_name]
+        for file_name, tensor in constants.get(path, {}).items():
+            if file_name not in stored or not torch.equal(stored[file_name], tensor.to(stored[file_name])):
+                raise KeyError(f"{file_name} in {path.relative_to(folder)} is not that of the model's adapter")
     return tensors
 
 
@@ -184,6 +249,8 @@ def _write_config(folder: Path, model: nn.Module, config: Any) -> None:
     base = base_of(model)
     config = copy.deepcopy(config)
     config.inference_mode = True
+    if _is_adalora(config):
+        config.rank_pattern = None  # what is stored has all ranks
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(base, "name_or_path", None)
     # Lets AutoPeftModel find the base's class where no task says it.

@@ -82,7 +82,10 @@ def debiased(weight: float, gathered: float) -> tuple[float, float]:
 
 
 def adapter_module(student: nn.Module, config_for: Callable[[PreTrainedModel], Any]) -> nn.Module:
-    """A new module of the student's architecture, adapters included, without values: its tensors are on `meta`.
+    """A new module of the student's architecture, adapters included, whose values mean nothing yet.
+
+    Its tensors are on `meta`; where PEFT cannot make its kind of adapter there, all of them are memory that nobody has
+    written to, which costs nothing as long as the average takes their place.
 
     Args:
         student: A model for which `adapter_configs` is not empty; left as it is.
@@ -90,7 +93,8 @@ def adapter_module(student: nn.Module, config_for: Callable[[PreTrainedModel], A
 
     Raises:
         TypeError: The base is not a transformers model.
-        NotImplementedError: An adapter that adds tokens instead of changing layers (prompt learning).
+        NotImplementedError: An adapter that adds tokens instead of changing layers (prompt learning), or one that PEFT
+            cannot make without the base's weights.
     """
     base = base_of(student)
     if not isinstance(base, PreTrainedModel):
@@ -98,26 +102,81 @@ def adapter_module(student: nn.Module, config_for: Callable[[PreTrainedModel], A
             f"the adapters' base {type(base).__name__} is not a transformers model, so the teacher cannot be built "
             "from a configuration. Pass `factory=`, a function that returns a new model with the same adapters."
         )
+    refuse_prompt_learning(student)
     configs = {name: _without_initialisation(config) for name, config in adapter_configs(student).items()}
-    with torch.device("meta"), no_init_weights():
-        module: Any = class_of(base)(config_for(base))
+    # A torch.Size or a count is enough for most adapters; some look for values (indices drawn, say) as they are made.
+    for device in ("meta", "cpu"):
+        try:
+            return _built(student, base, configs, config_for, device)
+        except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            reason = error
+    kinds = ", ".join(sorted({config.peft_type.value for config in configs.values()}))
+    raise NotImplementedError(
+        f"PEFT cannot make adapters of kind {kinds} for the teacher before it has weights ({type(reason).__name__}: "
+        f"{reason}). Pass `factory=` (`teacher_factory=` to trainers and callback), a function that returns a new "
+        "model with the same adapters."
+    ) from reason
+
+
+def _built(
+    student: nn.Module,
+    base: PreTrainedModel,
+    configs: dict[str, Any],
+    config_for: Callable[[PreTrainedModel], Any],
+    device: str,
+) -> nn.Module:
+    empty = device == "meta"
+    with torch.device(device):
+        with no_init_weights():  # for the base alone: some adapters use what a function of torch.nn.init returns
+            module: Any = class_of(base)(config_for(base))
         if getattr(base, "generation_config", None) is not None:
             module.generation_config = copy.deepcopy(base.generation_config)
+        configs = copy.deepcopy(configs)
         if is_peft_model(student):
             first, *others = configs
-            options: dict[str, Any] = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
+            options: dict[str, Any] = {"low_cpu_mem_usage": empty, "autocast_adapter_dtype": False}
             module = class_of(student)(module, configs[first], adapter_name=first, **options)
             for name in others:
-                module.add_adapter(name, configs[name], low_cpu_mem_usage=True)
+                module.add_adapter(name, configs[name], low_cpu_mem_usage=empty)
             module.set_adapter(_active(student))
         else:
             from peft import inject_adapter_in_model
 
             for name, adapter in configs.items():
-                inject_adapter_in_model(adapter, module, name, low_cpu_mem_usage=True)
+                inject_adapter_in_model(adapter, module, name, low_cpu_mem_usage=empty)
             module._hf_peft_config_loaded = True
             module.set_adapter(_active(student))
     return module
+
+
+@torch.no_grad()
+def take_constants(module: nn.Module, student: nn.Module) -> None:
+    """Gives a module copies of the tensors that the student's adapters keep outside parameters and buffers.
+
+    Such as the places in a weight that an adapter changes: drawn at random, never trained and never saved.
+
+    Args:
+        module: As `adapter_module` returns it.
+        student: Left as it is.
+    """
+    parts = dict(student.named_modules())
+    own = {id(tensor) for tensor in (*student.parameters(), *student.buffers())}
+    for name, part in module.named_modules():
+        theirs = vars(parts[name]) if name in parts else {}
+        for leaf, value in vars(part).items():
+            if leaf in _TABLES or leaf not in theirs or type(theirs[leaf]) is not type(value):
+                continue
+            if isinstance(value, Tensor) and _constant(theirs[leaf], own):
+                vars(part)[leaf] = theirs[leaf].clone()
+            elif isinstance(value, dict):
+                value.update({key: one.clone() for key, one in theirs[leaf].items() if _constant(one, own)})
+
+
+_TABLES = frozenset({"_parameters", "_buffers", "_modules"})
+
+
+def _constant(value: Any, own: set[int]) -> bool:
+    return isinstance(value, Tensor) and not value.requires_grad and id(value) not in own
 
 
 def check_filled(module: nn.Module) -> None:
@@ -129,12 +188,23 @@ def check_filled(module: nn.Module) -> None:
     for name, part in module.named_modules():
         held: list[tuple[str, Any]] = [*vars(part).items(), *part._parameters.items(), *part._buffers.items()]
         for leaf, value in held:
-            if isinstance(value, Tensor) and value.is_meta:
+            values = value.values() if isinstance(value, dict) and leaf not in _TABLES else (value,)
+            if any(isinstance(one, Tensor) and one.is_meta for one in values):
                 raise ValueError(
                     f"{type(part).__name__} keeps {leaf!r} ({name or 'the model itself'}) outside its parameters and "
                     "buffers, so the teacher cannot share it. Pass `factory=`, a function that returns a new model "
                     "with the same adapters."
                 )
+
+
+def refuse_prompt_learning(model: nn.Module) -> None:
+    """Raises `NotImplementedError` for a model with an adapter that learns tokens instead of changing layers."""
+    for config in adapter_configs(model).values():
+        if config.is_prompt_learning:
+            raise NotImplementedError(
+                f"{config.peft_type.value} learns tokens and not layers; its average can be neither built as a "
+                "teacher nor saved here. Use LoRA or another adapter of layers, or fine-tune without PEFT."
+            )
 
 
 def _active(student: Any) -> Any:
@@ -143,11 +213,6 @@ def _active(student: Any) -> Any:
 
 
 def _without_initialisation(config: Any) -> Any:
-    if config.is_prompt_learning:
-        raise NotImplementedError(
-            f"{config.peft_type.value} learns tokens and not layers; its average can be neither built as a teacher "
-            "nor saved here. Use LoRA or another adapter of layers, or fine-tune without PEFT."
-        )
     config = copy.deepcopy(config)
     if isinstance(getattr(config, "init_lora_weights", None), str):
         config.init_lora_weights = True  # other schemes decompose the base's weights, which are not there

@@ -62,6 +62,13 @@ class WeightAverage:
         storage_version: Grows when shadow tensors had to be reallocated, so that whoever shares them can notice.
         sharded: Whether any of its tensors is a DTensor.
 
+    Raises:
+        ValueError: The model has no parameters; a tensor is on `meta` (a frozen base under adapters may be), or
+            expanded; or one that moves and one that does not share memory.
+        TypeError: A tensor is quantized by torch, or sparse.
+        RuntimeError: The model holds swapped-in weights.
+        NotImplementedError: FSDP1 wraps the model.
+
     Source: "How to Scale Your EMA", arXiv 2307.13813, eq. 1 and definition 1.2 (rho -> rho**kappa).
     """
 
@@ -88,9 +95,9 @@ class WeightAverage:
         self.gathered: float | None = 0.0 if adapters else None
         refuse_swapped(model, "build an average from")
         refuse_flat(model)
+        _refuse_fixed(model)
         reshard(model)
-        for entry in entries_of(model):
-            self._shadow.add(entry)
+        self._shadow.add_all(entries_of(model))
         self.sharded = any(isinstance(shadow, DTensor) for shadow in self._shadow.values())
         if not self._shadow.parameters:
             raise ValueError(f"{type(model).__name__} has no parameters to average.")
@@ -128,12 +135,16 @@ class WeightAverage:
         moved = weight
         if self.gathered is not None:
             moved, self.gathered = debiased(weight, self.gathered)
-        for pairs in binding.parameters:
-            pairs.lerp_(moved)
-        for pairs in binding.buffers:
-            pairs.lerp_(weight if buffer_weight is None else buffer_weight)
-        for pairs in binding.copies:
-            pairs.copy_()
+        try:
+            for pairs in binding.parameters:
+                pairs.lerp_(moved)
+            for pairs in binding.buffers:
+                pairs.lerp_(weight if buffer_weight is None else buffer_weight)
+            for pairs in binding.copies:
+                pairs.copy_()
+        except RuntimeError:
+            self._match(model)  # names a tensor that got another shape in place, as by `resize_token_embeddings`
+            raise
         self.num_updates += 1
 
     @torch.no_grad()
@@ -402,10 +413,7 @@ class WeightAverage:
         self._reshard(model)
         if self._binding is not None and self._binding.holds_for(model):
             return self._binding
-        for entry in entries_of(model):
-            if not entry.persistent and not self._shadow.knows(entry):
-                self._shadow.add(entry)
-                self.storage_version += 1
+        self.storage_version += self._shadow.follow(entries_of(model))
         entries = self._match(model)
         kept_as_they_are = unit_vectors(model)
         groups: dict[tuple[Kind, torch.device, torch.dtype, torch.dtype], list[Entry]] = {}
@@ -427,6 +435,8 @@ class WeightAverage:
             moves = moves and id(source) not in kept_as_they_are
             kind: Kind = "parameters" if entry.is_param else "buffers"
             kind = kind if moves and source.is_floating_point() else "copies"
+            if shadow.dtype != source.dtype and not local_shard(source).numel():
+                continue  # nothing to cast, as of a shard of few rows on many processes
             groups.setdefault((kind, source.device, shadow.dtype, source.dtype), []).append(entry)
         binding = Binding(model, entries, groups, self._shadow, self._scratch)
         self._binding = binding
@@ -436,3 +446,18 @@ class WeightAverage:
     def _write(self, entries: list[Entry]) -> None:
         models, shadows = [local_shard(e.tensor) for e in entries], [local_shard(self._shadow[e.key]) for e in entries]
         kernels.Pairs(models, shadows).copy_()
+
+
+def _refuse_fixed(model: nn.Module) -> None:
+    """Raises `RuntimeError` or `TypeError` where what is built now could not be updated later."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Cannot build an average in torch.inference_mode(): what is made there can never be written to outside "
+            "it. Use torch.no_grad()."
+        )
+    for name, part in model.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{name or 'The model'} was scripted or traced by torch.jit, whose modules hide their tensors: build "
+                "the average from the module before that, or use torch.compile."
+            )

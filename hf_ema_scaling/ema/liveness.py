@@ -65,7 +65,7 @@ def check_liveness(model: nn.Module, average: WeightAverage, teacher: EMATeacher
 
     Raises:
         DeadTeacherError: The output did not change, or changed with the student; the average holds a tensor of the
-            student; or the student has nothing trainable.
+            student; a forward pass writes to the average; or the student has nothing trainable.
     """
     moving = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
     if not moving:
@@ -83,6 +83,16 @@ def check_liveness(model: nn.Module, average: WeightAverage, teacher: EMATeacher
                 "the student after it was built is not on it: pass `factory=` (`teacher_factory=` to trainers and "
                 "callback), a function that returns a new model with the same in place."
             ) from error
+        now = average.tensors()
+        written = [name for name, value in shadow.items() if not same(local_shard(now[name]), local_shard(value))]
+        if written:
+            average.load(shadow)
+            teacher.refresh()
+            raise DeadTeacherError(
+                f"A forward pass of the teacher writes to its own weights ({written[0]!r}, {len(written)} in all), so "
+                "labelling would change the average. Let the module compute with a changed copy instead (with PEFT's "
+                "OFT: coft=False)."
+            )
         try:
             with _other_weights(moving):
                 average.blend(model, 0.5)

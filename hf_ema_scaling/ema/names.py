@@ -103,12 +103,13 @@ def unit_vectors(model: nn.Module) -> set[int]:
     return found
 
 
-def check_names(wanted: set[str], found: set[str], where: str) -> None:
-    """Raises `ValueError` with the first few names that are missing in `where` or unexpected there."""
+def check_names(wanted: set[str], found: set[str], where: str, advice: str = "") -> None:
+    """Raises `ValueError` with the first few names that are missing in `where` or unexpected there, and advice."""
     missing, unexpected = sorted(wanted - found), sorted(found - wanted)
     if missing or unexpected:
         raise ValueError(
             f"Names do not match the average. Missing in {where}: {_few(missing)}; unexpected: {_few(unexpected)}."
+            f"{advice}"
         )
 
 

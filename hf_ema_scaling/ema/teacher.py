@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from hf_ema_scaling.ema.adapters import adapter_configs, adapter_module, check_filled
+from hf_ema_scaling.ema.adapters import adapter_configs, adapter_module, check_filled, take_constants
 from hf_ema_scaling.ema.average import WeightAverage
 from hf_ema_scaling.ema.differences import described, differences
 from hf_ema_scaling.ema.forwards import carry_over_forwards
 from hf_ema_scaling.ema.kernels import Pairs
 from hf_ema_scaling.ema.names import unwrap
+from hf_ema_scaling.ema.shadow import check_values
 from hf_ema_scaling.ema.sharding import class_of
 from hf_ema_scaling.ema.trial import rng_devices
 
@@ -39,7 +40,7 @@ class EMATeacher:
     matters, as the trainers do when they start, and a first call without them warns of what may. With a `dtype` that
     is not the average's the module holds copies in that dtype, which are made anew at a call (or at `module`) if the
     average was written to since the last; half precision computes under autocast of that dtype, with floating inputs
-    cast to it.
+    cast to it, and so do adapters in float32 over a base in half precision where no autocast is on.
     Creating it leaves the student's bits and the random state as they were. It is a plain object, so assigning it to
     a model or trainer registers nothing.
 
@@ -64,7 +65,7 @@ class EMATeacher:
     Raises:
         TypeError: No factory for a model that needs one, or a replaced `forward` that holds the student's weights.
         ValueError: The built module has other names or shapes than the average, or is the student itself; `dtype` is
-            another.
+            another; or the base under adapters is on `meta`.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class EMATeacher:
         if dtype not in (None, torch.float32, *HALF_PRECISION):
             raise ValueError(f"A teacher computes in torch.float32, torch.bfloat16 or torch.float16, got {dtype}.")
         student = unwrap(model)
+        for key, tensor in average.tensors().items():
+            check_values(key, tensor)
         average.rebind(model)
         # Constructors draw random numbers on the CPU even where initialisation is disabled.
         with torch.random.fork_rng(devices=rng_devices(average.device)):
@@ -180,21 +183,26 @@ class EMATeacher:
                 f"The teacher's {training or type(module).__name__!r} is in training mode; its labels would contain "
                 "dropout noise. Call `teacher.module.eval()` and find out who called `.train()` on it."
             )
-        if self.dtype not in HALF_PRECISION:
+        half = self.dtype if self.dtype in HALF_PRECISION else self._dtype_of_base(module)
+        if half is None:
             with torch.no_grad():
                 return function(module, *args, **inputs)
-        args, inputs = tuple(map(self._cast, args)), {name: self._cast(value) for name, value in inputs.items()}
+        args, inputs = tuple(_cast(value, half) for value in args), {k: _cast(v, half) for k, v in inputs.items()}
         # An autocast region around the call may be of another dtype, and would cast the weights at every use.
-        with torch.no_grad(), torch.autocast(self.device.type, dtype=self.dtype):
+        with torch.no_grad(), torch.autocast(self.device.type, dtype=half):
             return function(module, *args, **inputs)
 
-    def _cast(self, value: Any) -> Any:
-        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    def _dtype_of_base(self, module: nn.Module) -> torch.dtype | None:
+        """The half precision of a base under adapters in float32, where no autocast region brings them together."""
+        if self._average.gathered is None or torch.is_autocast_enabled(self.device.type):
+            return None
+        return next((p.dtype for p in module.parameters() if p.dtype in HALF_PRECISION), None)
 
     def _share(self) -> None:
         with torch.no_grad():
             keep = _kept_in_float32(self._module, self.dtype)
             self._copies = _share(self._module, self._average, self._dtype, keep)
+            _restart_dynamic_rope(self._module)
         self._version = self._average.storage_version
         self._gathered_at = self._average.num_updates
 
@@ -218,6 +226,10 @@ def inference_config(model: PreTrainedModel) -> PreTrainedConfig:
     return config
 
 
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 def _forward(module: nn.Module, *args: Any, **inputs: Any) -> Any:
     return module(*args, **inputs)
 
@@ -237,10 +249,29 @@ def _share(
         ) from error
 
 
+def _restart_dynamic_rope(module: nn.Module) -> None:
+    """Gives rotary embeddings that follow the longest sequence seen frequencies of their own, for short sequences.
+
+    transformers keeps the length in an attribute: with the student's buffers, scaled for the student's last batch, and
+    the teacher's own attribute, a teacher would label short sequences with the frequencies of long ones.
+    """
+    suffix = "original_inv_freq"
+    for part in module.modules():
+        if "dynamic" not in str(getattr(part, "rope_type", "")):
+            continue
+        for leaf in [leaf for leaf, buffer in part._buffers.items() if leaf.endswith(suffix) and buffer is not None]:
+            prefix, original = leaf.removesuffix(suffix), part.get_buffer(leaf)
+            for name in (leaf, f"{prefix}inv_freq"):
+                part.register_buffer(name, original.clone(), persistent=False)
+            for name in {f"{prefix}max_seq_len_cached", "max_seq_len_cached"} & vars(part).keys():
+                setattr(part, name, part.original_max_seq_len)
+
+
 def _build(student: nn.Module, average: WeightAverage) -> nn.Module:
     if adapter_configs(student):
         module: Any = adapter_module(student, inference_config)
         _share(module, average)
+        take_constants(module, student)
         check_filled(module)
         carry_over_forwards(student, module)
         return module

@@ -9,7 +9,9 @@ from torch import nn
 
 from hf_ema_scaling.data.sampler import SampledStep
 from hf_ema_scaling.ema import WeightAverage
+from hf_ema_scaling.ema.adapter_storage import check_adapters
 from hf_ema_scaling.ema.half_precision import warn_of_half_precision
+from hf_ema_scaling.ema.names import unwrap
 from hf_ema_scaling.scaling import ScalingPlan, weight_from_log_momentum
 from hf_ema_scaling.training.arguments import EMATrainingArguments
 
@@ -17,11 +19,13 @@ from hf_ema_scaling.training.arguments import EMATrainingArguments
 def new_average(model: nn.Module, args: EMATrainingArguments) -> WeightAverage:
     """The average that the arguments ask for; warns of a student in half precision."""
     warn_of_half_precision(model)
-    return WeightAverage(
+    average = WeightAverage(
         model,
         buffers=args.ema_buffers,  # type: ignore[arg-type]
         dtype=getattr(torch, args.ema_dtype),
     )
+    check_adapters(unwrap(model), average)
+    return average
 
 
 class AverageMover:

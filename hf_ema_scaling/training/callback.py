@@ -17,8 +17,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_before_labelling
+from hf_ema_scaling.ema.adapter_storage import check_adapters
 from hf_ema_scaling.ema.export import export_average
 from hf_ema_scaling.ema.half_precision import warn_of_half_precision
+from hf_ema_scaling.ema.names import unwrap
 from hf_ema_scaling.ema.shadow import BufferPolicy
 from hf_ema_scaling.ema.skipped import SkipWatch
 from hf_ema_scaling.ema.storage import OnMissing
@@ -326,7 +328,9 @@ class EMACallback(CheckpointedAverage):
             self._average = self._teacher = None
         if self._average is None:
             warn_of_half_precision(model)
-            self._average = WeightAverage(model, buffers=self.buffers, dtype=self.dtype)
+            average = WeightAverage(model, buffers=self.buffers, dtype=self.dtype)
+            check_adapters(unwrap(model), average)
+            self._average = average
         self._model = model
         if state.global_step > 0:
             try:

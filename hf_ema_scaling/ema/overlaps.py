@@ -1,0 +1,63 @@
+"""Tensors of a model that are not the same object but share memory, as views of one flat tensor do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import combinations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hf_ema_scaling.ema.names import Entry
+
+
+def repeats(tensor: Tensor) -> bool:
+    """Whether several elements of a tensor are one place in memory, as after `expand`: it cannot be written to."""
+    return _plain(tensor) and any(s == 0 and n > 1 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def overlapping(entries: Iterable[Entry]) -> Iterator[tuple[Entry, Entry]]:
+    """Pairs of tensors with an element in common; views of one storage that lie beside each other have none.
+
+    Args:
+        entries: Distinct tensors of a model. Those in shards, on `meta`, or of another layout have no overlaps.
+    """
+    by_storage: dict[tuple[torch.device, int], list[Entry]] = {}
+    for entry in entries:
+        if _plain(entry.tensor) and entry.tensor.numel():
+            place = entry.tensor.device, entry.tensor.untyped_storage().data_ptr()
+            by_storage.setdefault(place, []).append(entry)
+    for sharing in by_storage.values():
+        for one, other in combinations(sharing, 2):
+            if _meet(one.tensor, other.tensor):
+                yield one, other
+
+
+def _plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta and not isinstance(tensor, DTensor)
+
+
+def _meet(a: Tensor, b: Tensor) -> bool:
+    (start, end), (other_start, other_end) = _span(a), _span(b)
+    if end <= other_start or other_end <= start:
+        return False
+    if a.itemsize != b.itemsize:  # one memory in two dtypes: where they lie is all that is asked
+        return True
+    # Columns of one matrix, say, lie between each other.
+    first = min(start, other_start)
+    return bool(torch.isin(_places(a, first), _places(b, first)).any())
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First and last byte + 1 of a tensor's elements; strides are never negative."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
+
+
+def _places(tensor: Tensor, first: int) -> Tensor:
+    """Where each element lies, in elements from the address `first`."""
+    places = torch.full((1,), (tensor.data_ptr() - first) // tensor.itemsize)
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        places = (places[:, None] + torch.arange(size) * stride).flatten()
+    return places
