@@ -55,6 +55,8 @@ class EMACallback(CheckpointedAverage):
 
     Checkpoints: `checkpoint-N/ema/` is a complete `from_pretrained` folder of the average plus `ema_state.json`;
     `checkpoint-N/` itself stays the student. `train(resume_from_checkpoint=...)` continues the average bit for bit.
+    (Of a model of sentence-transformers, whose folders have a layout of their own, the weights alone are there:
+    `model.load_state_dict(load_file("checkpoint-N/ema/model.safetensors"))`. `export` writes what that library loads.)
     Just-in-time checkpoints and the checkpoints in the trial folders of a hyper-parameter search have it too; with
     `enable_jit_checkpoint` the workers that load data for training and evaluations survive a SIGTERM to the whole
     process group. After a
@@ -85,7 +87,8 @@ class EMACallback(CheckpointedAverage):
 
     The unit is what the loader draws: a row of the data set. Where a row is a packed sequence (TRL's `packing`),
     `reference_batch_size` counts packed sequences; kappa is right as long as they are as long as they were at the
-    reference. Parameters of a loss module (sentence-transformers) are not the model's and are not averaged.
+    reference. In TRL's trainers that generate (GRPO, RLOO) it is a completion that a step trains on. Parameters of a
+    loss module (sentence-transformers) are not the model's and are not averaged.
     **Shards**: under FSDP2 every process keeps and updates the average of its own shards; saving, exporting and the
     teacher gather it. FSDP1 and DeepSpeed ZeRO-3 are refused. Under ZeRO-1 and 2, which step inside `backward()`, the
     callback sees the weights after that step, and accelerate's `step_was_skipped` tells an overflow; with bf16 or fp16
