@@ -22,6 +22,7 @@ from hf_ema_scaling.ema.storage import STATE_NAME, check_average
 PLAN_NAME, METRICS_NAME, LEDGER_NAME, RECORD_NAME = "scaling_plan.json", "metrics.json", "ledger.json", "run.json"
 WEIGHTS = re.compile(r"(model|adapter_model)(-\d{5}-of-\d{5})?\.safetensors")
 _WITH_WEIGHTS = re.compile(r"(config|generation_config|adapter_config|(adapter_)?model\.safetensors\.index)\.json")
+OF_SENTENCE_TRANSFORMERS = "modules.json"
 _OF_AVERAGE = (STATE_NAME, EXACT_NAME, BUFFERS)
 
 
@@ -104,7 +105,7 @@ def read_run(folder: str | Path) -> RunFolder:
         folder: `output_dir` of a run, or one of its checkpoints.
 
     Raises:
-        RunFolderError: without student or average, or with a file that cannot be read.
+        RunFolderError: without student or average, with a file that cannot be read, or of sentence-transformers.
         AverageStateError: with a damaged average.
     """
     folder = Path(folder)
@@ -114,6 +115,12 @@ def read_run(folder: str | Path) -> RunFolder:
         raise RunFolderError(
             f"{folder} holds no model.safetensors: give the output_dir of a run that has ended, or one of its "
             "checkpoints"
+        )
+    if (folder / OF_SENTENCE_TRANSFORMERS).is_file():
+        raise RunFolderError(
+            f"{folder} holds a model of sentence-transformers ({OF_SENTENCE_TRANSFORMERS}), with folders of another "
+            "layout than those that can be pushed here: write the average by EMACallback.export('average') and "
+            "push it as that library does, for example by SentenceTransformer('average').push_to_hub('OWNER/NAME')"
         )
     if not (folder / EMA_FOLDER / STATE_NAME).is_file():
         raise RunFolderError(

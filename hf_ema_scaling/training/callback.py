@@ -26,15 +26,10 @@ from hf_ema_scaling.ema.skipped import SkipWatch
 from hf_ema_scaling.ema.storage import OnMissing
 from hf_ema_scaling.ema.swap import is_swapped
 from hf_ema_scaling.scaling import ReferenceClock, ema_weight, momentum_from_half_life, scale_momentum
-from hf_ema_scaling.training.callback_checkpoints import CheckpointedAverage
+from hf_ema_scaling.training.callback_checkpoints import _RUNS, CheckpointedAverage
 from hf_ema_scaling.training.checks import LivenessWatch, has_batch_statistics, share_statistics
 from hf_ema_scaling.training.signals import shield_evaluations, shield_workers
-from hf_ema_scaling.training.stock import (
-    learns,
-    loader_batch_size,
-    nonfinite_parameter,
-    refuse_unsupported,
-)
+from hf_ema_scaling.training.stock import learns, nonfinite_parameter, refuse_unsupported, rows_of_a_batch
 from hf_ema_scaling.training.stock_records import stock_plan, write_stock_metrics, write_stock_start
 
 logger = logging.get_logger(__name__)
@@ -62,6 +57,8 @@ class EMACallback(CheckpointedAverage):
 
     Checkpoints: `checkpoint-N/ema/` is a complete `from_pretrained` folder of the average plus `ema_state.json`;
     `checkpoint-N/` itself stays the student. `train(resume_from_checkpoint=...)` continues the average bit for bit.
+    (Of a model of sentence-transformers, whose folders have a layout of their own, the weights alone are there:
+    `model.load_state_dict(load_file("checkpoint-N/ema/model.safetensors"))`. `export` writes what that library loads.)
     Just-in-time checkpoints and the checkpoints in the trial folders of a hyper-parameter search have it too; with
     `enable_jit_checkpoint` the workers that load data for training and evaluations survive a SIGTERM to the whole
     process group. After a
@@ -92,7 +89,8 @@ class EMACallback(CheckpointedAverage):
 
     The unit is what the loader draws: a row of the data set. Where a row is a packed sequence (TRL's `packing`),
     `reference_batch_size` counts packed sequences; kappa is right as long as they are as long as they were at the
-    reference. Parameters of a loss module (sentence-transformers) are not the model's and are not averaged.
+    reference. In TRL's trainers that generate (GRPO, RLOO) it is a completion that a step trains on. Parameters of a
+    loss module (sentence-transformers) are not the model's and are not averaged.
     **Shards**: under FSDP2 every process keeps and updates the average of its own shards; saving, exporting and the
     teacher gather it. FSDP1 and DeepSpeed ZeRO-3 are refused. Under ZeRO-1 and 2, which step inside `backward()`, the
     callback sees the weights after that step, and accelerate's `step_was_skipped` tells an overflow; with bf16 or fp16
@@ -166,7 +164,7 @@ class EMACallback(CheckpointedAverage):
         self._recorded = False
         self._holding = False
         self._others: dict[int, bool] = {}
-        """Evaluations in the log after training that are not the student's: True for the average's."""
+        """Places of evaluations in the log that are not the student's: True for the average's."""
 
     def __repr__(self) -> str:
         name = "" if self.name is None else f", name={self.name!r}"
@@ -278,13 +276,18 @@ class EMACallback(CheckpointedAverage):
         """Builds, continues, restarts or resumes the average, on every process.
 
         Raises:
-            ValueError: The batch size is unknown, the optimizer is schedule-free, two callbacks have the same name, or
-                `resume_from` meets step 0.
+            ValueError: The batch size is unknown, the optimizer is schedule-free, two callbacks have the same name or
+                are one, or `resume_from` meets step 0.
             NotImplementedError: The parameters are partitioned by DeepSpeed ZeRO-3.
             AverageStateError: The average to resume is missing, damaged, or of another step or run.
         """
         model: nn.Module = kwargs["model"]
-        refuse_unsupported(args, model)
+        refuse_unsupported(args, model, kwargs.get("optimizer"))
+        if (run := _RUNS.get(self)) is not None and run() is state:
+            raise ValueError(
+                f"{self!r} is twice in this Trainer's callbacks, and would move its average twice per step: give it "
+                "either to callbacks= or to add_callback()."
+            )
         self._claim_folder(state)
         if args.save_total_limit == 1 and args.should_save:
             warnings.warn(
@@ -297,7 +300,7 @@ class EMACallback(CheckpointedAverage):
             shield_evaluations(state)
             if isinstance(kwargs.get("train_dataloader"), DataLoader):
                 shield_workers(kwargs["train_dataloader"])
-        batch = loader_batch_size(kwargs.get("train_dataloader"), args.world_size)
+        batch = rows_of_a_batch(args, state, kwargs.get("train_dataloader"))
         # Nothing else tells a new attempt after an out-of-memory error from a second train().
         attempt = bool(self._running and args.auto_find_batch_size and batch < self._batch)
         self._running = True
@@ -311,8 +314,8 @@ class EMACallback(CheckpointedAverage):
         self._step = state.global_step
         self._clock = ReferenceClock(self.reference_batch_size)
         self._alive, self._watch, self._skip_watch = False, None, SkipWatch()
-        if state.is_world_process_zero:
-            self._warn_about_learning_rate()
+        if not args.auto_find_batch_size:  # else batch after batch may be tried until one fits
+            self._warn_about_learning_rate(state)
         if state.global_step == 0 and self.resume_from is not None and not self._resumed:
             raise ValueError(
                 f"resume_from={str(self.resume_from)!r} is given, but training starts at step 0: pass "
@@ -353,10 +356,12 @@ class EMACallback(CheckpointedAverage):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Writes the metrics of an evaluation after training, of the average's too."""
-        if self._average is not None and not self._running:
-            if is_swapped(self._student):
-                self._others[len(state.log_history) - 1] = self._holding
+        """Notes whose metrics they are, and writes those of an evaluation after training."""
+        if self._average is None:
+            return
+        if is_swapped(self._student):
+            self._others[len(state.log_history) - 1] = self._holding
+        if not self._running:
             self._write_metrics(args, state)
 
     def on_substep_end(
@@ -390,6 +395,7 @@ class EMACallback(CheckpointedAverage):
         kappa = self._clock.advance(self._batch * (self._accumulated + 1))
         self._accumulated = 0
         self._step = state.global_step + 1
+        self._warn_about_learning_rate(state)
         if self._skip_watch.was_skipped(optimizer):
             return
         # The weights are judged and not the gradients: they are what would enter the average, whatever the optimizer
@@ -459,9 +465,9 @@ class EMACallback(CheckpointedAverage):
         if self._teacher is not None:
             self._teacher.refresh()
 
-    def _warn_about_learning_rate(self) -> None:
+    def _warn_about_learning_rate(self, state: TrainerState) -> None:
         kappa = self.kappa
-        if kappa in (1, self._warned_at):
+        if kappa in (1, self._warned_at) or not state.is_world_process_zero:
             return
         self._warned_at = kappa
         warnings.warn(

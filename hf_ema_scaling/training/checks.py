@@ -18,7 +18,7 @@ from hf_ema_scaling.ema import WeightAverage, check_moved, unwrap
 from hf_ema_scaling.ema.adapters import has_adapters
 from hf_ema_scaling.labels.ctc import blank_id, ctc_frame_lengths, frames_of, min_ctc_frames
 from hf_ema_scaling.labels.decoder import bare, is_encoder_decoder, wraps_last_token
-from hf_ema_scaling.training.optimizer_values import check_optim_args
+from hf_ema_scaling.training.optimizer_values import check_optim_args, is_schedule_free
 from hf_ema_scaling.training.sharded import refuse_sharding
 
 logger = logging.getLogger(__name__)
@@ -301,6 +301,11 @@ def refuse_unsupported(trainer: Trainer) -> None:
         raise ValueError("optimizer_cls_and_kwargs hide what there is to scale: pass optimizers=(optimizer, None)")
     if trainer.optimizer is not None and trainer.args.optim_args:
         raise ValueError(f"optim_args={trainer.args.optim_args!r} has no effect on the optimizer that was passed")
+    if is_schedule_free(trainer.optimizer):
+        raise ValueError(
+            f"{type(trainer.optimizer).__name__} keeps an average of its own and swaps weights in evaluation: use "
+            "another optimizer, for example optim='adamw_torch'"
+        )
     check_optim_args(trainer.args)
     if str(getattr(trainer.args.train_sampling_strategy, "value", trainer.args.train_sampling_strategy)) != "random":
         raise ValueError(

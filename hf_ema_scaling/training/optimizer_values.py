@@ -57,6 +57,12 @@ def reference_values(group: dict[str, Any], has: tuple[str, ...]) -> OptimizerVa
     return OptimizerValues(float(group["lr"]), float(group.get("weight_decay", 0.0)), **values)
 
 
+def is_schedule_free(optimizer: Any) -> bool:
+    """Whether an optimizer swaps weights for evaluations, as schedule-free ones do; prepared by accelerate or not."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return all(callable(getattr(inner, mode, None)) for mode in ("train", "eval"))
+
+
 def check_optim_args(args: TrainingArguments) -> None:
     """Refuses `optim_args` that have no effect, or one that no scaling rule accounts for.
 

@@ -66,11 +66,15 @@ class PseudoLabelCollator:
     the stock loss is over what is left; kappa still counts what the loader drew.
 
     An empty batch would stop the stock loop. If nothing is left, one of `stand_ins` takes the place of the batch,
-    chosen by the number of the step, so that a resumed run chooses the same; without stand-ins this raises.
+    chosen by the number of the step; without stand-ins this raises.
 
     The loader collates one batch ahead, so labels come from the average of one step (one accumulation window) before
-    the step that trains on them. The data loader must run in the training process (`dataloader_num_workers=0`): a
-    worker would label with the weights it was started with.
+    the step that trains on them. A resumed run collates its first batch anew, with the average and the clock of the
+    checkpoint, which are one step newer than those that batch was first collated with: it is not bit-identical to one
+    that was never stopped. `PseudoLabelTrainer` is.
+
+    The data loader must run in the training process (`dataloader_num_workers=0`): a worker would label with the
+    weights it was started with.
 
     Trainer evaluates through the same collator; evaluation examples need labels of their own.
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from hf_ema_scaling.ema.names import local_shard
 from hf_ema_scaling.ema.sharding import is_flat_sharded, over_shards
 from hf_ema_scaling.training.checks import batch_statistics_of
+from hf_ema_scaling.training.optimizer_values import is_schedule_free
 from hf_ema_scaling.training.sharded import FSDP1, ZERO_3
 
 
@@ -43,6 +44,29 @@ def loader_batch_size(loader: Any, world_size: int) -> int:
             "needs a batch_size attribute). For batches that change size use EMATrainer."
         )
     return size
+
+
+def rows_of_a_batch(args: TrainingArguments, state: TrainerState, loader: Any) -> int:
+    """Samples, over all processes, of one of the batches that an optimizer step accumulates.
+
+    It is the loader's batch. TRL's trainers that generate (GRPO, RLOO, distillation) draw the rows of several such
+    batches at once and take them apart; there it is the Trainer's batch size.
+
+    Args:
+        args: Trainer's arguments.
+        state: Of the run that begins.
+        loader: A loader that `accelerator.prepare` returned.
+
+    Raises:
+        ValueError: The loader does not say how many rows its batches have.
+    """
+    drawn = loader_batch_size(loader, args.world_size)
+    if not any(kind.__module__.partition(".")[0] == "trl" for kind in type(args).__mro__):
+        return drawn
+    # A batch size that was searched for is in the state alone.
+    per_process = state.train_batch_size if args.auto_find_batch_size else None
+    rows = (per_process or args.train_batch_size) * args.world_size
+    return rows if drawn % rows == 0 else drawn
 
 
 @torch.no_grad()
@@ -93,12 +117,14 @@ def learns(optimizer: Any) -> bool:
     return optimizer is not None and any(float(group["lr"]) > 0 for group in optimizer.param_groups)
 
 
-def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
+def refuse_unsupported(args: TrainingArguments, model: nn.Module, optimizer: Any = None) -> None:
     """Raises for optimizers and shardings that a callback cannot average, with the way out."""
-    if "schedule_free" in str(getattr(args.optim, "value", args.optim)):
+    named = "schedule_free" in str(getattr(args.optim, "value", args.optim))
+    if (named and optimizer is None) or is_schedule_free(optimizer):
+        kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
         raise ValueError(
-            f"optim={args.optim!r} keeps an average of its own and swaps weights in evaluation; use either it or "
-            "EMACallback, for example with optim='adamw_torch'."
+            f"{f'optim={args.optim!r}' if named else kind} keeps an average of its own and swaps weights in "
+            "evaluation; use either it or EMACallback, for example with optim='adamw_torch'."
         )
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise NotImplementedError(f"EMACallback cannot average here. {ZERO_3}, ZeRO-1 or 2, or DDP.")

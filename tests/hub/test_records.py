@@ -15,6 +15,7 @@ import tiny
 import torch
 from hub.conftest import speech_trainer
 from hub.loopback import Hub
+from transformers import TrainerCallback
 
 from hf_ema_scaling.ema.storage import STATE_NAME
 from hf_ema_scaling.hub import push
@@ -160,6 +161,23 @@ def test_scores_of_the_average_are_not_told_as_the_students(tmp_path: Path) -> N
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["eval_loss"], metrics["eval_ema_loss"]) == (student, scored[0])
     assert len({student, *scored}) == 3
+
+
+def test_nor_are_they_where_they_were_measured_along_the_run(tmp_path: Path) -> None:
+    class Evaluates(TrainerCallback):
+        def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            if state.global_step == state.max_steps:
+                self.student = made.evaluate()["eval_loss"]
+                with callback.averaged_weights():
+                    self.average = made.evaluate()["eval_loss"]
+
+    callback, evaluates = stock_runs.callback(), Evaluates()
+    made = stock_runs.trainer(callback, tmp_path, evaluates)
+    made.eval_dataset = stock_runs.Sentences(8)
+    made.train()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert evaluates.student != evaluates.average
+    assert metrics["eval_loss"] == evaluates.student and metrics["eval_ema_loss"] == evaluates.average
 
 
 def test_the_callback_leaves_files_of_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -473,10 +473,23 @@ def test_names_of_a_wrapped_model_are_the_same_names(tmp_path: Path) -> None:
     torch.testing.assert_close(clones(average)["line.weight"], start + 0.1)
 
 
+class ScheduleFree(torch.optim.SGD):
+    """Known, as all of its kind, by the two modes."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
 def test_what_is_not_supported_is_refused(tmp_path: Path) -> None:
     model = Regression()
     with pytest.raises(ValueError, match="schedule_free"):
         started(model, tmp_path, optim="schedule_free_adamw")
+    free = ScheduleFree(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="ScheduleFree keeps an average of its own"):
+        Trainer(
+            model, arguments(tmp_path), train_dataset=Sentences(), callbacks=[callback()], optimizers=(free, None)
+        ).train()
     average, args, state = started(model, tmp_path)
     state.global_step = 7
     with pytest.raises(FileNotFoundError, match="checkpoint-7"):

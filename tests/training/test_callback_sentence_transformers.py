@@ -9,10 +9,13 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 from stock_runs import RHO, Recorder, callback, clones, same, tokenizer
 from transformers import BertConfig, BertModel
 
 from hf_ema_scaling.ema import EMATeacher
+from hf_ema_scaling.hub import stage
+from hf_ema_scaling.hub.run_folder import RunFolderError
 
 st = pytest.importorskip("sentence_transformers")
 losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
@@ -144,3 +147,19 @@ def test_the_average_is_exported_as_a_sentence_transformer(tmp_path: Path, backb
     teacher = EMATeacher(model, average.average, factory=lambda: encoder(backbone))
     assert (teacher.module.encode(["w1 w2", "w3"]) == expected).all()
     assert not (model.encode(["w1 w2", "w3"]) == expected).all()
+
+
+def test_weights_in_a_checkpoint_fit_the_model_and_no_other_layout_is_pushed(tmp_path: Path, backbone: str) -> None:
+    average, model = callback(), encoder(backbone)
+    run = fit(tmp_path / "run", model, pairs(), losses.MultipleNegativesRankingLoss, average)
+    run.train()
+    run.save_model()
+    average.export(tmp_path / "run" / "ema")
+    loaded = st.SentenceTransformer(str(tmp_path / "run" / "checkpoint-4"), device="cpu")
+    assert not average.average.equals(loaded)
+    loaded.load_state_dict(load_file(tmp_path / "run" / "checkpoint-4" / "ema" / "model.safetensors"))
+    assert average.average.equals(loaded)
+    for folder in ("run", "run/checkpoint-4"):
+        with pytest.raises(RunFolderError, match=r"sentence-transformers \(modules.json\).*push_to_hub"):
+            stage(tmp_path / folder, tmp_path / "staged")
+    assert not (tmp_path / "staged").exists()

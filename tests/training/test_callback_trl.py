@@ -118,6 +118,48 @@ def test_kappa_of_a_streamed_data_set(tmp_path: Path) -> None:
     assert (average.kappa, average.clock, average.average.num_updates) == (2.0, 4.0, 2)
 
 
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+@pytest.mark.parametrize("draws", [{}, {"steps_per_generation": 4}])
+def test_rows_that_are_drawn_for_several_batches_at_once_count_once(
+    tmp_path: Path, kind: str, draws: dict[str, int]
+) -> None:
+    """The loader of these trainers has batches of 8 and 16 rows, of which a step takes 4 twice."""
+    llama().save_pretrained(tmp_path / "model")
+    average = callback()
+    recorder = Recorder(average)
+    config = getattr(trl, f"{kind}Config")(
+        str(tmp_path / "run"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        num_generations=2,
+        max_completion_length=3,
+        learning_rate=1e-2,
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        report_to="none",
+        logging_strategy="no",
+        **draws,
+    )
+    run = getattr(trl, f"{kind}Trainer")(
+        LlamaForCausalLM.from_pretrained(tmp_path / "model"),
+        reward_funcs=lambda completions, **_: [float(len(set(text.split()))) for text in completions],
+        args=config,
+        train_dataset=datasets.Dataset.from_dict({"prompt": texts()}),
+        processing_class=tokenizer(),
+        callbacks=[average, recorder],
+    )
+    start = {name: p.detach().double() for name, p in run.model.named_parameters()}
+    run.train()
+    assert (average.kappa, average.clock, average.average.num_updates) == (2.0, 4.0, 2)
+    for name, first in start.items():
+        expected = RHO**2 * first + (1 - RHO**2) * recorder.student[0][name].double()
+        assert (recorder.average[0][name] - expected).abs().max() < 1e-6
+
+
 def test_an_adapter_trains_saves_and_resumes(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
 

@@ -35,6 +35,19 @@ def test_a_blank_that_is_not_the_tokenizers_padding_is_refused(tmp_path: Path) -
     EMATrainer(model, tiny.arguments(tmp_path), train_dataset=tiny.speech(4), processing_class=last)
 
 
+def test_a_schedule_free_optimizer_is_refused(tmp_path: Path) -> None:
+    class ScheduleFree(torch.optim.SGD):
+        def train(self) -> None: ...
+
+        def eval(self) -> None: ...
+
+    model = tiny.bert()
+    optimizers = ScheduleFree(model.parameters(), lr=0.1), None
+    args = tiny.arguments(tmp_path, scaling_rule="none")
+    with pytest.raises(ValueError, match="ScheduleFree keeps an average of its own"):
+        EMATrainer(model, args, train_dataset=tiny.sentences(4), optimizers=optimizers)
+
+
 def test_ctc_rows_that_nobody_can_pad_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs processing_class=processor"):
         EMATrainer(tiny.wav2vec2(), tiny.arguments(tmp_path), train_dataset=tiny.speech(4))
