@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import combinations
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -29,9 +29,15 @@ def overlapping(entries: Iterable[Entry]) -> Iterator[tuple[Entry, Entry]]:
             place = entry.tensor.device, entry.tensor.untyped_storage().data_ptr()
             by_storage.setdefault(place, []).append(entry)
     for sharing in by_storage.values():
-        for one, other in combinations(sharing, 2):
-            if _meet(one.tensor, other.tensor):
-                yield one, other
+        # Thousands of views may lie side by side in one flat tensor: each is compared with those that begin within it.
+        spans = sorted(((*_span(entry.tensor), entry) for entry in sharing), key=itemgetter(0, 1))
+        for index, (_, end, one) in enumerate(spans):
+            following = index + 1
+            while following < len(spans) and spans[following][0] < end:
+                other = spans[following][2]
+                following += 1
+                if _meet(one.tensor, other.tensor):
+                    yield one, other
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -39,13 +45,11 @@ def _plain(tensor: Tensor) -> bool:
 
 
 def _meet(a: Tensor, b: Tensor) -> bool:
-    (start, end), (other_start, other_end) = _span(a), _span(b)
-    if end <= other_start or other_end <= start:
-        return False
+    """Whether two tensors whose spans meet have an element in common."""
     if a.itemsize != b.itemsize:  # one memory in two dtypes: where they lie is all that is asked
         return True
     # Columns of one matrix, say, lie between each other.
-    first = min(start, other_start)
+    first = min(a.data_ptr(), b.data_ptr())
     return bool(torch.isin(_places(a, first), _places(b, first)).any())
 
 
