@@ -50,10 +50,10 @@ class Binding:
         scratch: Scratch,
     ) -> None:
         self._model = model
-        # The tables of a module live as long as it does and are changed in place: so do views of their values.
+        # The tables of a module live as long as it does and are changed in place.
         tables = list(chain.from_iterable(map(_places, model.modules())))
         self._empty = [table for table in tables if not table]
-        self._values = [table.values() for table in tables if table]
+        self._filled = [table for table in tables if table]
         self._held = self._holds()
         self.sources: list[Tensor] = [entry.tensor for entry in entries]
         paired = [entry.tensor for group in groups.values() for entry in group]
@@ -90,7 +90,7 @@ class Binding:
 
     def _holds(self) -> list[object]:
         """The parameters, buffers and children of all modules that had any, in a fixed order."""
-        return list(chain.from_iterable(self._values))
+        return list(chain.from_iterable(map(dict.values, self._filled)))
 
     def _look(self) -> tuple[list[object], ...]:
         # All of a tensor at once, while it is in the cache; references are the model's own tensors whatever they hold.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +78,10 @@ class Pairs:
         self._copied: list[tuple[int, int, int]] | None = None
         self._loop: compiled.Loop | None = None
         self._looked = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pieces and addresses are this process's.
+        return vars(self) | {"_rounds": None, "_loop": None, "_looked": False}
 
     def lerp_(self, weight: float, *, away: bool = False) -> None:
         """Moves every shadow tensor towards its source in place: `s <- s + weight * (p - s)`.

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import multiprocessing
+import pickle
 import sys
 from collections.abc import Iterator
 
@@ -153,6 +155,24 @@ def test_a_weight_of_another_dtype_at_the_same_address_is_seen() -> None:
     model.weight.data = storage.view(torch.bfloat16)[:64].view(8, 8)
     average.update(model, 0.5)
     assert torch.equal(average.tensors()["weight"], value.lerp(half.float(), 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_has_addresses_of_its_own(dtype: torch.dtype) -> None:
+    model = nn.Linear(6, 6, dtype=dtype)
+    average = WeightAverage(model)
+    average.update(model, 0.5)
+    for copied in (copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))):
+        other_model, other = copied((model, average))
+        assert other.same_parameters(other_model)
+        before = [value.clone() for value in average.tensors().values()]
+        expected = [value.lerp(torch.ones(()), 0.5) for value in before]
+        with torch.no_grad():
+            for parameter in other_model.parameters():
+                parameter.fill_(1.0)
+        other.update(other_model, 0.5)
+        assert all(map(torch.equal, other.tensors().values(), expected))
+        assert all(map(torch.equal, average.tensors().values(), before))
 
 
 def test_pytorch_knows_of_the_writes() -> None:
