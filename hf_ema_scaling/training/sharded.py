@@ -116,9 +116,9 @@ def _refuse_load_time_sharding(trainer: Trainer) -> None:
 def refuse_tied_shards(model: nn.Module) -> None:
     """Raises for weights tied over uneven shards in a model sharded at load time, which computes with old values.
 
-    transformers shards such a weight in both its places and ties the places afterwards (seen in 5.23 and 5.24). Where a
-    shard is padded each place keeps its own padded copy, and the optimizer and the average write into one of them only:
-    on the process with the short shard the other still has the rows of the checkpoint.
+    transformers (5.24) shards such a weight in both its places and ties the places afterwards. Where a shard is
+    padded each place keeps its own padded copy, and the optimizer and the average write into one of them only: on
+    the process with the short shard the other place still has the rows of the checkpoint.
 
     Args:
         model: before its first forward pass.
@@ -140,7 +140,7 @@ def refuse_tied_shards(model: nn.Module) -> None:
                 raise ValueError(
                     f"{places} are one weight of {tensor.shape[placement.dim]} rows in {shards} shards: of tied "
                     "weights that were sharded at load time into shards of unequal size, one place goes on with the "
-                    "rows of the checkpoint on one process. Save the model with a multiple of that many rows "
+                    "rows of the checkpoint on one process. Pad the rows before the model is saved and sharded "
                     f"(model.resize_token_embeddings(pad_to_multiple_of={shards})), use accelerate's FSDP2 on GPUs, "
                     "or DDP"
                 )
