@@ -13,7 +13,7 @@ from hf_ema_scaling.ema.average import WeightAverage
 from hf_ema_scaling.ema.differences import attributes, described, differences
 from hf_ema_scaling.ema.names import canonical_name, unwrap
 from hf_ema_scaling.ema.outputs import apart, difference, floats
-from hf_ema_scaling.ema.sharding import class_of, reshard
+from hf_ema_scaling.ema.sharding import class_of, computed_in, reshard
 from hf_ema_scaling.ema.teacher import DeadTeacherError, EMATeacher
 from hf_ema_scaling.ema.trial import in_mode, rng_devices, seed
 
@@ -53,7 +53,7 @@ def check_agreement(
         inputs: Keyword inputs of one small batch, without labels, on the teacher's device.
         tolerance: Largest difference allowed. None for 1e-3 in float32; where autocast, weights or teacher are in half
             precision 4 units of its precision (0.031 for bfloat16, 0.0039 for float16), and 16 where student and
-            teacher hold their weights in different dtypes.
+            teacher hold their weights in different dtypes, or FSDP2 casts the student's.
 
     Returns:
         The largest `||teacher - student|| / ||student||` over the floating-point outputs that both return.
@@ -153,11 +153,12 @@ def _tolerance(student: nn.Module, teacher: EMATeacher) -> float:
         {canonical_name(name): p.dtype for name, p in module.named_parameters() if p.is_floating_point()}
         for module in (student, teacher.module)
     ]
-    dtypes = set(held[0].values()) | set(held[1].values())
+    cast = computed_in(student) - set(held[1].values())
+    dtypes = set(held[0].values()) | set(held[1].values()) | cast
     kind = teacher.device.type
     if torch.is_autocast_enabled(kind):
         dtypes.add(torch.get_autocast_dtype(kind))
-    rounded = any(held[1].get(name, dtype) != dtype for name, dtype in held[0].items())
+    rounded = bool(cast) or any(held[1].get(name, dtype) != dtype for name, dtype in held[0].items())
     units = _UNITS_APART if rounded else _UNITS
     # Eight-bit floats are storage that something else computes with.
     precisions = [torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize > 1]

@@ -33,6 +33,14 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) for part in model.modules())
 
 
+def computed_in(model: nn.Module) -> set[torch.dtype]:
+    """The dtypes to which FSDP2 casts parameters before it computes with them (`MixedPrecisionPolicy`); else empty."""
+    policies = (
+        getattr(part._get_fsdp_state(), "_mp_policy", None) for part in model.modules() if isinstance(part, FSDPModule)
+    )
+    return {policy.param_dtype for policy in policies if policy is not None and policy.param_dtype is not None}
+
+
 def class_of(model: nn.Module) -> type[nn.Module]:
     """The model's own class, where FSDP2 has put a class of its own in the place of it."""
     kinds: Any = type(model).__mro__

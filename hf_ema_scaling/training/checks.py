@@ -326,6 +326,11 @@ def refuse_unsupported(trainer: Trainer) -> None:
                 raise ValueError(f"an evaluation set cannot be called {name!r}: eval_ema_* is the average")
     if trainer.args.dataloader_drop_last:
         raise ValueError("dataloader_drop_last does nothing here: batches straddle passes and nothing is dropped")
+    if trainer.args.ddp_static_graph and trainer.accelerator.num_processes > 1:
+        raise ValueError(
+            "ddp_static_graph: micro-batches add up gradients without communication (no_sync), under which PyTorch's "
+            "reducer fails by an internal assertion, and their number may change from step to step: leave it out"
+        )
     scaled = trainer.args.fp16 or getattr(trainer.accelerator, "scaler", None) is not None
     if getattr(trainer.args, "ema_correction", "none") == "path" and scaled:
         raise ValueError(

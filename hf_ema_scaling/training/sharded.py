@@ -10,11 +10,12 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedConfig, Trainer
 
 from hf_ema_scaling.ema import unwrap
 from hf_ema_scaling.ema.adapters import adapter_configs, is_peft_model
+from hf_ema_scaling.ema.names import entries_of
 from hf_ema_scaling.ema.sharding import is_flat_sharded
 
 FSDP1 = (
@@ -104,11 +105,45 @@ def _refuse_load_time_sharding(trainer: Trainer) -> None:
     copies, processes = getattr(config, "dp_size", config.fsdp_size), trainer.accelerator.num_processes
     if copies != processes:
         raise ValueError(f"fsdp_size * dp_replicate_size is {copies}, but there are {processes} processes")
+    refuse_tied_shards(model)
     if trainer.args.load_best_model_at_end:
         raise NotImplementedError(
             "load_best_model_at_end with a model sharded at load time: Trainer loads whole tensors, which the shards "
             "do not take. Load the best checkpoint, or its ema/, by from_pretrained after training"
         )
+
+
+def refuse_tied_shards(model: nn.Module) -> None:
+    """Raises for weights tied over uneven shards in a model sharded at load time, which computes with old values.
+
+    transformers (5.24) shards such a weight in both its places and ties the places afterwards. Where a shard is
+    padded each place keeps its own padded copy, and the optimizer and the average write into one of them only: on
+    the process with the short shard the other place still has the rows of the checkpoint.
+
+    Args:
+        model: before its first forward pass.
+
+    Raises:
+        ValueError: naming the weight.
+    """
+    inner: Any = unwrap(model)
+    if getattr(getattr(inner, "config", None), "distributed_config", None) is None:
+        return
+    for entry in entries_of(inner):
+        tensor = entry.tensor
+        if not isinstance(tensor, DTensor) or len({id(slot.owner) for slot in entry.slots}) == 1:
+            continue
+        for number, placement in enumerate(tensor.placements):
+            shards = tensor.device_mesh.size(number)
+            if isinstance(placement, Shard) and tensor.shape[placement.dim] % shards:
+                places = " and ".join(slot.name for slot in entry.slots)
+                raise ValueError(
+                    f"{places} are one weight of {tensor.shape[placement.dim]} rows in {shards} shards: of tied "
+                    "weights that were sharded at load time into shards of unequal size, one place goes on with the "
+                    "rows of the checkpoint on one process. Pad the rows before the model is saved and sharded "
+                    f"(model.resize_token_embeddings(pad_to_multiple_of={shards})), use accelerate's FSDP2 on GPUs, "
+                    "or DDP"
+                )
 
 
 def refuse_resume(trainer: Trainer, checkpoint: str | bool | None) -> None:

@@ -15,7 +15,7 @@ from hf_ema_scaling.ema.names import local_shard
 from hf_ema_scaling.ema.sharding import is_flat_sharded, over_shards
 from hf_ema_scaling.training.checks import batch_statistics_of
 from hf_ema_scaling.training.optimizer_values import is_schedule_free
-from hf_ema_scaling.training.sharded import FSDP1, ZERO_3
+from hf_ema_scaling.training.sharded import FSDP1, ZERO_3, refuse_tied_shards
 
 
 def loader_batch_size(loader: Any, world_size: int) -> int:
@@ -130,3 +130,4 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module, optimizer: Any
         raise NotImplementedError(f"EMACallback cannot average here. {ZERO_3}, ZeRO-1 or 2, or DDP.")
     if is_flat_sharded(model):
         raise NotImplementedError(f"EMACallback cannot average here. {FSDP1}.")
+    refuse_tied_shards(model)

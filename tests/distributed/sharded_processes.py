@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
-from transformers import Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from hf_ema_scaling import EMACallback, PseudoLabelCollator, WeightAverage
@@ -35,6 +35,8 @@ PLANS = {
     "wav2vec2": {"wav2vec2.encoder.layers.*": "free_full_weight", "lm_head": "keep_full_weight"},
 }
 SENTENCE = torch.tensor([[1, 2, 3, 4, 5, 6]])
+LAST_TOKENS = torch.tensor([[1, 20, 10, 19, 11]])
+"""Of the first shard of 22 rows, and of the second."""
 BAD = 3
 """Number of the sentence whose loss is not finite in the runs that meet such a gradient."""
 
@@ -42,16 +44,52 @@ BAD = 3
 # ---- Runs: the same function trains one process on a whole model, or two on shards of it
 
 
-def model_of(family: str, saved: Path | None = None) -> Any:
+def model_of(family: str, saved: Path | None = None, **more: Any) -> Any:
     """A tiny model: whole, or where it is given a folder, sharded from there over the two processes."""
     model = getattr(tiny, family)()
-    if saved is None:
-        return model
+    return model if saved is None else in_shards(model, saved, PLANS[family], **more)
+
+
+def in_shards(model: Any, saved: Path, plan: dict[str, str], **more: Any) -> Any:
     if dist.get_rank() == 0:
         model.save_pretrained(saved)
     dist.barrier()
-    config = DistributedConfig(fsdp_size=2, fsdp_plan=PLANS[family])
+    config = DistributedConfig(fsdp_size=2, fsdp_plan=plan, **more)
     return type(model).from_pretrained(saved, distributed_config=config)
+
+
+def tied(rows: int) -> GPT2LMHeadModel:
+    """Its head is its embedding of so many rows."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=rows, n_positions=8, n_embd=8, n_layer=1, n_head=2, initializer_range=0.3, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def tied_in_shards(folder: Path) -> dict[str, Any]:
+    """What a model of 22 tied rows says as its average, over tokens of both shards; and how one of 21 is refused."""
+    plan = {"transformer.h.*": "free_full_weight", "lm_head": "keep_full_weight"}
+    model = in_shards(tied(22), folder / "even", plan)
+    average = WeightAverage(model)
+    with torch.no_grad():
+        model(input_ids=LAST_TOKENS)  # leaves both places gathered
+        reshard(model)
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        average.update(model, 0.5)
+        with average.swapped(model):
+            said = model(input_ids=LAST_TOKENS).logits.clone()
+    uneven, rows = in_shards(tied(21), folder / "uneven", plan), [{"input_ids": [1, 2], "labels": [1, 2]}] * 4
+    callback = EMACallback(momentum=0.9, reference_batch_size=4)
+    args = TrainingArguments(str(folder), max_steps=1, save_strategy="no", report_to="none", use_cpu=True)
+    return {
+        "said": said,
+        "names": [name for name in average.tensors() if "wte" in name or "lm_head" in name],
+        "callback": error_of(Trainer(uneven, args, train_dataset=rows, callbacks=[callback]).train),
+        "trainer": error_of(lambda: tiny.trainer(uneven, tiny.arguments(folder), rows)),
+    }
 
 
 def split(folder: Path, model: Any, family: str, micro: int, **changes: Any) -> Any:
@@ -402,6 +440,7 @@ def main(folder: Path, rank: int) -> dict[str, Any]:
     model.config.distributed_config.tp_size = 2
     results["tensor_parallel"] = error_of(lambda: split(folder, model, "bert", 4))
     model.config.distributed_config.tp_size = 1
+    results["tied"] = tied_in_shards(folder / "tied")
     results["fp16"] = error_of(lambda: split(folder, model, "bert", 4, fp16=True))
     return results
 
@@ -423,6 +462,14 @@ def main_more(folder: Path, rank: int) -> dict[str, Any]:
         made = semi_supervised(folder / name, model_of("wav2vec2", folder / "wav2vec2"), 2, labeler)
         made.train()
         results[name] = seen(made) | {"found": made.found}
+
+    # Weights are bfloat16 as they are gathered for a forward pass, and float32 in the shards.
+    cast = model_of("wav2vec2", folder / "wav2vec2", fsdp_mixed_precision=True)
+    made = semi_supervised(folder / "cast", cast, 2)
+    made.train()
+    with torch.no_grad():
+        output = cast(input_values=torch.ones(1, 640)).logits.dtype
+    results["cast"] = seen(made) | {"found": made.found, "initial": made.recorder.initial, "output": str(output)}
 
     made = meets_nan(folder / "skip", model_of("bert", folder / "bert"), 2, "skip")
     made.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,20 @@ def test_all_processes_have_the_same_rounds_of_micro_batches(launched: tuple[Pat
             assert [source for source, _ in one] == [source for source, _ in two], name
             padded += sum(weight == 0 for _, weight in one + two)
     assert padded > 5
+
+
+def test_a_static_graph_is_refused(launched: tuple[Path, list[dict[str, Any]]]) -> None:
+    for rank in launched[1]:
+        assert rank["static"].startswith("ddp_static_graph: micro-batches add up gradients without communication")
+
+
+@pytest.mark.slow
+def test_where_one_process_fails_the_other_does_not_wait_for_ever(tmp_path: Path) -> None:
+    """It ends with gloo's word that its peer is gone, which names the other process's log as the place to look."""
+    begun = time.monotonic()
+    with pytest.raises(AssertionError, match=r"Connection (closed|reset) by peer"):
+        launch.on_two_processes(two_processes.__file__, str(tmp_path), "broken")
+    assert time.monotonic() - begun < launch.SECONDS / 3
 
 
 @pytest.mark.slow

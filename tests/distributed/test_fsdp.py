@@ -331,7 +331,47 @@ def test_accelerates_plugin_trains_saves_and_resumes_shards(tmp_path: Path) -> N
     assert tiny.same_bits(tiny.parameters(loaded), {name: average[name] for name in tiny.parameters(loaded)})
 
 
+@pytest.mark.slow
+def test_weights_cast_as_they_are_gathered_are_averaged_as_they_are_kept(more: Launched) -> None:
+    """`DistributedConfig(fsdp_mixed_precision=True)`: bfloat16 in the student's forward pass, float32 elsewhere."""
+    labels: list[Any] = []
+    for rank in more[1]:
+        found = rank["cast"]
+        assert found["output"] == "torch.bfloat16" and found["updates"] == 8
+        mean = {name: value.double() for name, value in found["initial"].items()}
+        for weights, average in zip(found["weights"], found["averages"], strict=True):
+            for name, value in average.items():
+                mean[name] = 0.5 * mean[name] + 0.5 * weights[name].double()
+                assert value.dtype == weights[name].dtype == torch.float32
+                assert (value - mean[name]).abs().max() < 1e-6, name
+        assert tiny.difference(found["initial"], found["averages"][-1]) > 1e-3
+        labels += found["found"]
+    assert len(labels) == 30 and len({tuple(ids) for _, ids in labels}) > 10
+
+
+def test_weights_tied_over_even_shards_are_averaged_once(launched: Launched) -> None:
+    whole = sharded_processes.tied(22)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.mul_(1.25)  # halfway from 1 to 1.5
+        expected = whole(input_ids=sharded_processes.LAST_TOKENS).logits
+    for rank in launched[1]:
+        assert rank["tied"]["names"] == ["transformer.wte.weight"]
+        torch.testing.assert_close(rank["tied"]["said"], expected, rtol=0, atol=1e-5)
+
+
 # ---- Refusals
+
+
+@pytest.mark.parametrize("door", ["callback", "trainer"])
+def test_weights_tied_over_uneven_shards_are_refused(launched: Launched, door: str) -> None:
+    """Sharded at load time, one of their places would go on with the rows of the checkpoint on one process."""
+    for rank in launched[1]:
+        said = rank["tied"][door]
+        assert said.startswith(
+            "ValueError: transformer.wte.weight and lm_head.weight are one weight of 21 rows in 2 shards"
+        )
+        assert "pad_to_multiple_of=2" in said
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,11 @@ def main(folder: Path) -> None:
     made.labels_of = counted
     train("sized-teacher", made)
     results["sized-teacher"]["rows"] = rows
+    try:
+        split(folder / "static", "bert", 4, ddp_static_graph=True)
+        results["static"] = ""
+    except ValueError as error:
+        results["static"] = str(error)
     # Two continue what one began.
     for name, make in (("split", lambda place: split(place, "wav2vec2", 4)), ("sized", sized_alone)):
         torch.manual_seed(11 + rank)
@@ -250,5 +255,23 @@ def main_long(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+class BrokenOnOne(tiny.ContentLabeler):
+    """Fails on the second process, in the third step."""
+
+    trainer: Any
+
+    def label(self, teacher: Any, batch: Any) -> Any:
+        if os.environ["RANK"] == "1" and self.trainer.state.global_step == 2:
+            raise RuntimeError("a labeler that fails")
+        return super().label(teacher, batch)
+
+
+def main_broken(folder: Path) -> None:
+    torch.set_num_threads(1)
+    labeler = BrokenOnOne()
+    labeler.trainer = made = semi_supervised(folder, labeler)
+    made.train()
+
+
 if __name__ == "__main__":
-    {"short": main, "long": main_long}[sys.argv[2]](Path(sys.argv[1]))
+    {"short": main, "long": main_long, "broken": main_broken}[sys.argv[2]](Path(sys.argv[1]))
