@@ -19,6 +19,7 @@ import torch
 
 UNREADABLE_ZIP = (OSError, ValueError, EOFError, zipfile.BadZipFile)
 """What `check_zip` raises."""
+_DOS_FOLDER = 0x10
 SEAL = "own_crc32"
 """Field of a JSON record for the checksum of its other fields."""
 
@@ -79,6 +80,8 @@ def check_zip(path: str | Path) -> None:
     try:
         with zipfile.ZipFile(path) as file:
             broken = file.testzip() if torch.serialization.get_crc32_options() else None
+            # torch's reader takes a record with this flag for a folder, and fills its tensor with what lies in memory.
+            folders = [record.filename for record in file.infolist() if record.external_attr & _DOS_FOLDER]
     except UNREADABLE_ZIP:
         raise
     except Exception as error:
@@ -86,6 +89,8 @@ def check_zip(path: str | Path) -> None:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if broken is not None:
         raise ValueError(f"wrong CRC-32 of its record {broken}")
+    if folders:
+        raise ValueError(f"its record {folders[0]} is marked as a folder")
 
 
 def file_checksum(path: str | Path) -> str:

@@ -49,8 +49,8 @@ def delete_older(folder: Path, process: int, *, writes: bool) -> None:
 def student_file(folder: Path, index: int) -> Path:
     """The file from which accelerate loads its model of this number; it need not exist."""
     ending = f"_{index}" if index else ""
-    path = folder / f"{SAFE_MODEL_NAME}{ending}.safetensors"
-    return path if path.exists() else folder / f"{MODEL_NAME}{ending}.bin"
+    path, other = folder / f"{SAFE_MODEL_NAME}{ending}.safetensors", folder / f"{MODEL_NAME}{ending}.bin"
+    return other if other.exists() and not path.exists() else path
 
 
 def faults(folder: Path, accelerator: Accelerator, *, models: int, processes: int | None) -> list[str]:

@@ -63,6 +63,10 @@ class EMACallback(CheckpointedAverage):
     `enable_jit_checkpoint` the workers that load data for training and evaluations survive a SIGTERM to the whole
     process group. After a
     crash, `train(resume_from_checkpoint=average.newest_checkpoint(output_dir))` goes on from the newest complete one.
+    `checksums.json` in a checkpoint tells whether Trainer's own files are as they were saved: `newest_checkpoint`
+    verifies all of them before anything is loaded, and a resume (also of another path) before its first step, so that
+    a flipped bit stops it. Who changed a file on purpose deletes `checksums.json`. `load_best_model_at_end` does not
+    load a damaged best.
 
     For the model card of `hf-ema-scaling push`, the run's `scaling_plan.json`, `run.json` and `metrics.json` are
     written into `output_dir` (by a callback without a `name`). To have the average's scores there, evaluate it after

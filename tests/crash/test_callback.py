@@ -16,9 +16,10 @@ KILLS = 8
 STEPS, EVERY = 20, 3
 
 
-def survivor(folder: Path) -> int:
+def survivor(folder: Path, *, fast: bool = False) -> int:
     """The step that the next life resumes from; 0 for none."""
-    checkpoint = stock_runs.callback().newest_checkpoint(folder)
+    others = [stock_runs.callback(name="fast")] if fast else []
+    checkpoint = stock_runs.callback().newest_checkpoint(folder, *others)
     return 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
 
 
@@ -64,36 +65,38 @@ def test_a_full_disk_loses_no_earlier_checkpoint(lives: Lives, tmp_path: Path, f
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fast", [False, True], ids=["one average", "two averages"])
 def test_killed_at_any_moment_a_run_with_the_callback_goes_on_as_if_nothing_had_happened(
-    lives: Lives, tmp_path: Path
+    lives: Lives, tmp_path: Path, fast: bool
 ) -> None:
     reference = tmp_path / "reference"
     begun = time.monotonic()
-    assert lives.live(reference, kind="callback") == 0, log(reference)
+    assert lives.live(reference, kind="callback", fast=fast) == 0, log(reference)
     seconds = time.monotonic() - begun
     points, tensors = ended(reference)
     whole = files(reference / f"checkpoint-{STEPS}")
     assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "ema/model.safetensors"} < whole.keys()
+    assert ("ema-fast/model.safetensors" in whole) == fast
     chance = random.Random(4)
     kinds = ["torn", "point", "point", "time"]
     kills, survived = [], []
     for number in range(KILLS):
         folder, how = tmp_path / str(number), kinds[number % len(kinds)]
         if how == "time":
-            status = lives.live(folder, kind="callback", kill_after=chance.uniform(0.1, 0.6) * seconds)
+            status = lives.live(folder, kind="callback", fast=fast, kill_after=chance.uniform(0.1, 0.6) * seconds)
         else:
             # In the first save there is nothing to resume from yet: not every kill should come there.
             among = tensors[3:] if how == "torn" else range(points // 8, points)
             more = {"kill_at": chance.choice(among), "share": chance.random()}
-            status = lives.live(folder, kind="callback", **more)
+            status = lives.live(folder, kind="callback", fast=fast, **more)
         assert status in (0, -SIGKILL) and (how == "time" or status), log(folder)
         reached = max((step for step, _ in drawn(folder)), default=0)
         # A step begins after the saves before it have ended.
-        assert survivor(folder) >= (reached - 1) // EVERY * EVERY
+        assert survivor(folder, fast=fast) >= (reached - 1) // EVERY * EVERY
         if status:
             kills.append(how)
-            survived.append(survivor(folder))
-            assert lives.live(folder, kind="callback") == 0, log(folder)
+            survived.append(survivor(folder, fast=fast))
+            assert lives.live(folder, kind="callback", fast=fast) == 0, log(folder)
         assert_same_end(folder, reference, whole)
     print(f"{len(kills)} kills {kills}, resumed from {survived}")
     assert len(kills) >= 6 and len(set(survived)) >= 3, (kills, survived)

@@ -106,6 +106,10 @@ def deflated(name: str) -> Callable[[Path], None]:
     return of_first_record(name, 10, 8)
 
 
+def marked_as_a_folder(name: str) -> Callable[[Path], None]:
+    return of_first_record(name, 38, 0x10)
+
+
 def other_step(folder: Path) -> None:
     path = folder / "ema" / "ema_state.json"
     record = json.loads(path.read_text())
@@ -136,6 +140,7 @@ TRAINERS = [
     (gone("rng_state.pth"), "rng_state.pth is missing"),
     (another_digit, "trainer_state.json is damaged, or of another step than the average: its CRC-32"),
     (encrypted("scheduler.pt"), "scheduler.pt is not readable (ValueError: "),
+    (marked_as_a_folder("optimizer.pt"), "optimizer.pt is not readable (ValueError: its record optimizer/data.pkl is"),
     (deflated("optimizer.pt"), "optimizer.pt is not readable (ValueError: "),
 ]
 AVERAGES = [
