@@ -197,6 +197,19 @@ def check_filled(module: nn.Module) -> None:
                 )
 
 
+def refuse_merged(model: nn.Module, action: str) -> None:
+    """Raises `RuntimeError` for a model in which PEFT has merged an adapter into the base's weights.
+
+    The base then holds the student's adapter, whatever the adapter's own tensors hold.
+    """
+    for name, part in model.named_modules():
+        if getattr(part, "merged_adapters", None):
+            raise RuntimeError(
+                f"Cannot {action} this model now: the adapter {part.merged_adapters[0]!r} is merged into the weights "
+                f"of {name!r}, so the average's would come on top of it. Call `model.unmerge_adapter()` first."
+            )
+
+
 def refuse_prompt_learning(model: nn.Module) -> None:
     """Raises `NotImplementedError` for a model with an adapter that learns tokens instead of changing layers."""
     for config in adapter_configs(model).values():

@@ -276,6 +276,23 @@ def test_what_peft_cannot_make_without_weights_names_the_way_out(monkeypatch: py
     torch.testing.assert_close(logits(teacher), logits(model), rtol=1e-5, atol=1e-6)
 
 
+def test_a_merged_adapter_is_refused_until_it_is_taken_out() -> None:
+    """What is merged stays in the base that student, average and teacher share."""
+    model = make("LoRA")
+    average = WeightAverage(model)
+    shake_(model)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"the adapter 'default' is merged into .*unmerge_adapter"):
+        EMATeacher(model, average)
+    with pytest.raises(RuntimeError, match="Cannot swap weights in"), average.swapped(model):
+        pass
+    average.update(model, RHO)  # of the adapter's own tensors
+    model.unmerge_adapter()
+    with average.swapped(model):
+        expected = logits(model)
+    torch.testing.assert_close(logits(EMATeacher(model, average)), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_adapters_that_transformers_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
     model: Any = tiny.bert().eval()
