@@ -22,6 +22,7 @@ Adapters are recognised without importing PEFT, which is an optional dependency.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -134,8 +135,11 @@ def _built(
         configs = copy.deepcopy(configs)
         if is_peft_model(student):
             first, *others = configs
-            options: dict[str, Any] = {"low_cpu_mem_usage": empty, "autocast_adapter_dtype": False}
-            module = class_of(student)(module, configs[first], adapter_name=first, **options)
+            kind: Any = class_of(student)
+            options = {"low_cpu_mem_usage": empty, "autocast_adapter_dtype": False}
+            known = inspect.signature(kind).parameters  # a PeftMixedModel takes neither
+            options = {name: value for name, value in options.items() if name in known}
+            module = kind(module, configs[first], adapter_name=first, **options)
             for name in others:
                 module.add_adapter(name, configs[name], low_cpu_mem_usage=empty)
             module.set_adapter(_active(student))
@@ -195,6 +199,19 @@ def check_filled(module: nn.Module) -> None:
                     "buffers, so the teacher cannot share it. Pass `factory=`, a function that returns a new model "
                     "with the same adapters."
                 )
+
+
+def refuse_merged(model: nn.Module, action: str) -> None:
+    """Raises `RuntimeError` for a model in which PEFT has merged an adapter into the base's weights.
+
+    The base then holds the student's adapter, whatever the adapter's own tensors hold.
+    """
+    for name, part in model.named_modules():
+        if getattr(part, "merged_adapters", None):
+            raise RuntimeError(
+                f"Cannot {action} this model now: the adapter {part.merged_adapters[0]!r} is merged into the weights "
+                f"of {name!r}, so the average's would come on top of it. Call `model.unmerge_adapter()` first."
+            )
 
 
 def refuse_prompt_learning(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_ema_scaling.ema import frozen, kernels
-from hf_ema_scaling.ema.adapters import debiased, has_adapters
+from hf_ema_scaling.ema.adapters import debiased, has_adapters, refuse_merged
 from hf_ema_scaling.ema.binding import Binding, Kind
 from hf_ema_scaling.ema.names import Entry, canonical_name, check_names, entries_of, local_shard, unit_vectors
 from hf_ema_scaling.ema.shadow import BufferPolicy, Shadow, check_shape
@@ -209,10 +209,12 @@ class WeightAverage:
         are left alone.
 
         Raises:
-            RuntimeError: The model already holds swapped-in weights.
+            RuntimeError: The model already holds swapped-in weights, or adapters are merged into its base.
             ValueError: Names or shapes do not match.
         """
         refuse_swapped(model, "swap weights in")
+        if self.gathered is not None:
+            refuse_merged(model, "swap weights in")
         entries = self._written(model)
         with swapped_in(model, entries, lambda: self._write(entries), lambda: self._reshard(model)):
             yield

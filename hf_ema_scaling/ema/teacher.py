@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from hf_ema_scaling.ema.adapters import adapter_configs, adapter_module, check_filled, take_constants
+from hf_ema_scaling.ema.adapters import adapter_configs, adapter_module, check_filled, refuse_merged, take_constants
 from hf_ema_scaling.ema.average import WeightAverage
 from hf_ema_scaling.ema.differences import described, differences
 from hf_ema_scaling.ema.forwards import carry_over_forwards
@@ -66,6 +66,7 @@ class EMATeacher:
         TypeError: No factory for a model that needs one, or a replaced `forward` that holds the student's weights.
         ValueError: The built module has other names or shapes than the average, or is the student itself; `dtype` is
             another; or the base under adapters is on `meta`.
+        RuntimeError: PEFT has merged an adapter into the base.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class EMATeacher:
         student = unwrap(model)
         for key, tensor in average.tensors().items():
             check_values(key, tensor)
+        if average.gathered is not None:
+            refuse_merged(student, "build a teacher for")
         average.rebind(model)
         # Constructors draw random numbers on the CPU even where initialisation is disabled.
         with torch.random.fork_rng(devices=rng_devices(average.device)):

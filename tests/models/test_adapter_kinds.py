@@ -184,6 +184,26 @@ def test_of_two_adapters_the_active_one_is_taught_and_both_are_saved(tmp_path: P
         assert torch.equal(logits(loaded), logits(model))
 
 
+def test_a_model_of_mixed_adapters(tmp_path: Path) -> None:
+    def make_mixed() -> Any:
+        made = peft.get_peft_model(tiny.bert(), peft.LoraConfig(r=2, target_modules=["query"]), mixed=True)
+        made.add_adapter("other", peft.LoHaConfig(r=2, target_modules=["value"]))
+        made.set_adapter(["default", "other"])
+        return made.eval()
+
+    model = make_mixed()
+    average = WeightAverage(model)
+    assert {name.split(".")[-1] for name in owned(average)} == {"weight", "other"}  # LoRA's and LoHa's
+    follow(model, average, EMATeacher(model, average), WORDS)
+    save_average(tmp_path / "ema", model, average, state={})
+    loaded = peft.PeftMixedModel.from_pretrained(tiny.bert(), tmp_path / "ema/adapter/default")
+    loaded.load_adapter(tmp_path / "ema/adapter/other", "other")
+    loaded.set_adapter(["default", "other"])
+    loaded.eval()
+    with average.swapped(model):
+        assert torch.equal(logits(loaded), logits(model))
+
+
 def test_ranks_that_adalora_has_given_up_are_in_the_average_still(tmp_path: Path) -> None:
     """PEFT leaves them out of the student's file, and changes the configuration as it does."""
     model = make("AdaLoRA")
@@ -274,6 +294,23 @@ def test_what_peft_cannot_make_without_weights_names_the_way_out(monkeypatch: py
     average.update(model, RHO)
     teacher = EMATeacher(model, average, factory=functools.partial(make, "BOFT"))
     torch.testing.assert_close(logits(teacher), logits(model), rtol=1e-5, atol=1e-6)
+
+
+def test_a_merged_adapter_is_refused_until_it_is_taken_out() -> None:
+    """What is merged stays in the base that student, average and teacher share."""
+    model = make("LoRA")
+    average = WeightAverage(model)
+    shake_(model)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"the adapter 'default' is merged into .*unmerge_adapter"):
+        EMATeacher(model, average)
+    with pytest.raises(RuntimeError, match="Cannot swap weights in"), average.swapped(model):
+        pass
+    average.update(model, RHO)  # of the adapter's own tensors
+    model.unmerge_adapter()
+    with average.swapped(model):
+        expected = logits(model)
+    torch.testing.assert_close(logits(EMATeacher(model, average)), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_adapters_that_transformers_adds(monkeypatch: pytest.MonkeyPatch) -> None:

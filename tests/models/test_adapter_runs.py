@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from adapted import KINDS, lora_bert, lora_wav2vec2, trained
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_ema_scaling import EMACallback
 from hf_ema_scaling.ema import WeightAverage
@@ -73,6 +73,51 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, run:
     for name in trained(whole.model):  # the closed form over the students after each step
         expected = sum(0.1 * 0.9 ** (STEPS - 1 - i) * w[name].double() for i, w in enumerate(last.weights))
         torch.testing.assert_close(last.averages[-1][name].double(), expected / (1 - 0.9**STEPS), rtol=0, atol=1e-6)
+
+
+KINDS_WITH_CONSTANTS = {  # tensors that are neither trained nor part of the average
+    "VeRA": lambda: peft.VeraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+    "SHiRA": lambda: peft.ShiraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+    "AdaLoRA": lambda: peft.AdaLoraConfig(
+        init_r=3, target_r=2, total_step=STEPS, tinit=1, tfinal=1, deltaT=1, target_modules=["q_proj", "v_proj"]
+    ),
+}
+
+
+class Allocation(TrainerCallback):
+    """Gives up ranks as AdaLoRA's loop is to do after every step."""
+
+    def on_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        if hasattr(model.base_model, "update_and_allocate"):
+            model.base_model.update_and_allocate(args[1].global_step)
+
+
+@pytest.mark.parametrize("kind", KINDS_WITH_CONSTANTS)
+def test_other_kinds_of_adapters_label_save_and_resume(tmp_path: Path, kind: str) -> None:
+    def made(folder: str, seed: int) -> Any:
+        torch.manual_seed(seed)
+        run = semi_supervised(tmp_path / folder, "get_peft_model")
+        run.model = run.model_wrapped = peft.get_peft_model(tiny.wav2vec2(), KINDS_WITH_CONSTANTS[kind]())
+        run.add_callback(Allocation())
+        return run
+
+    whole = made("whole", 1)
+    whole.train()
+    last = tmp_path / "whole" / f"checkpoint-{STEPS}" / "ema/adapter"
+    loaded = peft.PeftModel.from_pretrained(tiny.wav2vec2(), last).eval()
+    inputs = {"input_values": torch.sin(torch.arange(256.0).view(2, 128) ** 1.5)}
+    whole.model.eval()
+    with torch.no_grad(), whole.average.swapped(whole.model):
+        averaged = whole.model(**inputs).logits
+    assert torch.equal(loaded(**inputs).logits, averaged) and not torch.equal(averaged, whole.model(**inputs).logits)
+    torch.testing.assert_close(whole.teacher(**inputs).logits, averaged, rtol=1e-5, atol=1e-6)
+    if kind == "AdaLoRA":
+        assert whole.model.peft_config["default"].rank_pattern  # PEFT itself cannot load what Trainer saved then
+        return
+    resumed = made("resumed", 7)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
+    assert tiny.same_bits(tiny.parameters(resumed.model), tiny.parameters(whole.model))
+    assert tiny.same_bits(tiny.average(resumed), tiny.average(whole))
 
 
 @pytest.mark.parametrize("kind", KINDS)
