@@ -78,7 +78,12 @@ def pad(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def run(
-    folder: Path, collator: PseudoLabelCollator, *more: TrainerCallback, data: Any = None, **changes: Any
+    folder: Path,
+    collator: PseudoLabelCollator,
+    *more: TrainerCallback,
+    data: Any = None,
+    kind: type[Trainer] = Trainer,
+    **changes: Any,
 ) -> Trainer:
     args = TrainingArguments(
         str(folder),
@@ -94,7 +99,7 @@ def run(
             **changes,
         },
     )
-    trainer = Trainer(
+    trainer = kind(
         wav2vec2(),
         args,
         data_collator=collator,
@@ -152,6 +157,25 @@ def test_labels_are_those_of_the_labeler_on_the_average(tmp_path: Path) -> None:
     assert trainer.state.global_step == 6
     assert collator.counts["kept"] > 6
     assert len(found) > 6
+
+
+@pytest.mark.parametrize(("accumulated", "ages"), [(1, [0, 1, 1, 1, 1, 1, 0]), (3, [0, 0, 0, 1, 0, 0, 0, 0, 0])])
+def test_labels_of_the_first_batch_of_a_step_are_one_step_old(
+    tmp_path: Path, accumulated: int, ages: list[int]
+) -> None:
+    spy = Spy(callback(), CTCLabeler(blank_id=BLANK), pad, stand_ins=examples()[::3])
+    used: list[tuple[int, Tensor]] = []
+
+    class Uses(Trainer):
+        def training_step(self, model: Any, inputs: Any, *more: Any) -> Tensor:
+            used.append((self.state.global_step, inputs["input_values"]))
+            return super().training_step(model, inputs, *more)
+
+    # Six batches are an epoch.
+    run(tmp_path, spy, kind=Uses, max_steps=len(ages) // accumulated, gradient_accumulation_steps=accumulated)
+    made = [updates for updates, *_ in spy.calls]
+    assert [step - updates for (step, _), updates in zip(used, made, strict=False)] == ages
+    assert all(torch.equal(rows, call[3]["input_values"]) for (_, rows), call in zip(used, spy.calls, strict=False))
 
 
 def test_hidden_labels_are_never_seen(tmp_path: Path) -> None:
