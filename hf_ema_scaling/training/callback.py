@@ -207,6 +207,11 @@ class EMACallback(CheckpointedAverage):
         check_before_labelling(self._student, self.average, teacher, inputs, autocast=autocast)
 
     @property
+    def has_begun(self) -> bool:
+        """Whether there is an average: training has begun."""
+        return self._average is not None
+
+    @property
     def kappa(self) -> float:
         """Samples of one full optimizer step over `reference_batch_size`; 0.0 before training."""
         return self._units / self.reference_batch_size
@@ -368,7 +373,7 @@ class EMACallback(CheckpointedAverage):
     ) -> None:
         """Writes the average into a checkpoint that is about to be pushed; threads read the folder from here on."""
         # Trainer calls this on one process: what all of them must gather waits for `on_save`.
-        if not self._running or self.average.sharded:
+        if not self._running or self._average is None or self._average.sharded:
             return
         try:
             checkpoint = written_checkpoint(args, state)

@@ -240,6 +240,11 @@ class PseudoLabelCollator:
 
     def _label(self, examples: list[Example]) -> list[list[int] | None]:
         """Label ids of each example, None where there are none to train on."""
+        if not self.callback.has_begun:
+            raise RuntimeError(
+                f"{self.callback!r} has no average to label with: it must be in the callbacks= of the Trainer whose "
+                "train() collates these examples"
+            )
         if self.callback.clock < self.pl_start - _DUST:
             self.counts["before_start"] += len(examples)
             return [None] * len(examples)

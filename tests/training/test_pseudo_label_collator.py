@@ -221,6 +221,18 @@ def test_nothing_is_labelled_before_pl_start(tmp_path: Path) -> None:
     assert [len(batch["labels"]) for *_, batch in collator.calls[:3]] == [1, 1, 1]
 
 
+def test_a_callback_that_the_trainer_does_not_have_is_an_error(tmp_path: Path) -> None:
+    """Its clock would stand still, and no example ever be labelled, without a word."""
+
+    class Forgets(Trainer):
+        def __init__(self, *args: Any, callbacks: Any, **named: Any) -> None:
+            super().__init__(*args, **named)
+
+    collator = PseudoLabelCollator(callback(), CTCLabeler(blank_id=BLANK), pad, pl_start=3)
+    with pytest.raises(RuntimeError, match=r"EMACallback\(momentum=0.5, .* must be in the callbacks= of the Trainer"):
+        run(tmp_path, collator, kind=Forgets)
+
+
 def test_the_teacher_sees_its_own_clean_batch(tmp_path: Path) -> None:
     seen: list[set[str]] = []
     devices: list[Any] = []
