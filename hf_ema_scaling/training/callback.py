@@ -27,6 +27,7 @@ from hf_ema_scaling.ema.storage import OnMissing
 from hf_ema_scaling.ema.swap import is_swapped
 from hf_ema_scaling.scaling import ReferenceClock, ema_weight, momentum_from_half_life, scale_momentum
 from hf_ema_scaling.training.callback_checkpoints import _RUNS, CheckpointedAverage
+from hf_ema_scaling.training.callback_files import holds_state, written_checkpoint
 from hf_ema_scaling.training.checks import LivenessWatch, has_batch_statistics, share_statistics
 from hf_ema_scaling.training.signals import shield_evaluations, shield_workers
 from hf_ema_scaling.training.stock import learns, nonfinite_parameter, refuse_unsupported, rows_of_a_batch
@@ -85,8 +86,9 @@ class EMACallback(CheckpointedAverage):
     - evaluate the average inside Trainer's own evaluation, or choose the best model by it
       (`with callback.averaged_weights(): trainer.evaluate()` works between training runs);
     - log: keys that a callback adds in `on_log` reach no reporter and no `log_history`;
-    - put `ema/` into what Trainer pushes to the Hub for a checkpoint, or write it before older checkpoints are
-      rotated away: `on_save` comes after both;
+    - write `ema/` before older checkpoints are rotated away, which `on_save` comes after, unless the checkpoint is
+      pushed to the Hub: `hub_strategy="checkpoint"` and `"all_checkpoints"` push it with its `ema/`, but for sharded
+      averages (FSDP2);
     - learn from which folder training resumes: outside `output_dir`, name it in `resume_from`.
 
     `EMATrainer` does all of it, and scales the optimizer too.
@@ -166,6 +168,7 @@ class EMACallback(CheckpointedAverage):
         self._alive = False
         self._watch: LivenessWatch | None = None
         self._recorded = False
+        self._pushed_step = -1
         self._holding = False
         self._others: dict[int, bool] = {}
         """Places of evaluations in the log that are not the student's: True for the average's."""
@@ -208,6 +211,11 @@ class EMACallback(CheckpointedAverage):
         teacher = self.teacher
         autocast = partial(torch.autocast, teacher.device.type, dtype=self._half, enabled=self._half is not None)
         check_before_labelling(self._student, self.average, teacher, inputs, autocast=autocast)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is an average: training has begun."""
+        return self._average is not None
 
     @property
     def kappa(self) -> float:
@@ -312,7 +320,7 @@ class EMACallback(CheckpointedAverage):
         self._units = batch * args.gradient_accumulation_steps
         self._accumulated = 0
         self._writes = args.should_save
-        self._saved_step = -1
+        self._saved_step = self._pushed_step = -1
         self._processing_class = kwargs.get("processing_class")
         self._half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         self._step = state.global_step
@@ -367,6 +375,27 @@ class EMACallback(CheckpointedAverage):
             self._others[len(state.log_history) - 1] = self._holding
         if not self._running:
             self._write_metrics(args, state)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Writes the average into a checkpoint that is about to be pushed; threads read the folder from here on."""
+        # Trainer calls this on one process: what all of them must gather waits for `on_save`.
+        if not self._running or self._average is None or self._average.sharded:
+            return
+        try:
+            checkpoint = written_checkpoint(args, state)
+        except FileNotFoundError:
+            return  # something else is pushed
+        if holds_state(checkpoint, state):
+            super().on_save(args, state, control, **kwargs)
+            self._pushed_step = state.global_step
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Writes the average into the checkpoint, if that was not done before a push; see `CheckpointedAverage`."""
+        if self._pushed_step != state.global_step:
+            super().on_save(args, state, control, **kwargs)
+        self._pushed_step = -1
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -68,10 +68,9 @@ class PseudoLabelCollator:
     An empty batch would stop the stock loop. If nothing is left, one of `stand_ins` takes the place of the batch,
     chosen by the number of the step; without stand-ins this raises.
 
-    The loader collates one batch ahead, so labels come from the average of one step (one accumulation window) before
-    the step that trains on them. A resumed run collates its first batch anew, with the average and the clock of the
-    checkpoint, which are one step newer than those that batch was first collated with: it is not bit-identical to one
-    that was never stopped. `PseudoLabelTrainer` is.
+    The loader collates one batch of an epoch ahead: labels of a step's first batch come from the average of one step
+    before, those of further batches that it accumulates from the latest. A resumed run collates its first batch anew,
+    and labels it by the latest: it is not bit-identical to one that was never stopped. `PseudoLabelTrainer` is.
 
     The data loader must run in the training process (`dataloader_num_workers=0`): a worker would label with the
     weights it was started with.
@@ -241,6 +240,11 @@ class PseudoLabelCollator:
 
     def _label(self, examples: list[Example]) -> list[list[int] | None]:
         """Label ids of each example, None where there are none to train on."""
+        if not self.callback.has_begun:
+            raise RuntimeError(
+                f"{self.callback!r} has no average to label with: it must be in the callbacks= of the Trainer whose "
+                "train() collates these examples"
+            )
         if self.callback.clock < self.pl_start - _DUST:
             self.counts["before_start"] += len(examples)
             return [None] * len(examples)

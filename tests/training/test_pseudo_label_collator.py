@@ -78,7 +78,12 @@ def pad(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def run(
-    folder: Path, collator: PseudoLabelCollator, *more: TrainerCallback, data: Any = None, **changes: Any
+    folder: Path,
+    collator: PseudoLabelCollator,
+    *more: TrainerCallback,
+    data: Any = None,
+    kind: type[Trainer] = Trainer,
+    **changes: Any,
 ) -> Trainer:
     args = TrainingArguments(
         str(folder),
@@ -94,7 +99,7 @@ def run(
             **changes,
         },
     )
-    trainer = Trainer(
+    trainer = kind(
         wav2vec2(),
         args,
         data_collator=collator,
@@ -154,6 +159,25 @@ def test_labels_are_those_of_the_labeler_on_the_average(tmp_path: Path) -> None:
     assert len(found) > 6
 
 
+@pytest.mark.parametrize(("accumulated", "ages"), [(1, [0, 1, 1, 1, 1, 1, 0]), (3, [0, 0, 0, 1, 0, 0, 0, 0, 0])])
+def test_labels_of_the_first_batch_of_a_step_are_one_step_old(
+    tmp_path: Path, accumulated: int, ages: list[int]
+) -> None:
+    spy = Spy(callback(), CTCLabeler(blank_id=BLANK), pad, stand_ins=examples()[::3])
+    used: list[tuple[int, Tensor]] = []
+
+    class Uses(Trainer):
+        def training_step(self, model: Any, inputs: Any, *more: Any) -> Tensor:
+            used.append((self.state.global_step, inputs["input_values"]))
+            return super().training_step(model, inputs, *more)
+
+    # Six batches are an epoch.
+    run(tmp_path, spy, kind=Uses, max_steps=len(ages) // accumulated, gradient_accumulation_steps=accumulated)
+    made = [updates for updates, *_ in spy.calls]
+    assert [step - updates for (step, _), updates in zip(used, made, strict=False)] == ages
+    assert all(torch.equal(rows, call[3]["input_values"]) for (_, rows), call in zip(used, spy.calls, strict=False))
+
+
 def test_hidden_labels_are_never_seen(tmp_path: Path) -> None:
     results = []
     for hidden in (None, [7, 7, 7], [1]):
@@ -195,6 +219,18 @@ def test_nothing_is_labelled_before_pl_start(tmp_path: Path) -> None:
     assert collator.counts["before_start"] == 12
     assert collator.counts["kept"] + collator.counts["empty"] == 16
     assert [len(batch["labels"]) for *_, batch in collator.calls[:3]] == [1, 1, 1]
+
+
+def test_a_callback_that_the_trainer_does_not_have_is_an_error(tmp_path: Path) -> None:
+    """Its clock would stand still, and no example ever be labelled, without a word."""
+
+    class Forgets(Trainer):
+        def __init__(self, *args: Any, callbacks: Any, **named: Any) -> None:
+            super().__init__(*args, **named)
+
+    collator = PseudoLabelCollator(callback(), CTCLabeler(blank_id=BLANK), pad, pl_start=3)
+    with pytest.raises(RuntimeError, match=r"EMACallback\(momentum=0.5, .* must be in the callbacks= of the Trainer"):
+        run(tmp_path, collator, kind=Forgets)
 
 
 def test_the_teacher_sees_its_own_clean_batch(tmp_path: Path) -> None:
