@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from crash_lives import Lives, assert_same_draws, drawn, ended, files, log, trainer_state
 
+from hf_ema_scaling.ema.durable import check_seal
 from hf_ema_scaling.training.checkpoints import newest_complete_checkpoint, what_is_missing
 
 SAVED = (2, 4, 5, 6, 8, 9, 10, 11)
@@ -25,7 +26,9 @@ slow = pytest.mark.slow
 def run_state(content: bytes) -> dict[str, Any]:
     """What the run knows of itself, without the list of its checkpoints: a SIGTERM adds one."""
     state = json.loads(content)
-    assert state["state"]["counters"]["collapse"].pop("checkpoints") and state.pop("own_crc32")
+    check_seal(state)
+    del state["own_crc32"]
+    assert state["state"]["counters"]["collapse"].pop("checkpoints")
     return dict(state)
 
 
