@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import combinations
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_ema_scaling.ema.names import Entry
 
@@ -21,7 +20,8 @@ def overlapping(entries: Iterable[Entry]) -> Iterator[tuple[Entry, Entry]]:
     """Pairs of tensors with an element in common; views of one storage that lie beside each other have none.
 
     Args:
-        entries: Distinct tensors of a model. Those in shards, on `meta`, or of another layout have no overlaps.
+        entries: Distinct tensors of a model. Those in shards or other wrappers, on `meta`, or of another layout are
+            passed over.
     """
     by_storage: dict[tuple[torch.device, int], list[Entry]] = {}
     for entry in entries:
@@ -29,23 +29,26 @@ def overlapping(entries: Iterable[Entry]) -> Iterator[tuple[Entry, Entry]]:
             place = entry.tensor.device, entry.tensor.untyped_storage().data_ptr()
             by_storage.setdefault(place, []).append(entry)
     for sharing in by_storage.values():
-        for one, other in combinations(sharing, 2):
-            if _meet(one.tensor, other.tensor):
-                yield one, other
+        # By address, so that thousands of views side by side (flattened weights) are not compared each with each.
+        ordered = sorted(((_span(entry.tensor), entry) for entry in sharing), key=lambda pair: pair[0])
+        for number, ((_, end), one) in enumerate(ordered):
+            for (start, _), other in ordered[number + 1 :]:
+                if start >= end:
+                    break
+                if _meet(one.tensor, other.tensor):
+                    yield one, other
 
 
 def _plain(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_meta and not isinstance(tensor, DTensor)
+    # A wrapper around other tensors (DTensor, a quantized weight) has no memory of its own.
+    return tensor.layout == torch.strided and not tensor.is_meta and not is_traceable_wrapper_subclass(tensor)
 
 
 def _meet(a: Tensor, b: Tensor) -> bool:
-    (start, end), (other_start, other_end) = _span(a), _span(b)
-    if end <= other_start or other_end <= start:
-        return False
+    """Whether tensors whose spans overlap have an element in common: columns of one matrix lie between each other."""
     if a.itemsize != b.itemsize:  # one memory in two dtypes: where they lie is all that is asked
         return True
-    # Columns of one matrix, say, lie between each other.
-    first = min(start, other_start)
+    first = min(a.data_ptr(), b.data_ptr())
     return bool(torch.isin(_places(a, first), _places(b, first)).any())
 
 
