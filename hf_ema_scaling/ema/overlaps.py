@@ -7,7 +7,7 @@ from operator import itemgetter
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_ema_scaling.ema.names import Entry
 
@@ -21,7 +21,8 @@ def overlapping(entries: Iterable[Entry]) -> Iterator[tuple[Entry, Entry]]:
     """Pairs of tensors with an element in common; views of one storage that lie beside each other have none.
 
     Args:
-        entries: Distinct tensors of a model. Those in shards, on `meta`, or of another layout have no overlaps.
+        entries: Distinct tensors of a model. Those in shards or other wrappers, on `meta`, or of another layout are
+            passed over.
     """
     by_storage: dict[tuple[torch.device, int], list[Entry]] = {}
     for entry in entries:
@@ -41,7 +42,8 @@ def overlapping(entries: Iterable[Entry]) -> Iterator[tuple[Entry, Entry]]:
 
 
 def _plain(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_meta and not isinstance(tensor, DTensor)
+    # A wrapper around other tensors (DTensor, a quantized weight) has no memory of its own.
+    return tensor.layout == torch.strided and not tensor.is_meta and not is_traceable_wrapper_subclass(tensor)
 
 
 def _meet(a: Tensor, b: Tensor) -> bool:

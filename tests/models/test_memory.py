@@ -9,6 +9,8 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_ema_scaling.ema import EMATeacher, WeightAverage, load_average, save_average
 from hf_ema_scaling.ema.names import entries_of
@@ -98,6 +100,8 @@ def test_overlaps_are_those_of_elements_and_not_of_spans() -> None:
     assert not found(table[:, :2], table[:, 2:]) and found(table[:, :3], table[:, 2:])
     assert not found(flat[::2], flat[1::2]) and found(flat[::2], flat[::4])
     assert not found(flat[:0], flat)
+    wrapped = TwoTensor(flat, flat)
+    assert is_traceable_wrapper_subclass(wrapped) and not found(wrapped, TwoTensor(table, table))
     assert repeats(torch.zeros(1, 2).expand(3, 2)) and not repeats(torch.zeros(1, 2).expand(1, 2))
 
 
