@@ -26,7 +26,7 @@ from hf_ema_scaling.ema.skipped import SkipWatch
 from hf_ema_scaling.ema.storage import OnMissing
 from hf_ema_scaling.ema.swap import is_swapped
 from hf_ema_scaling.scaling import ReferenceClock, ema_weight, momentum_from_half_life, scale_momentum
-from hf_ema_scaling.training.callback_checkpoints import _RUNS, CheckpointedAverage
+from hf_ema_scaling.training.callback_checkpoints import RUNS, CheckpointedAverage
 from hf_ema_scaling.training.callback_files import holds_state, written_checkpoint
 from hf_ema_scaling.training.checks import LivenessWatch, has_batch_statistics, share_statistics
 from hf_ema_scaling.training.signals import shield_evaluations, shield_workers
@@ -295,7 +295,7 @@ class EMACallback(CheckpointedAverage):
         """
         model: nn.Module = kwargs["model"]
         refuse_unsupported(args, model, kwargs.get("optimizer"))
-        if (run := _RUNS.get(self)) is not None and run() is state:
+        if (run := RUNS.get(self)) is not None and run() is state:
             raise ValueError(
                 f"{self!r} is twice in this Trainer's callbacks, and would move its average twice per step: give it "
                 "either to callbacks= or to add_callback()."

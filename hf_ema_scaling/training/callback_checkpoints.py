@@ -42,7 +42,7 @@ from hf_ema_scaling.training.student_files import RANDOM_STATES, student_checksu
 logger = logging.get_logger(__name__)
 
 # The last run of every callback, to find two that keep their averages in the same folder of one. A run is one state.
-_RUNS: weakref.WeakKeyDictionary[CheckpointedAverage, weakref.ref[TrainerState]] = weakref.WeakKeyDictionary()
+RUNS: weakref.WeakKeyDictionary[CheckpointedAverage, weakref.ref[TrainerState]] = weakref.WeakKeyDictionary()
 
 
 class CheckpointedAverage(TrainerCallback):
@@ -270,8 +270,8 @@ class CheckpointedAverage(TrainerCallback):
 
     def _claim_folder(self, state: TrainerState) -> None:
         """Refuses a second callback with this folder in the same run."""
-        _RUNS[self] = weakref.ref(state)
-        for other, run in _RUNS.items():
+        RUNS[self] = weakref.ref(state)
+        for other, run in RUNS.items():
             if other is not self and other.folder == self.folder and run() is state:
                 raise ValueError(
                     f"{other!r} and {self!r} would save their averages in the same folder {self.folder!r} of each "

@@ -235,12 +235,14 @@ def tensors_are_paired_in_order(patch: Patch) -> None:
 def names_that_miss_are_passed_over(patch: Patch) -> None:
     for module in (names, shadow, average):
         patch.setattr(module, "canonical_name", lambda name: name)
-    patch.setattr(shadow, "check_names", lambda wanted, found, where: None)
+    patch.setattr(shadow, "check_names", lambda wanted, found, where, advice="": None)
 
 
 def partitioned_weights_are_averaged(patch: Patch) -> None:
     refuse = callback.refuse_unsupported
-    patch.setattr(callback, "refuse_unsupported", lambda args, model: refuse(args, nn.Identity()))
+    patch.setattr(
+        callback, "refuse_unsupported", lambda args, model, optimizer: refuse(args, nn.Identity(), optimizer)
+    )
 
 
 def shards_are_taken_to_be_even(patch: Patch) -> None:
