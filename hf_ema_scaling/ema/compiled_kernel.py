@@ -1,7 +1,8 @@
 """The machine code of `ema.compiled`, by `numba`: pieces of a table of addresses, taken by whichever thread is free.
 
-A block of elements is written in the compiler's own vectors, which any processor has in registers of some width. What
-it makes of a loop over elements takes more cache lines ahead, which is a tenth slower where memory is the limit.
+A few elements at once are written in the compiler's own vectors, which any processor has in registers of some width.
+Wider ones, and what it makes of a loop over elements, take whole cache lines ahead: on the processor that this was
+measured on that is a sixth slower, memory being the limit.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ of rows follow, then the rows: address in the shadow, address in the source, ele
 NEXT, PIECES, ROWS, WEIGHT = range(len(HEADER))
 COLUMNS = 3
 
-_BLOCK = 32
-"""Elements of one turn of the loop: two cache lines of float32."""
+_BLOCK = 8
+"""Elements of one turn of the loop: half a cache line of float32."""
 
 
 @functools.cache

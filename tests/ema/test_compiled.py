@@ -102,15 +102,6 @@ def test_without_numba_or_threads_to_run_on_pytorch_updates(lacking: str, monkey
         compiled.available.cache_clear()
 
 
-def test_large_float32_tensors_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "MAX_MEAN_ELEMENTS", 50)
-    tensors = [torch.zeros(10), torch.zeros(89)]
-    assert compiled.suits(tensors, tensors)
-    tensors[0] = torch.zeros(11)
-    assert not compiled.suits(tensors, tensors)
-    assert compiled.suits(tensors, [tensor.bfloat16() for tensor in tensors])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_happens_behind_a_weight_is_seen(dtype: torch.dtype) -> None:
     model = nn.Linear(6, 6, dtype=dtype)
