@@ -1,9 +1,9 @@
 """The update of a float32 average on a CPU as one compiled loop over all tensors (optional, needs `numba`).
 
-PyTorch starts its threads anew for every tensor, which takes microseconds, and has no operation that reads bfloat16 and
-moves float32: it casts into a scratch first. Here the addresses of all tensors are laid out once, PyTorch's own threads
-take pieces of them, and bfloat16 is widened in a register. The arithmetic is that of `torch.lerp`, with the same fused
-multiply-add: what comes out has the same bits.
+PyTorch starts its threads anew for every tensor, which takes microseconds, and has no operation that reads bfloat16
+and moves float32: it casts into a scratch first. Here the addresses of all tensors are laid out once, PyTorch's own
+threads take pieces of them, and bfloat16 is widened in a register. The arithmetic is that of `torch.lerp`, with the
+same fused multiply-add: what comes out has the same bits.
 """
 
 from __future__ import annotations
