@@ -458,7 +458,7 @@ def _refuse_fixed(model: nn.Module) -> None:
             "it. Use torch.no_grad()."
         )
     for name, part in model.named_modules():
-        if isinstance(part, torch.jit.ScriptModule):
+        if isinstance(part, torch.jit.ScriptModule) and (len(part._parameters) or len(part._buffers)):
             raise TypeError(
                 f"{name or 'The model'} was scripted or traced by torch.jit, whose modules hide their tensors: build "
                 "the average from the module before that, or use torch.compile."

@@ -50,8 +50,10 @@ class Binding:
         scratch: Scratch,
     ) -> None:
         self._model = model
-        # The tables of a module live as long as it does and are changed in place.
-        tables = list(chain.from_iterable(map(_places, model.modules())))
+        # The tables of a module live as long as it does and are changed in place. Those of torch.jit's are no
+        # dictionaries, and an average is built only if they hold no tensors.
+        parts = (part for part in model.modules() if not isinstance(part, torch.jit.ScriptModule))
+        tables = list(chain.from_iterable(map(_places, parts)))
         self._empty = [table for table in tables if not table]
         self._filled = [table for table in tables if table]
         self._held = self._holds()

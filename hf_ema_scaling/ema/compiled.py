@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -27,18 +28,22 @@ PIECE_ELEMENTS = 1 << 18
 """Elements that a thread takes at once: short beside an update, so that threads end together whatever else runs."""
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_PROCESS = os.getpid()
 
 _address = Tensor.data_ptr
 
 
 @functools.cache
 def available() -> bool:
-    """Whether `numba` can be imported, which is tried the first time that this is asked, and PyTorch runs OpenMP."""
+    """Whether `numba` can be imported, which is tried the first time that this is asked, and PyTorch runs OpenMP.
+
+    Not where `NUMBA_DISABLE_JIT` is set: what numba runs in the interpreter then cannot write to addresses.
+    """
     try:
-        importlib.import_module("numba")
+        numba = importlib.import_module("numba")
     except ImportError:
         return False
-    return _openmp() is not None
+    return not numba.config.DISABLE_JIT and _openmp() is not None
 
 
 def suits(shadow: Sequence[Tensor], source: Sequence[Tensor]) -> bool:
@@ -78,8 +83,9 @@ def _is_dense(tensor: Tensor) -> bool:
 class Loop:
     """Pairs of tensors laid out for the compiled update.
 
-    It writes to addresses. Storage that they were taken from is kept alive as long as this is; that none of the
-    tensors has got other storage since is for the caller to know.
+    It writes to addresses, and keeps the storage that they were taken from alive. PyTorch may give a storage other
+    memory all the same and free the old: `holds` tells for the shadow, which has to be asked before every update. That
+    the sources lie where they did is for the caller to know (`Binding.holds_for`).
 
     Args:
         shadow: Tensors to update that `suits` accepts, with
@@ -89,16 +95,25 @@ class Loop:
     def __init__(self, shadow: Sequence[Tensor], source: Sequence[Tensor]) -> None:
         self._shadow = list(shadow)
         self._storages = [tensor.untyped_storage() for tensor in (*shadow, *source)]
+        self._places = list(map(_address, self._shadow))
         self._table = _lay_out(shadow, source)
         self._weight = self._table[WEIGHT : WEIGHT + 1].view(np.float32)
         self._kernel = kernel(source[0].dtype)
         self._run = cast(Callable[..., None], _openmp())
 
+    def holds(self) -> bool:
+        """Whether the shadow lies where it did: sent to another process a tensor moves to shared memory, in place."""
+        return list(map(_address, self._shadow)) == self._places
+
     def lerp_(self, weight: float) -> None:
-        """`s <- s + weight * (p - s)` for every pair, in place, on as many threads as PyTorch has."""
+        """`s <- s + weight * (p - s)` for every pair, in place, on as many threads as PyTorch has.
+
+        In a process that was forked it is one: OpenMP would wait for ever for threads that the parent had.
+        """
+        threads = torch.get_num_threads() if os.getpid() == _PROCESS else 1
         self._table[NEXT] = 0
         self._weight[0] = weight
-        self._run(self._kernel.address, self._table.ctypes.data, torch.get_num_threads(), 0)
+        self._run(self._kernel.address, self._table.ctypes.data, threads, 0)
         # PyTorch does not see what is written here, and those who ask whether a tensor was written to ask it.
         torch.autograd.graph.increment_version(self._shadow)
 

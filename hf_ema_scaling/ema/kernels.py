@@ -131,8 +131,8 @@ class Pairs:
         return [(s._version, p._version, p.data_ptr()) for s, p in zip(self.shadow, self.source, strict=True)]
 
     def _compiled(self) -> compiled.Loop | None:
-        if not self._looked:
-            self._looked = True
+        if not self._looked or (self._loop is not None and not self._loop.holds()):
+            self._looked, self._loop = True, None
             if compiled.suits(self.shadow, self.source):
                 self._loop = compiled.Loop(self.shadow, self.source)
         return self._loop

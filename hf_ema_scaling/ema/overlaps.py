@@ -50,6 +50,8 @@ def _meet(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors whose spans meet have an element in common."""
     if a.itemsize != b.itemsize:  # one memory in two dtypes: where they lie is all that is asked
         return True
+    if a.data_ptr() == b.data_ptr() or (a.is_contiguous() and b.is_contiguous()):
+        return True
     # Columns of one matrix, say, lie between each other.
     first = min(a.data_ptr(), b.data_ptr())
     return bool(torch.isin(_places(a, first), _places(b, first)).any())

@@ -86,10 +86,12 @@ def test_small_models_do_not_wait_for_a_compiler(monkeypatch: pytest.MonkeyPatch
     assert compiled.suits([torch.zeros(1001)], [torch.ones(1001).bfloat16()])
 
 
-@pytest.mark.parametrize("lacking", ["numba", "OpenMP"])
+@pytest.mark.parametrize("lacking", ["numba", "compiler", "OpenMP"])
 def test_without_numba_or_threads_to_run_on_pytorch_updates(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if lacking == "numba":
         monkeypatch.setitem(sys.modules, "numba", None)
+    elif lacking == "compiler":
+        monkeypatch.setattr(sys.modules["numba"].config, "DISABLE_JIT", 1)
     else:
         monkeypatch.setattr(compiled, "_openmp", lambda: None)
     compiled.available.cache_clear()
@@ -166,6 +168,32 @@ def test_a_copy_has_addresses_of_its_own(dtype: torch.dtype) -> None:
         assert all(map(torch.equal, average.tensors().values(), before))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("whose", ["average", "teacher", "student"])
+def test_tensors_that_move_into_shared_memory_are_followed(whose: str, dtype: torch.dtype) -> None:
+    """As when one of them is sent to a process that was spawned: the same storage has other memory afterwards."""
+    model, twin = (nn.Linear(64, 64, dtype=dtype) for _ in range(2))
+    average = WeightAverage(model)
+    average.update(model, 0.5)
+    average.share_with(twin)
+    values = average.tensors()
+    expected = {name: value.lerp(torch.ones(()), 0.5) for name, value in values.items()}
+    before = {name: value.data_ptr() for name, value in values.items()}
+    if whose == "average":
+        for value in values.values():
+            value.share_memory_()
+    else:
+        (twin if whose == "teacher" else model).share_memory()
+    assert all((values[name].data_ptr() == before[name]) == (whose == "student") for name in values)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    average.update(model, 0.5)
+    for name, value in twin.named_parameters():
+        assert torch.equal(average.tensors()[name], expected[name])
+        assert torch.equal(value, expected[name])
+
+
 def test_pytorch_knows_of_the_writes() -> None:
     shadow, source = torch.ones(8, requires_grad=True), torch.zeros(8).bfloat16()
     pairs = kernels.Pairs([shadow], [source])
@@ -190,12 +218,15 @@ def _updates(shadow: Tensor, source: Tensor, threads: int) -> None:
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
-def test_a_forked_process_of_one_thread_needs_none_of_its_parents() -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_forked_process_needs_none_of_its_parents_threads(threads: int) -> None:
     shadow, source = torch.zeros(1000).share_memory_(), torch.ones(1000).bfloat16()
     _updates(shadow, source, 2)
-    child = multiprocessing.get_context("fork").Process(target=_updates, args=(shadow, source, 1))
+    child = multiprocessing.get_context("fork").Process(target=_updates, args=(shadow, source, threads))
     child.start()
     child.join(60)
+    if child.exitcode is None:
+        child.kill()
     assert child.exitcode == 0
     assert shadow.tolist() == [0.75] * 1000
 

@@ -88,12 +88,25 @@ def test_what_could_never_be_updated_is_refused() -> None:
         made = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"'weight' was made in torch\.inference_mode\(\)"):
         WeightAverage(made)
-    scripted = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2)))
-    with pytest.raises(TypeError, match=r"^1 was scripted or traced by torch\.jit"):
+    scripted = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(2))))
+    with pytest.raises(TypeError, match=r"^1\.1 was scripted or traced by torch\.jit"):
         WeightAverage(scripted)
 
 
 # ---- What is followed
+
+
+def test_scripted_parts_without_tensors_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Sequential(nn.GELU(), nn.Dropout(0.5))))
+    average = WeightAverage(model)
+    expected = {name: value.lerp(torch.ones(()), 0.5) for name, value in average.tensors().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    average.update(model, 0.5)
+    assert all(torch.equal(value, expected[name]) for name, value in average.tensors().items())
+    with average.swapped(model):
+        assert torch.equal(model[0].weight, expected["0.weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
