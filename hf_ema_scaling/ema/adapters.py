@@ -219,8 +219,8 @@ def refuse_prompt_learning(model: nn.Module) -> None:
     for config in adapter_configs(model).values():
         if config.is_prompt_learning:
             raise NotImplementedError(
-                f"{config.peft_type.value} learns tokens and not layers; its average can be neither built as a "
-                "teacher nor saved here. Use LoRA or another adapter of layers, or fine-tune without PEFT."
+                f"{config.peft_type.value} learns tokens and not layers: its average cannot be saved here, and a "
+                "teacher needs a `factory=`. Use LoRA or another adapter of layers, or fine-tune without PEFT."
             )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from hf_ema_scaling.ema import EMATeacher, WeightAverage, check_before_labelling
@@ -344,7 +345,8 @@ class EMACallback(CheckpointedAverage):
         if self._average is None:
             warn_of_half_precision(model)
             average = WeightAverage(model, buffers=self.buffers, dtype=self.dtype)
-            check_adapters(unwrap(model), average)
+            if args.save_strategy != SaveStrategy.NO:
+                check_adapters(unwrap(model), average)
             self._average = average
         self._model = model
         if state.global_step > 0:

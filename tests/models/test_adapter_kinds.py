@@ -8,6 +8,7 @@ from typing import Any
 
 import adapted
 import pytest
+import stock_runs
 import tiny
 import torch
 from adapted import shake_, trained
@@ -23,6 +24,7 @@ from hf_ema_scaling.ema import (
     save_average,
 )
 from hf_ema_scaling.ema.adapter_storage import check_adapters
+from hf_ema_scaling.training.callback import EMACallback
 
 peft = pytest.importorskip("peft")
 WORDS = {"input_ids": torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])}
@@ -263,6 +265,24 @@ def test_tokens_are_refused_before_training(tmp_path: Path, config: str) -> None
     model = peft.get_peft_model(tiny.bert(), made)
     with pytest.raises(NotImplementedError, match="learns tokens and not layers"):
         tiny.trainer(model, tiny.arguments(tmp_path, max_steps=2), tiny.sentences(8)).train()
+
+
+def test_the_callback_refuses_tokens_where_they_would_be_saved(tmp_path: Path) -> None:
+    def run(**changes: Any) -> tuple[EMACallback, stock_runs.Recorder]:
+        config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+        average = stock_runs.callback()
+        seen = stock_runs.Recorder(average)
+        model = peft.get_peft_model(stock_runs.bert(), config)
+        stock_runs.trainer(average, tmp_path, seen, model=model, max_steps=3, **changes).train()
+        return average, seen
+
+    with pytest.raises(NotImplementedError, match="learns tokens and not layers"):
+        run(save_strategy="steps", save_steps=3)
+    average, seen = run()
+    name = next(name for name in seen.student[0] if "prompt" in name)
+    weights = [step[name].double() for step in seen.student]
+    expected = sum(stock_runs.RHO ** (2 - i) * 0.1 * w for i, w in enumerate(weights)) / (1 - stock_runs.RHO**3)
+    torch.testing.assert_close(average.average.tensors()[name].double(), expected, rtol=0, atol=1e-6)
 
 
 def test_an_adapter_that_projects_its_weights_as_it_computes_cannot_teach() -> None:
